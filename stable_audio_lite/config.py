@@ -1,0 +1,140 @@
+"""Strict YAML to frozen dataclasses and back.
+
+A key that the dataclass lacks, a missing key without a default, or a value of another type fails with one line that
+names the file and the key. Sequences become tuples, nested dataclasses recurse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, cls: type[T]) -> T:
+    """Read a YAML file into dataclass `cls`.
+
+    Raises:
+        UserError: the file is missing or no YAML, or a key is unknown, missing or of the wrong type.
+    """
+    return from_dict(cls, read_yaml(path), str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        UserError: the file is missing, unreadable, or not a YAML mapping.
+    """
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a YAML mapping at top level, got {type(data).__name__}")
+    return data
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
+    """Build dataclass `cls` from a mapping; `where` names its origin in messages.
+
+    Raises:
+        UserError: a key is unknown, missing or of the wrong type, or the dataclass refuses a value.
+    """
+    return _build(cls, data, where, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The mapping that `from_dict` turns back into an equal `config` (tuples as lists)."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write a dataclass as YAML that `load_config` reads back to an equal value."""
+    import yaml
+
+    with replacing(path) as temporary:
+        temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: key '{prefix.rstrip('.')}' must be a mapping, got {data!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{where}: unknown key '{prefix}{key}'; {hint}")
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in data and not has_default:
+            raise UserError(f"{where}: missing key '{prefix}{name}'")
+    values = {k: _convert(hints[k], v, where, prefix + k) for k, v in data.items()}
+    try:
+        return cls(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'config'}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [a for a in args if a is not type(None)]
+        return _convert(hint, value, where, key)
+    if origin is typing.Literal:
+        if value not in args:
+            raise UserError(f"{where}: key '{key}' must be one of {', '.join(map(str, args))}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where, key + ".")
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: key '{key}' must be a list, got {value!r}")
+        return tuple(_convert(args[0], v, where, f"{key}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: key '{key}' must be a mapping, got {value!r}")
+        return {k: _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
+    return _scalar(hint, value, where, key)
+
+
+def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 (no dot) as a string; people write it all the time.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
+        raise UserError(f"{where}: key '{key}' must be {hint.__name__}, got {value!r}")
+    return value
