@@ -1,0 +1,280 @@
+"""Audio files in and out.
+
+Reading seeks to the wanted stretch, so a short crop of an hour-long file costs what a short file costs. Any rate and
+channel count becomes stereo at the wanted rate: mono is duplicated, of more than two channels the first two are kept,
+the rate is changed by soxr. Writing is 24-bit WAV or FLAC, attenuated only where it would clip, with the prompt and
+the settings stored inside the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+if TYPE_CHECKING:
+    import soundfile
+    import torch
+
+WRITABLE = (".wav", ".flac")
+SOFTWARE = "Stable Audio Lite"
+
+# Seconds read on each side of a crop, so that its edges are resampled as they would be inside the whole file.
+_MARGIN = 0.05
+_UNKNOWN_SIZE = 0xFFFFFFFF  # what a WAV written to a pipe declares
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AudioInfo:
+    """What a file's header says: rate in Hz, length in sample frames and in seconds."""
+
+    sample_rate: int
+    channels: int
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        """Length in seconds."""
+        return self.frames / self.sample_rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """What `write_audio` stored inside a file: the prompt (or None) and the settings."""
+
+    title: str | None
+    settings: dict[str, Any]
+
+
+def audio_info(path: str | Path) -> AudioInfo:
+    """Read a file's header.
+
+    Raises:
+        UserError: the file is missing, truncated (where the header shows it) or not audio.
+    """
+    with _open(path) as file:
+        return AudioInfo(sample_rate=file.samplerate, channels=file.channels, frames=file.frames)
+
+
+def read_audio(
+    path: str | Path, sample_rate: int = 44100, start_seconds: float = 0.0, seconds: float | None = None
+) -> torch.Tensor:
+    """Read a stretch of a file as stereo: (2, T) float32, full scale is 1, T = round(seconds * sample_rate).
+
+    T is smaller where the file ends before the stretch does. `seconds` None reads to the end.
+
+    Raises:
+        UserError: the file is missing, truncated, empty, not audio or holds NaN, or the stretch starts after its end.
+    """
+    import torch
+
+    if start_seconds < 0 or (seconds is not None and seconds <= 0):
+        raise UserError(f"{path}: can't read {seconds} s from {start_seconds} s; give start >= 0 and seconds > 0")
+    with _open(path) as file:
+        rate, length = file.samplerate, file.frames
+        first = round(start_seconds * rate)
+        if first >= length:
+            raise UserError(f"{path}: has {length / rate:.2f} s, so nothing starts at {start_seconds:.2f} s")
+        margin = 0 if rate == sample_rate else math.ceil(_MARGIN * rate)
+        last = length if seconds is None else min(length, first + math.ceil(seconds * rate))
+        begin = max(0, first - margin)
+        samples = _read(file, path, begin, min(length, last + margin))
+    samples = _stereo(samples)
+    wanted = (last - first) / rate if seconds is None else min(seconds, (length - first) / rate)
+    if rate != sample_rate:
+        samples = resample(samples, rate, sample_rate)
+    skip = round((first - begin) * sample_rate / rate)
+    stretch = samples[:, skip : skip + round(wanted * sample_rate)]
+    return torch.from_numpy(np.ascontiguousarray(stretch))
+
+
+def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """Change the rate of (C, T) samples from `rate` to `new_rate` Hz with soxr's high-quality setting."""
+    if rate == new_rate:
+        return samples
+    import soxr
+
+    return soxr.resample(samples.T, rate, new_rate, quality="HQ").T.astype(np.float32)
+
+
+def is_silent(samples: Any, floor_db: float = -80.0) -> bool:
+    """Whether no sample of (C, T) reaches `floor_db` dB below full scale."""
+    values = np.asarray(samples)
+    return values.size == 0 or float(np.abs(values).max()) < 10 ** (floor_db / 20)
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before the work whether `write_audio` could write to `path`; leaves nothing behind.
+
+    Raises:
+        UserError: the suffix is not one of `WRITABLE`, `path` is a folder, or its folder can't be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in WRITABLE:
+        raise UserError(f"{path}: unknown suffix '{path.suffix}'; allowed: {', '.join(WRITABLE)}")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    probe = existing / f".stable-audio-lite-probe{path.suffix}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); choose another place with -o") from error
+
+
+def write_audio(
+    path: str | Path, samples: Any, sample_rate: int, metadata: dict[str, Any] | None = None
+) -> float:
+    """Write (C, T) float samples as 24-bit WAV or FLAC, by suffix; `samples` is a tensor or an array.
+
+    `metadata` is stored inside the file: its "prompt" as the title, all of it as JSON in the comment; `read_metadata`
+    gives it back.
+
+    Returns:
+        The gain applied: 1.0, or less where the peak would have clipped.
+
+    Raises:
+        UserError: unknown suffix, NaN or infinite samples, or the place can't be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    values = np.asarray(samples, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)")
+    peak = float(np.abs(values).max()) if values.size else 0.0
+    gain = 1.0 / peak if peak > 1.0 else 1.0
+    if path.suffix.lower() == ".wav":
+        encoded = _encode(values * gain, sample_rate, "WAV", {})
+        encoded = _with_wav_tags(encoded, _tags(metadata))
+    else:
+        encoded = _encode(values * gain, sample_rate, "FLAC", _tags(metadata))
+    with replacing(path) as temporary:
+        temporary.write_bytes(encoded)
+    return gain
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """Read back what `write_audio` stored; settings are empty where the file holds none of ours.
+
+    Raises:
+        UserError: the file is missing or not audio.
+    """
+    with _open(path) as file:
+        if file.format == "WAV":
+            tags = _read_wav_tags(Path(path))
+        else:
+            tags = {name: getattr(file, name) for name in ("title", "comment")}
+    try:
+        settings = json.loads(tags.get("comment") or "{}")
+    except ValueError:  # a comment that somebody else wrote
+        settings = {}
+    return Metadata(title=tags.get("title") or None, settings=settings if isinstance(settings, dict) else {})
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    import soundfile
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such audio file")
+    try:
+        file = soundfile.SoundFile(str(path))
+    except soundfile.SoundFileError as error:
+        raise UserError(f"{path}: can't be read as audio; give a WAV, FLAC, OGG or MP3 file") from error
+    # libsndfile silently shortens a cut-off WAV and only says so in its log.
+    short = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if short and int(short[1]) not in (0, _UNKNOWN_SIZE) and int(short[2]) < int(short[1]):
+        file.close()
+        raise UserError(f"{path}: truncated, holds {short[2]} of {short[1]} bytes of samples; fetch it again")
+    if file.frames <= 0:
+        file.close()
+        raise UserError(f"{path}: holds no samples")
+    return file
+
+
+def _read(file: soundfile.SoundFile, path: str | Path, begin: int, end: int) -> np.ndarray:
+    """Frames begin..end as (C, T) float32."""
+    import soundfile
+
+    try:
+        file.seek(begin)
+        samples = file.read(end - begin, dtype="float32", always_2d=True).T
+    except soundfile.SoundFileError as error:
+        raise UserError(f"{path}: damaged or truncated ({error}); fetch it again") from error
+    if samples.shape[1] < end - begin:
+        raise UserError(
+            f"{path}: truncated, {samples.shape[1]} samples follow {begin}, expected {end - begin}; fetch it again"
+        )
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path}: holds NaN or infinite samples; mend or remove it")
+    return samples
+
+
+def _stereo(samples: np.ndarray) -> np.ndarray:
+    return np.repeat(samples, 2, axis=0) if len(samples) == 1 else samples[:2]
+
+
+def _tags(metadata: dict[str, Any] | None) -> dict[str, str]:
+    tags = {"software": SOFTWARE}
+    if metadata:
+        tags["title"] = str(metadata.get("prompt", ""))
+        tags["comment"] = json.dumps(metadata, ensure_ascii=False)
+    return tags
+
+
+def _encode(samples: np.ndarray, sample_rate: int, container: str, tags: dict[str, str]) -> bytes:
+    """Encode in memory: a full disk is then an ordinary error of one write."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    channels = len(samples)
+    with soundfile.SoundFile(buffer, "w", sample_rate, channels, format=container, subtype="PCM_24") as file:
+        for name, text in tags.items():
+            if text:
+                setattr(file, name, text)
+        file.write(samples.T)
+    return buffer.getvalue()
+
+
+# libsndfile drops WAV texts beyond 2 kB without a word, so the INFO chunk is written and read here.
+_WAV_IDS = {"title": b"INAM", "comment": b"ICMT", "software": b"ISFT"}
+
+
+def _with_wav_tags(wav: bytes, tags: dict[str, str]) -> bytes:
+    info = b"INFO"
+    for name, text in tags.items():
+        data = text.encode("utf-8") + b"\0"
+        info += _WAV_IDS[name] + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+    body = wav[8:] + b"\0" * (len(wav) % 2) + b"LIST" + struct.pack("<I", len(info)) + info
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _read_wav_tags(path: Path) -> dict[str, str]:
+    names = {identity: name for name, identity in _WAV_IDS.items()}
+    with path.open("rb") as file:
+        file.seek(12)
+        while len(header := file.read(8)) == 8:
+            identity, size = struct.unpack("<4sI", header)
+            if identity == b"LIST" and file.read(4) == b"INFO":
+                return {names[i]: text for i, text in _info_texts(file.read(size - 4)) if i in names}
+            file.seek(size + size % 2 - (4 if identity == b"LIST" else 0), io.SEEK_CUR)
+    return {}
+
+
+def _info_texts(data: bytes) -> list[tuple[bytes, str]]:
+    texts, at = [], 0
+    while at + 8 <= len(data):
+        identity, size = struct.unpack_from("<4sI", data, at)
+        texts.append((identity, data[at + 8 : at + 8 + size].rstrip(b"\0").decode("utf-8", "replace")))
+        at += 8 + size + size % 2
+    return texts

@@ -1,0 +1,88 @@
+"""A picture of a signal: its spectrogram in decibels over time and logarithmic frequency."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stable_audio_lite.audio.io import resample
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+WINDOW = 4096
+BANDS = 320
+_LOWEST_HZ = 30.0
+_COLUMNS = 1600
+_RANGE_DB = 90.0
+
+
+def spectrogram_db(samples: Any, sample_rate: int, columns: int = _COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """Power of (C, T) samples in dB re full scale, on `BANDS` logarithmically spaced frequencies.
+
+    Returns:
+        (C, BANDS, columns) decibels (a full-scale sine reads 0 dB) and the (BANDS,) frequencies in Hz.
+    """
+    values = np.asarray(samples, dtype=np.float32)
+    window = np.hanning(WINDOW).astype(np.float32)
+    padded = np.pad(values, ((0, 0), (WINDOW // 2, WINDOW // 2)))
+    starts = np.linspace(0, padded.shape[1] - WINDOW, columns).astype(int)
+    frequencies = np.geomspace(_LOWEST_HZ, sample_rate / 2, BANDS)
+    bins = frequencies * WINDOW / sample_rate
+    low = np.minimum(bins.astype(int), WINDOW // 2 - 1)
+    share = (bins - low).astype(np.float32)
+    # A band that spans several bins shows the loudest, or thin lines would fall between the bands.
+    wide = np.diff(low, append=WINDOW // 2 + 1) > 1
+    out = np.empty((len(values), BANDS, columns), np.float32)
+    for column, start in enumerate(starts):
+        frames = padded[:, start : start + WINDOW] * window
+        magnitude = np.abs(np.fft.rfft(frames)) * 2 / window.sum()
+        between = magnitude[:, low] * (1 - share) + magnitude[:, low + 1] * share
+        out[:, :, column] = np.where(wide, np.maximum.reduceat(magnitude, low, axis=1), between)
+    return 20 * np.log10(np.maximum(out, 1e-7)), frequencies
+
+
+def plot_spectrogram(path: str | Path, samples: Any, sample_rate: int, title: str = "") -> None:
+    """Write a PNG with one spectrogram per channel of (C, T) samples.
+
+    Raises:
+        UserError: `path` isn't a .png, can't be written, or matplotlib is missing.
+    """
+    check_plottable(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    values = np.asarray(samples, dtype=np.float32)
+    if sample_rate > 48000:  # nothing is heard there, and the picture should show what is
+        values, sample_rate = resample(values, sample_rate, 48000), 48000
+    decibels, frequencies = spectrogram_db(values, sample_rate)
+    figure = Figure(figsize=(12, 2.8 * len(values) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(values), 1, sharex=True, squeeze=False)[:, 0]
+    seconds = np.linspace(0, values.shape[1] / sample_rate, decibels.shape[2])
+    names = ("left", "right") if len(values) == 2 else tuple(f"channel {c + 1}" for c in range(len(values)))
+    for axis, channel, name in zip(axes, decibels, names, strict=True):
+        image = axis.pcolormesh(seconds, frequencies, channel, vmin=-_RANGE_DB, vmax=0, cmap="magma", rasterized=True)
+        axis.set(yscale="log", ylim=(_LOWEST_HZ, sample_rate / 2), ylabel=f"{name}, Hz")
+    axes[-1].set_xlabel("seconds")
+    figure.colorbar(image, ax=list(axes), label="dB re full scale")
+    if title:
+        # "$" would start a formula.
+        figure.suptitle(title[:120].replace("$", r"\$"), fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def check_plottable(path: str | Path) -> None:
+    """Find out before the work whether `plot_spectrogram` can work.
+
+    Raises:
+        UserError: `path` isn't a .png or matplotlib is missing.
+    """
+    import importlib.util
+
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"{path}: unknown suffix '{Path(path).suffix}'; a spectrogram is written as .png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a spectrogram needs matplotlib; install it with: pip install matplotlib")

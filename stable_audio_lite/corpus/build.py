@@ -1,0 +1,211 @@
+"""Writes a corpus to disk: sound, metadata in the Hugging Face AudioFolder convention, and every item's notes.
+
+    OUT/corpus.json               the settings; another run must match them
+    OUT/train/000000.flac         stereo, 44.1 kHz, 16 bits
+    OUT/train/metadata.jsonl      one row per item, in order
+    OUT/train/notes/000000.json   parts, chords and notes
+    OUT/held_out/...              the same, of pieces that the other split never sees
+
+Items are pure functions of (seed, split, number): a larger corpus starts with the smaller one, and a run that was
+interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stable_audio_lite.corpus.captions import captions
+from stable_audio_lite.corpus.compose import compose
+from stable_audio_lite.corpus.piece import Piece
+from stable_audio_lite.corpus.render import SAMPLE_RATE, find_soundfont, find_synth, render
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+SHORTEST, LONGEST = 4.0, 60.0
+"""Lengths that can be asked for, in seconds."""
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusReport:
+    """What a run did: items rendered now, items found finished, and seconds of sound in the whole corpus."""
+
+    rendered: int
+    kept: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What a corpus holds; checked here. Lengths are in seconds."""
+
+    items: int
+    held_out: int
+    seed: int = 0
+    min_seconds: float = 4.0
+    max_seconds: float = 30.0
+    audio_format: Literal["flac", "wav"] = "flac"
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a value is out of range."""
+        if self.items < 1:
+            raise UserError(f"--items must be at least 1, got {self.items}")
+        if self.held_out < 0:
+            raise UserError(f"--held-out can't be negative, got {self.held_out}")
+        if not SHORTEST <= self.min_seconds <= LONGEST:
+            raise UserError(f"--min-seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.min_seconds:g}")
+        if not SHORTEST <= self.max_seconds <= LONGEST:
+            raise UserError(f"--max-seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.max_seconds:g}")
+        if self.min_seconds > self.max_seconds:
+            raise UserError(f"--min-seconds ({self.min_seconds:g}) is more than --max-seconds ({self.max_seconds:g})")
+        if self.audio_format not in ("flac", "wav"):
+            raise UserError(f"audio format must be flac or wav, got {self.audio_format!r}")
+
+
+def build_corpus(
+    out: Path,
+    items: int,
+    held_out: int,
+    seed: int = 0,
+    workers: int | None = None,
+    min_seconds: float = 4.0,
+    max_seconds: float = 30.0,
+    audio_format: Literal["flac", "wav"] = "flac",
+    soundfont: str | None = None,
+    progress: bool = True,
+) -> CorpusReport:
+    """Compose and render `items` training pieces and `held_out` others into folder `out`; finished files are kept.
+
+    `workers` synthesizers run at once (all cores by default).
+
+    Raises:
+        UserError: an argument is out of range, `out` can't be written or holds a corpus with other settings, or
+            FluidSynth or its soundfont is missing.
+    """
+    config = CorpusConfig(
+        items=items,
+        held_out=held_out,
+        seed=seed,
+        min_seconds=float(min_seconds),
+        max_seconds=float(max_seconds),
+        audio_format=audio_format,
+    )
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers must be at least 1, got {workers}")
+    find_synth()
+    font = find_soundfont(soundfont)
+    out = Path(out)
+    _claim(out, config)
+    pieces = [compose_item(config, split, i) for split, n in _splits(config) for i in range(n)]
+    missing = [piece for piece in pieces if not _audio_path(out, config, piece).exists()]
+    _render_all(out, config, missing, len(pieces), font, workers or os.cpu_count() or 1, progress)
+    for split, _ in _splits(config):
+        rows = [json.dumps(metadata_row(piece, audio_format)) for piece in pieces if piece.split == split]
+        with replacing(out / split / "metadata.jsonl") as temporary:
+            temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    total = sum(piece.seconds for piece in pieces)
+    return CorpusReport(rendered=len(missing), kept=len(pieces) - len(missing), seconds=total)
+
+
+def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
+    """Item `index` of a split, whatever the number of items."""
+    return compose(config.seed, split, index, config.min_seconds, config.max_seconds)
+
+
+def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
+    """The piece's line of metadata.jsonl: captions and truth (`instruments` has the lead first, drums apart)."""
+    texts = captions(piece)
+    return {
+        "file_name": f"{piece.index:06d}.{audio_format}",
+        "text": texts[0],
+        "captions": texts,
+        "seconds": piece.seconds,
+        "instruments": piece.instruments,
+        "families": piece.families,
+        "style": piece.style,
+        "key": piece.key,
+        "mode": piece.mode,
+        "bpm": piece.bpm,
+        "drums": piece.drums,
+        "seed": piece.seed,
+        "notes": f"notes/{piece.index:06d}.json",
+    }
+
+
+def _splits(config: CorpusConfig) -> list[tuple[str, int]]:
+    return [("train", config.items), ("held_out", config.held_out)]
+
+
+def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
+    return out / piece.split / f"{piece.index:06d}.{config.audio_format}"
+
+
+def _claim(out: Path, config: CorpusConfig) -> None:
+    """Notes the settings in the folder, or checks that they are those of the corpus that it holds."""
+    path = out / "corpus.json"
+    settings = {
+        "version": _VERSION,
+        "seed": config.seed,
+        "min_seconds": config.min_seconds,
+        "max_seconds": config.max_seconds,
+        "audio_format": config.audio_format,
+    }
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: can't be read; choose an empty folder") from error
+    differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+    if differing:
+        raise UserError(f"{path}: this corpus has another {', '.join(differing)}; choose an empty folder")
+
+
+def _render_all(
+    out: Path, config: CorpusConfig, pieces: list[Piece], total: int, font: Path, workers: int, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    # Threads suffice: each waits for a synthesizer process of its own.
+    with (
+        tqdm(total=total, initial=total - len(pieces), unit="piece", disable=not progress) as bar,
+        _pool(workers) as pool,
+    ):
+        jobs = [pool.submit(_write_item, out, config, piece, font) for piece in pieces]
+        for job in as_completed(jobs):
+            job.result()
+            bar.update()
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that drops what it has not begun when something fails or the user interrupts."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_item(out: Path, config: CorpusConfig, piece: Piece, font: Path) -> None:
+    import soundfile
+
+    sound = render(piece, font)
+    # The sound goes last: where it stands, the item is complete.
+    with replacing(out / piece.split / "notes" / f"{piece.index:06d}.json") as temporary:
+        temporary.write_text(json.dumps(piece.events(), separators=(",", ":")), encoding="utf-8")
+    path = _audio_path(out, config, piece)
+    with replacing(path) as temporary:
+        try:
+            soundfile.write(temporary, sound, SAMPLE_RATE, subtype="PCM_16")
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{path}: can't be written ({error}); is the disk full?") from error

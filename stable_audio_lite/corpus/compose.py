@@ -1,0 +1,266 @@
+"""Composes one piece: a pure function of the seed, the split and the item's number.
+
+The length is drawn first; the tempo and the number of bars are then chosen so that the last chord, a held tonic,
+fills what is left and everything has died away when the recording ends.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+from stable_audio_lite.corpus import parts as play
+from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest, progression, voicing
+from stable_audio_lite.corpus.instruments import INSTRUMENTS, Instrument, balanced, playing
+from stable_audio_lite.corpus.parts import Event, Score
+from stable_audio_lite.corpus.piece import DRUMS, ChordSpan, Note, Part, Piece
+from stable_audio_lite.corpus.styles import STYLES, Style
+
+LEAD_IN = 0.03
+"""Seconds of silence before the first note."""
+TAIL = 0.5
+"""Seconds left after the last note for its release and the room."""
+SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
+PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
+SOLO_DRUMS = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clock:
+    """Turns beats into seconds: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
+
+    spb: float
+    swing: float
+    slow_from: float
+    slow_beats: float
+    slowing: float
+
+    def seconds(self, beat: float) -> float:
+        within = beat % 1
+        beat += self.swing * (within / 0.5 if within < 0.5 else (1 - within) / 0.5)
+        late = min(max(beat - self.slow_from, 0.0), self.slow_beats)
+        return LEAD_IN + self.spb * (beat + self.slowing * late * late / self.slow_beats)
+
+
+def compose(seed: int, split: str, index: int, min_seconds: float, max_seconds: float) -> Piece:
+    """Compose item `index` of `split`; other items have no influence on it. Lengths are in seconds (4 to 60)."""
+    rng = random.Random(f"{seed}/{split}/{index}")
+    seconds = round(rng.uniform(min_seconds, max_seconds), 1)
+    seconds = min(max(seconds, min_seconds), max_seconds)
+    count = rng.choices([n for n, _ in PART_COUNTS], [w for _, w in PART_COUNTS])[0]
+    style = STYLES[rng.choice([s.name for s in STYLES.values() if _fits(s, seconds)])]
+    parts = _cast(rng, style, count)
+    drums = style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
+    slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
+    bpm, bars = _tempo(rng, style, seconds, slowing)
+    tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
+    clock = _Clock(
+        spb=60 / bpm,
+        swing=style.swing,
+        slow_from=(bars - 1) * style.beats,
+        slow_beats=style.beats,
+        slowing=slowing,
+    )
+    hold = (seconds - TAIL - clock.seconds(bars * style.beats)) / clock.spb
+    score = _score(rng, style, bpm, bars, tonic, mode, hold, drums or count > 1)
+    notes = [note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, clock, seconds)]
+    if drums:
+        notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, clock, seconds)
+    return Piece(
+        seed=seed,
+        split=split,
+        index=index,
+        seconds=seconds,
+        style=style.name,
+        key=KEYS[tonic],
+        mode=mode,
+        bpm=bpm,
+        drums=drums,
+        parts=tuple(parts),
+        chords=_spans(score, clock, seconds),
+        notes=tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
+    )
+
+
+def _fits(style: Style, seconds: float) -> bool:
+    bar = style.beats * 60 / style.tempo[1]
+    return bar * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD <= seconds
+
+
+def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> tuple[int, int]:
+    """A tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
+    room = seconds - LEAD_IN - TAIL
+    best = (math.inf, style.tempo[1], 1)
+    for _ in range(24):
+        bpm = rng.randint(*style.tempo)
+        bar = style.beats * 60 / bpm
+        bars = math.floor((room - SHORTEST_HOLD) / bar - slowing)
+        hold = room - bar * (bars + slowing)
+        if bars >= 1 and hold <= LONGEST_HOLD:
+            return bpm, bars
+        if bars >= 1:
+            best = min(best, (hold, bpm, bars))
+    return best[1], best[2]
+
+
+def _cast(rng: random.Random, style: Style, count: int) -> list[Part]:
+    """Draws the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
+    if count == 1:
+        name = rng.choice(list(INSTRUMENTS))
+        return [Part(instrument=name, role="solo", pan=round(rng.uniform(-0.2, 0.2), 2), volume=balanced(name, 110))]
+    roles = ["lead", *rng.choice(_LINE_UPS[count])]
+    taken: list[str] = []
+    for role in roles:
+        typical = {"lead": style.lead, "chords": style.chords, "bass": style.bass}.get(role, ())
+        pool = [n for n in (typical if typical and rng.random() < 0.5 else playing(role)) if n not in taken]
+        taken.append(rng.choice(pool or [n for n in playing(role) if n not in taken]))
+    side = rng.choice((-1, 1))
+    places = {
+        "lead": 0.15 * side,
+        "chords": -0.5 * side,
+        "pad": 0.35 * side,
+        "arpeggio": 0.6 * side,
+        "bass": 0.0,
+    }
+    volumes = {"lead": 115, "chords": 88, "pad": 80, "arpeggio": 88, "bass": 104}
+    return [
+        Part(
+            instrument=name,
+            role=role,
+            pan=round(places[role] + rng.uniform(-0.15, 0.15), 2),
+            volume=balanced(name, volumes[role] + rng.randint(-5, 5)),
+        )
+        for name, role in zip(taken, roles, strict=True)
+    ]
+
+
+_LINE_UPS: dict[int, list[tuple[str, ...]]] = {
+    2: [("chords",), ("chords",), ("bass",), ("arpeggio",), ("pad",)],
+    3: [("chords", "bass"), ("chords", "bass"), ("pad", "bass"), ("arpeggio", "bass"), ("arpeggio", "pad")],
+    4: [("chords", "pad", "bass"), ("chords", "arpeggio", "bass"), ("arpeggio", "pad", "bass")],
+}
+
+
+def _score(
+    rng: random.Random,
+    style: Style,
+    bpm: int,
+    bars: int,
+    tonic: int,
+    mode: str,
+    hold: float,
+    accompanied: bool,
+) -> Score:
+    plans = style.major if mode == "major" else style.minor
+    sections = {letter: rng.choice(plans) for letter in "AB"}
+    form = tuple("AABA"[bar // 4 % 4] for bar in range(bars))
+    degrees = progression(tuple(sections[form[bar]][bar % 4] for bar in range(bars)), bars, mode)
+    chords: list[Chord] = []
+    for bar, degree in enumerate(degrees):
+        split = (1, degree) if bars == 1 else (degree,)
+        length = style.beats / len(split)
+        for half, each in enumerate(split):
+            start = bar * style.beats + half * length
+            chords.append(chord_at(tonic, mode, each, style.sevenths, start, length))
+    # An opening bar without the tune, where there is room for one and someone to play it.
+    opening = accompanied and bars >= 4 and style.beats * 60 / bpm <= 3 and rng.random() < 0.5
+    final = chord_at(tonic, mode, 1, "none", bars * style.beats, hold)
+    return Score(style=style, bpm=bpm, bars=bars, entry=int(opening), form=form, chords=tuple(chords), final=final)
+
+
+def _perform(rng: random.Random, score: Score, part: Part, number: int, clock: _Clock, seconds: float) -> list[Note]:
+    instrument = INSTRUMENTS[part.instrument]
+    events = _written(rng, score, instrument, part.role)
+    return _humanise(rng, score, events, number, clock, seconds)
+
+
+def _written(rng: random.Random, score: Score, instrument: Instrument, role: str) -> list[Event]:
+    """Everything one part plays, its last chord included."""
+    low, high = instrument.low, instrument.high
+    middle = min(max(57, low + 7), high - 7)
+    roll = 0.06 if instrument.family in ("guitar", "strings", "piano") and instrument.decay == "long" else 0.0
+    triad = voicing(play.tones_for(instrument, score.final), middle, low, high)
+    if role == "bass" or (role == "solo" and instrument.solo == "bass"):
+        root = nearest(score.final.tones[0], low + 10, low, high)
+        return play.bassline(rng, score, instrument) + play.closing(score, instrument, [root], 0)
+    if role == "chords":
+        return play.comping(rng, score, instrument, middle) + play.closing(score, instrument, triad, roll)
+    if role == "pad":
+        return play.pad(score, instrument, middle) + play.closing(score, instrument, triad, 0)
+    if role == "arpeggio":
+        middle = min(max(64, low + 7), high - 9)
+        triad = voicing(score.final.tones, middle, low, high)
+        return play.arpeggio(rng, score, instrument, middle) + play.closing(score, instrument, triad, 0.12)
+    return _tune(rng, score, instrument, role == "solo", roll)
+
+
+def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool, roll: float) -> list[Event]:
+    """A lead; an instrument that plays alone also accompanies itself if it can."""
+    low, high = instrument.low, instrument.high
+    center = min(low + 0.58 * (high - low), 76) if high - low > 30 else (low + high) / 2
+    center = max(center, low + 9)
+    below = max(low + 6.0, center - 17)
+    solo = instrument.solo if alone else "line"
+    events = play.melody(rng, score, instrument, center)
+    last = nearest(score.final.tones[0], events[-1].pitch if events else center, low, high)
+    pitches = [last]
+    if solo == "keys":
+        manner = rng.choice(("comp", "arpeggio"))
+        accompany = play.comping if manner == "comp" else play.arpeggio
+        events += [_softer(event) for event in accompany(rng, score, instrument, below)]
+    elif solo == "chorale":
+        events += [_softer(event) for event in play.pad(score, instrument, below)]
+    if solo != "line":
+        root = nearest(score.final.tones[0], below - 6, low, high)
+        pitches = sorted({root, *voicing(score.final.tones, below, low, high), last})
+    return events + play.closing(score, instrument, pitches, roll)
+
+
+def _softer(event: Event) -> Event:
+    return Event(pitch=event.pitch, beat=event.beat, length=event.length, velocity=event.velocity * 0.85)
+
+
+def _humanise(
+    rng: random.Random, score: Score, events: list[Event], part: int, clock: _Clock, seconds: float
+) -> list[Note]:
+    """Gives events seconds and MIDI velocities that breathe, and keeps a pitch from overlapping itself."""
+    lag, loose = rng.gauss(0, 0.004), 0.004 if part == DRUMS else 0.007
+    base = rng.uniform(104, 118) * (0.88 if score.style.calm else 1.0)
+    phrase = score.style.beats * 4
+    end = seconds - TAIL
+    notes: dict[int, list[Note]] = defaultdict(list)
+    for event in sorted(events, key=lambda e: (e.beat, e.pitch, -e.velocity)):
+        shift = min(max(lag + rng.gauss(0, loose), -0.02), 0.02)
+        start = min(max(clock.seconds(event.beat) + shift, 0.0), end - 0.05)
+        stop = min(max(clock.seconds(event.beat + event.length), start + 0.04), end)
+        swell = 1 + 0.06 * math.sin(2 * math.pi * event.beat / phrase) + rng.gauss(0, 0.03)
+        velocity = min(max(round(base * event.velocity * swell), 20), 127)
+        start, stop = round(start, 3), round(stop, 3)
+        row = notes[event.pitch]
+        if row and start - row[-1].start < 0.03:
+            continue
+        if row and row[-1].start + row[-1].duration > start - 0.01:
+            row[-1] = _shortened(row[-1], start - 0.01)
+        row.append(Note(part=part, pitch=event.pitch, start=start, duration=round(stop - start, 3), velocity=velocity))
+    return [note for row in notes.values() for note in row]
+
+
+def _shortened(note: Note, stop: float) -> Note:
+    return Note(
+        part=note.part,
+        pitch=note.pitch,
+        start=note.start,
+        duration=round(max(stop - note.start, 0.01), 3),
+        velocity=note.velocity,
+    )
+
+
+def _spans(score: Score, clock: _Clock, seconds: float) -> tuple[ChordSpan, ...]:
+    bounds = [round(clock.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
+    bounds.append(round(seconds - TAIL, 3))
+    return tuple(
+        ChordSpan(start=start, duration=round(stop - start, 3), tones=chord.tones)
+        for chord, start, stop in zip((*score.chords, score.final), bounds[:-1], bounds[1:], strict=True)
+    )
