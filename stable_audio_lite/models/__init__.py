@@ -1,0 +1,1 @@
+"""The networks: VAE, discriminator, U-Net and CLAP."""

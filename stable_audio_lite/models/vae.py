@@ -1,0 +1,340 @@
+"""The variational autoencoder: descript-audio-codec's encoder and decoder without a quantizer.
+
+Kumar et al. 2023 (arXiv 2306.06546) describe the blocks, Evans et al. 2024 (arXiv 2402.04825, section 3.1) the
+bottleneck. Reads upward: residual unit, blocks, encoder and decoder, VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1d, channels_last
+from stable_audio_lite.nn.snake import Snake
+
+_DILATIONS = (1, 3, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Shape of the VAE.
+
+    Attributes:
+        audio_channels: channels of the waveform, 2 for stereo.
+        encoder_width: channels after the encoder's first convolution; they double at each stride.
+        decoder_width: channels after the decoder's first convolution; they halve at each stride.
+        strides: time factors of the encoder's blocks, all even; the decoder takes them backwards.
+        latent_channels: channels of the latent.
+    """
+
+    audio_channels: int = 2
+    encoder_width: int = 128
+    decoder_width: int = 1536
+    strides: tuple[int, ...] = (4, 4, 8, 8)
+    latent_channels: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.strides or any(s < 2 or s % 2 for s in self.strides):
+            raise ValueError(f"strides must be even and at least 2, got {self.strides}")
+        if min(self.audio_channels, self.encoder_width, self.latent_channels) < 1:
+            raise ValueError("audio_channels, encoder_width and latent_channels must be at least 1")
+        if self.decoder_width < 1 or self.decoder_width % 2 ** len(self.strides):
+            raise ValueError(f"decoder_width must be a multiple of {2 ** len(self.strides)}, got {self.decoder_width}")
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return math.prod(self.strides)
+
+
+class ResidualUnit(nn.Module):
+    """Snake, dilated k7 convolution, Snake, k1 convolution, added to the input."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Snake(channels),
+            WeightNormConv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            Snake(channels),
+            # Near the identity at the start, so that depth does not blow up the signal.
+            WeightNormConv1d(channels, channels, 1, gain=0.125),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Down(nn.Module):
+    """Encoder block: three residual units, Snake, strided convolution that doubles the channels."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(ResidualUnit(channels, d) for d in _DILATIONS),
+            Snake(channels),
+            WeightNormConv1d(channels, 2 * channels, 2 * stride, stride=stride, padding=stride // 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Up(nn.Module):
+    """Decoder block: Snake, transposed convolution that halves the channels, three residual units."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Snake(channels),
+            WeightNormConvTranspose1d(channels, channels // 2, 2 * stride, stride=stride, padding=stride // 2),
+            *(ResidualUnit(channels // 2, d) for d in _DILATIONS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Encoder(nn.Module):
+    """(B, audio_channels, T) -> (B, 2 latent_channels, T / hop): mean and scale."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        width = config.encoder_width
+        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3)]
+        for stride in config.strides:
+            layers.append(Down(width, stride))
+            width *= 2
+        layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Conv1d(width, 2 * config.latent_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.layers(channels_last(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, F) -> (B, audio_channels, F * hop)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        width = config.decoder_width
+        layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
+        for stride in reversed(config.strides):
+            layers.append(Up(width, stride))
+            width //= 2
+        # Untrained output at the level of music rather than of full scale.
+        layers += [Snake(width), WeightNormConv1d(width, config.audio_channels, 7, padding=3, gain=0.1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(channels_last(z))
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal Gaussian over latents; `mean` and `std` are (B, latent_channels, F)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * eps, (B, latent_channels, F)."""
+        noise = torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """mean^2 + var - log var - 1, summed over channels, mean over the rest (a scalar)."""
+        variance = self.std.square()
+        return (self.mean.square() + variance - variance.log() - 1).sum(1).mean()
+
+
+class VAE(nn.Module):
+    """Stereo audio to latents and back; fully convolutional, any length."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return self.config.hop
+
+    def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Training pass: audio (B, audio_channels, T) and noise (B, latent_channels, T / hop) -> output, mean, std."""
+        posterior = self.encode(audio)
+        return self.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.std
+
+    def encode(self, audio: Tensor) -> Posterior:
+        """Posterior of (B, audio_channels, T) audio; T is padded with silence to a multiple of `hop`.
+
+        Raises:
+            ValueError: the shape is not (B, audio_channels, T) with T > 0.
+        """
+        if audio.ndim != 3 or audio.shape[1] != self.config.audio_channels or audio.shape[2] == 0:
+            raise ValueError(f"expected audio (B, {self.config.audio_channels}, T), got {tuple(audio.shape)}")
+        audio = F.pad(audio, (0, -audio.shape[2] % self.hop)).to(self.encoder.project.weight.dtype)
+        return self._posterior(self.encoder(audio))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Audio (B, audio_channels, F * hop) of (B, latent_channels, F) latents, whole.
+
+        Raises:
+            ValueError: the shape is not (B, latent_channels, F) with F > 0.
+        """
+        self._check_latents(latents)
+        return self.decoder(latents.to(self.encoder.project.weight.dtype))
+
+    def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
+        """As `encode`, a piece of `chunk_frames` latent frames at a time; the overlap makes it equal."""
+        audio = F.pad(audio, (0, -audio.shape[2] % self.hop))
+        total = audio.shape[2] // self.hop
+        halo = self.encoder_halo
+        means, stds = [], []
+        for start in range(0, total, chunk_frames):
+            stop = min(start + chunk_frames, total)
+            left, right = max(start - halo, 0), min(stop + halo, total)
+            piece = self.encode(audio[:, :, left * self.hop : right * self.hop])
+            means.append(piece.mean[:, :, start - left : stop - left])
+            stds.append(piece.std[:, :, start - left : stop - left])
+        return Posterior(torch.cat(means, 2), torch.cat(stds, 2))
+
+    def decode_chunked(self, latents: Tensor, chunk_frames: int = 32) -> Tensor:
+        """As `decode`, in pieces that stay in the processor's cache; the overlap makes it equal.
+
+        The layers of the lowest rate, whose reach counts in whole frames, run over long pieces; the rest, whose reach
+        is a fraction of a frame but whose activations are large, over pieces of `chunk_frames` frames.
+        """
+        self._check_latents(latents)
+        x = channels_last(latents.to(self.encoder.project.weight.dtype))
+        layers = list(self.decoder.layers)
+        low, high = layers[:2], layers[2:]
+        rate = self.config.strides[-1]
+        halo_low, halo_high = _reach(low), _reach(high)
+        outer = 16 * chunk_frames
+        pieces = []
+        for start in range(0, x.shape[2], outer):
+            stop = min(start + outer, x.shape[2])
+            # Rate-`rate` context that the second stage will need on both sides of this piece.
+            first = max(start * rate - halo_high, 0)
+            last = min(stop * rate + halo_high, x.shape[2] * rate)
+            hidden = _run_piece(low, x, first, last, rate, halo_low)
+            for inner in range(start * rate, stop * rate, chunk_frames * rate):
+                end = min(inner + chunk_frames * rate, stop * rate)
+                left, right = max(inner - halo_high, first), min(end + halo_high, last)
+                y = _run(high, channels_last(hidden[:, :, left - first : right - first]))
+                scale = self.hop // rate
+                pieces.append(y[:, :, (inner - left) * scale : (end - left) * scale].float())
+        return torch.cat(pieces, 2)
+
+    @property
+    def encoder_halo(self) -> int:
+        """Latent frames on each side that an encoded frame's samples reach into."""
+        return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
+
+    def prepare_for_inference(self) -> VAE:
+        """Fold weight norm and stop gradients; returns self."""
+        for module in self.modules():
+            if isinstance(module, WeightNormConv1d):
+                module.fold()
+        return self.eval().requires_grad_(False)
+
+    def _posterior(self, hidden: Tensor) -> Posterior:
+        # softplus and the KL's logarithm lose too much in bf16
+        mean, scale = hidden.float().chunk(2, dim=1)
+        return Posterior(mean, F.softplus(scale) + 1e-4)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 3 or latents.shape[1] != self.config.latent_channels or latents.shape[2] == 0:
+            raise ValueError(f"expected latents (B, {self.config.latent_channels}, F), got {tuple(latents.shape)}")
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _run_piece(layers: list[nn.Module], x: Tensor, first: int, last: int, rate: int, halo: int) -> Tensor:
+    """Output samples first..last of `layers` over x, computed from only the input they depend on."""
+    left = max(first // rate - halo, 0)
+    right = min(-(-last // rate) + halo, x.shape[2])
+    y = _run(layers, channels_last(x[:, :, left:right]))
+    return y[:, :, first - left * rate : last - left * rate]
+
+
+def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
+    return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
+
+
+def _reach(layers: list[nn.Module]) -> int:
+    """Input samples on each side of an output sample's own position that it depends on (one-sided receptive field)."""
+    reach = 0
+    for conv in reversed(_convolutions(layers)):
+        if conv.transposed:
+            reach = math.ceil((reach + conv.kernel_size - conv.padding) / conv.stride)
+        else:
+            reach = reach * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
+    return reach
+
+
+def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
+    """Turn a descript-audio-codec state dict into one for `vae` of the same widths and strides.
+
+    DAC is mono: its first convolution is widened to `audio_channels` inputs (divided by their number, so that equal
+    channels give DAC's response) and its last to as many outputs. What DAC lacks (the posterior's projection) or has in
+    another width (the decoder's entrance from its quantizer) keeps `vae`'s present values.
+
+    Raises:
+        UserError: a tensor that both have differs in shape otherwise.
+    """
+    channels = vae.config.audio_channels
+    last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
+    state = dict(vae.state_dict())
+    for key, value in dac_state.items():
+        name = _our_name(key)
+        if name is None or name not in state:
+            continue
+        if channels > 1 and name == "encoder.layers.0.weight_v" and value.shape[1] == 1:
+            value = value.repeat(1, channels, 1)
+        elif channels > 1 and name == "encoder.layers.0.weight_g":
+            # |v| grew by sqrt(channels) with the copies and the response by channels: undo the latter.
+            value = value / math.sqrt(channels)
+        elif channels > 1 and name.startswith(last) and value.shape[0] == 1:
+            value = value.repeat(channels, *[1] * (value.ndim - 1))
+        if name.startswith("decoder.layers.0.") and value.shape != state[name].shape:
+            continue
+        if value.shape != state[name].shape:
+            raise UserError(
+                f"DAC tensor '{key}' has shape {tuple(value.shape)}, the VAE needs {tuple(state[name].shape)}: "
+                "set encoder_width, decoder_width and strides to the DAC file's"
+            )
+        state[name] = value
+    return state
+
+
+def state_to_dac(vae: VAE) -> dict[str, Tensor]:
+    """The VAE's encoder and decoder under descript-audio-codec's names, for blocks of the same shape."""
+    return {_dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
+
+
+def _our_name(key: str) -> str | None:
+    if key.startswith("encoder.block."):
+        return "encoder." + key.removeprefix("encoder.").replace("block.", "layers.")
+    if key.startswith("decoder.model."):
+        return "decoder.layers." + key.removeprefix("decoder.model.").replace("block.", "layers.")
+    return None
+
+
+def _dac_name(key: str) -> str:
+    part, rest = key.split(".layers.", 1)
+    top = "block" if part == "encoder" else "model"
+    return f"{part}.{top}." + rest.replace("layers.", "block.")

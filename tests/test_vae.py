@@ -1,0 +1,149 @@
+"""The VAE: size, equality with descript-audio-codec's blocks, exact pieces, folding, fused Snake."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, state_from_dac, state_to_dac
+from stable_audio_lite.nn.snake import Snake
+
+SMALL = VAEConfig(encoder_width=8, decoder_width=64)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def lively(vae: VAE) -> VAE:
+    """Weights as a trained model may have them: every parameter away from its initial value."""
+    for name, parameter in vae.named_parameters():
+        scale = 0.3 if name.endswith("alpha") else 0.1
+        parameter.data += scale * parameter.data.abs().mean() * torch.randn_like(parameter)
+    return vae
+
+
+def test_paper_size_counts_exactly() -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in VAE(VAEConfig()).parameters()) == 133_431_300
+
+
+def test_same_output_as_descript_audio_codec() -> None:
+    """One state in both gives the same output to 1e-5, encoder and decoder."""
+    from dac.model.dac import Decoder, Encoder
+
+    mono = VAEConfig(audio_channels=1, encoder_width=8, decoder_width=64)
+    vae = lively(VAE(mono))
+    encoder = Encoder(8, [4, 4, 8, 8], 128)
+    decoder = Decoder(64, 64, [8, 8, 4, 4])
+    decoder.model[-1] = nn.Identity()  # DAC ends in tanh
+    state = state_to_dac(vae)
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
+    decoder.load_state_dict({k.removeprefix("decoder."): v for k, v in state.items() if k.startswith("decoder.")})
+    audio, latents = 0.1 * torch.randn(2, 1, 8192), torch.randn(2, 64, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.encoder.layers(audio), encoder(audio), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vae.decode(latents), decoder(latents), atol=1e-5, rtol=1e-5)
+    again = VAE(mono)
+    again.load_state_dict(state_from_dac(state, again))
+    with torch.no_grad():
+        torch.testing.assert_close(again.decode(latents), vae.decode(latents), atol=0, rtol=0)
+
+
+def test_warm_start_widens_mono_to_stereo() -> None:
+    """Equal channels through the widened VAE give the mono VAE's hidden features, and its output on both sides."""
+    mono = lively(VAE(VAEConfig(audio_channels=1, encoder_width=8, decoder_width=64)))
+    stereo = VAE(SMALL)
+    stereo.load_state_dict(state_from_dac(state_to_dac(mono), stereo))
+    audio, latents = 0.1 * torch.randn(1, 1, 4096), torch.randn(1, 64, 4)
+    with torch.no_grad():
+        hidden = stereo.encoder.layers(audio.repeat(1, 2, 1))
+        torch.testing.assert_close(hidden, mono.encoder.layers(audio), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(stereo.decode(latents), mono.decode(latents).repeat(1, 2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_dac_of_another_width_is_refused() -> None:
+    other = VAE(VAEConfig(encoder_width=16, decoder_width=64))
+    with pytest.raises(UserError, match="encoder_width"):
+        state_from_dac(state_to_dac(other), VAE(SMALL))
+
+
+@pytest.mark.parametrize("frames", [1, 37, 150])
+@pytest.mark.parametrize("chunk", [1, 8, 13])
+def test_pieces_equal_whole(frames: int, chunk: int) -> None:
+    """In float64 nothing but the halo can differ: pieces and whole agree to rounding."""
+    vae = lively(VAE(SMALL)).double()
+    latents = torch.randn(1, 64, frames, dtype=torch.float64)
+    audio = torch.randn(1, 2, frames * 1024 - 100, dtype=torch.float64)
+    with torch.no_grad():
+        whole, pieces = vae.decode(latents), vae.decode_chunked(latents, chunk)
+        torch.testing.assert_close(pieces.double(), whole, atol=1e-5, rtol=1e-5)
+        one, many = vae.encode(audio), vae.encode_chunked(audio, chunk)
+        torch.testing.assert_close(many.mean, one.mean, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(many.std, one.std, atol=1e-5, rtol=1e-5)
+
+
+def test_folding_changes_nothing() -> None:
+    vae = lively(VAE(SMALL))
+    latents, audio = torch.randn(1, 64, 5), torch.randn(1, 2, 3000)
+    with torch.no_grad():
+        before, mean = vae.decode(latents), vae.encode(audio).mean
+        vae.prepare_for_inference()
+        torch.testing.assert_close(vae.decode(latents), before, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vae.encode(audio).mean, mean, atol=1e-5, rtol=1e-5)
+    assert not any("weight_g" in name for name, _ in vae.named_parameters())
+
+
+def test_bf16_weights_run_throughout() -> None:
+    vae = lively(VAE(SMALL))
+    latents = torch.randn(1, 64, 12)
+    with torch.no_grad():
+        exact = vae.decode(latents)
+        vae.to(torch.bfloat16).prepare_for_inference()
+        rounded = vae.decode_chunked(latents, 4)
+        assert vae.encode(torch.randn(1, 2, 2048)).mean.isfinite().all()
+    assert (rounded - exact).square().mean() < 1e-3 * exact.square().mean()
+
+
+def test_any_length_is_padded_to_whole_frames() -> None:
+    assert VAE(SMALL).encode(torch.zeros(1, 2, 1025)).mean.shape == (1, 64, 2)
+
+
+@pytest.mark.parametrize("shape", [(2, 4096), (1, 1, 4096), (1, 2, 0)])
+def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected audio \(B, 2, T\)"):
+        VAE(SMALL).encode(torch.zeros(shape))
+
+
+def test_kl_matches_torch_distributions() -> None:
+    mean, std = torch.randn(3, 4, 5), torch.rand(3, 4, 5) + 0.1
+    exact = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, std), torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    )
+    # The reference's KL leaves out the factor 1/2.
+    torch.testing.assert_close(Posterior(mean, std).kl(), 2 * exact.sum(1).mean())
+
+
+def test_snake_value_and_gradients() -> None:
+    snake = Snake(3).double()
+    snake.alpha.data = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64).view(1, 3, 1)
+    x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    expected = x + torch.sin(snake.alpha * x) ** 2 / snake.alpha
+    torch.testing.assert_close(snake(x), expected, atol=1e-7, rtol=1e-7)
+    wanted = torch.autograd.grad(expected.pow(3).sum(), (x, snake.alpha))
+    got = torch.autograd.grad(snake(x).pow(3).sum(), (x, snake.alpha))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+
+
+def test_config_refuses_what_cannot_be_built() -> None:
+    with pytest.raises(ValueError, match="strides"):
+        VAEConfig(strides=(3, 4))
+    with pytest.raises(ValueError, match="decoder_width"):
+        VAEConfig(decoder_width=100)
+    assert math.prod(VAEConfig().strides) == VAEConfig().hop == 1024
