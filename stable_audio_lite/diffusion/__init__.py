@@ -1,0 +1,1 @@
+"""Noise schedule, denoisers and samplers."""

@@ -1,0 +1,123 @@
+"""Solvers of k-diffusion over any denoiser, with noise that belongs to each item.
+
+The one module that knows k-diffusion. A sampler takes x (B, ...) from noise level sigmas[0] to sigmas[-1]:
+
+    noise = ItemNoise(seeds, shape)
+    SAMPLERS["dpmpp-3m-sde"](denoiser, noise() * sigmas[0], sigmas, noise=noise)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(x, sigma) -> x0, for x (B, ...) = x0 + sigma * eps and sigma (B,)."""
+
+
+class Sampler(Protocol):
+    """Solves from sigmas[0] to sigmas[-1]."""
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        noise: Callable[[], Tensor],
+        on_step: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Draw a sample.
+
+        Args:
+            denoiser: what estimates x0.
+            x: (B, ...) at noise level sigmas[0], which is standard normal noise times that.
+            sigmas: (steps + 1,) falling noise levels; end in 0 for a clean result.
+            noise: gives fresh standard normal noise like x at each call; the `-sde` samplers add it at each step.
+            on_step: called as each step is denoised.
+
+        Returns:
+            (B, ...) in x's dtype.
+
+        Raises:
+            ValueError: sigmas aren't falling.
+        """
+        ...
+
+
+class ItemNoise:
+    """Standard normal noise from one seed per item: an item's is the same alone, in any batch and on any device.
+
+    Args:
+        seeds: one per item.
+        shape: of one item.
+        device: where the noise goes; it is drawn on the CPU.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.shape, self.device = tuple(shape), device
+
+    def __call__(self) -> Tensor:
+        """The next (items, *shape), float32."""
+        rows = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
+
+def _solve(
+    name: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    noise: Callable[[], Tensor],
+    on_step: Callable[[], None] | None = None,
+) -> Tensor:
+    """Run k-diffusion's function `name`; see `Sampler`."""
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas.diff() < 0).all()):
+        raise ValueError(f"sigmas must be at least 2 falling noise levels, got {sigmas.tolist()}")
+    options: dict[str, Any] = {"disable": True}
+    if on_step is not None:
+        options["callback"] = lambda state: on_step()
+    if len(sigmas) == 2 and sigmas[-1] == 0:
+        # One step to zero is the same for every solver, and k-diffusion's SDE functions trip over it.
+        name = "sample_dpmpp_2m"
+    if name.endswith("_sde"):
+        # k-diffusion's own choice, a Brownian tree, is slow, and pays only where steps are retaken; here none is, so
+        # unit normal noise per step has the same law.
+        options["noise_sampler"] = lambda sigma, sigma_next: noise().to(x)
+    return getattr(_k_sampling(), name)(denoiser, x, sigmas.to(x), **options)
+
+
+@functools.cache
+def _k_sampling() -> types.ModuleType:
+    """k_diffusion.sampling alone.
+
+    Importing k_diffusion runs its training and evaluation code with torchvision and more, which takes seconds. So its
+    folder is opened under another package name, which runs no __init__, and its `utils` (unused by the functions
+    here, and the part that wants torchvision) is left empty.
+    """
+    spec = importlib.util.find_spec("k_diffusion")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("k-diffusion is missing; install it with: pip install k-diffusion")
+    package = types.ModuleType("_k_diffusion_light")
+    package.__path__ = list(spec.submodule_search_locations)
+    package.utils = types.ModuleType("utils")  # type: ignore[attr-defined]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.sampling")
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "dpmpp-2m": functools.partial(_solve, "sample_dpmpp_2m"),
+    "dpmpp-2m-sde": functools.partial(_solve, "sample_dpmpp_2m_sde"),
+    "dpmpp-3m-sde": functools.partial(_solve, "sample_dpmpp_3m_sde"),
+}
+"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) by name: 2M as an ODE, 2M and 3M as SDEs."""

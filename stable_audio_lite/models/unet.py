@@ -1,0 +1,401 @@
+"""The 1-D U-Net of Stable Audio (Evans et al. 2024, arXiv 2402.04825), which predicts v from noisy latents.
+
+Residual blocks see the diffusion time through FiLM, transformers see the condition through cross-attention.
+At paper size it has 906,679,744 parameters. Inside, activations are (B, T, C) throughout: a convolution is
+one matrix product over stacked shifts and a transformer needs no transposing, so both run at that speed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
+
+TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+SKIP_SCALE = 0.5**0.5
+Run = Callable[..., Tensor]
+"""Calls its first argument with the others, perhaps checkpointed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Shape of the U-Net; the defaults are the paper's.
+
+    Attributes:
+        width: base width; level i has `width * multipliers[i]` channels.
+        multipliers: one per level, outermost first, the last also of the bottleneck.
+        factors: by how much each step between levels shortens time (len(multipliers) - 1 of them).
+        blocks: residual blocks of each such step.
+        attentions: transformer layers of each step (0: none), then of the bottleneck.
+        heads: attention heads, of (channels // heads) features each.
+        feed_forward: hidden width of the feed-forwards, in units of their channels.
+        groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
+    """
+
+    width: int = 256
+    multipliers: tuple[int, ...] = (4, 4, 4, 5, 5)
+    factors: tuple[int, ...] = (1, 2, 2, 4)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    attentions: tuple[int, ...] = (1, 3, 3, 3, 3)
+    heads: int = 16
+    feed_forward: int = 4
+    groups: int = 16
+
+    def __post_init__(self) -> None:
+        steps = len(self.multipliers) - 1
+        if steps < 1:
+            raise ValueError(f"multipliers needs at least 2 entries, got {self.multipliers}")
+        for name, wanted in (("factors", steps), ("blocks", steps), ("attentions", steps + 1)):
+            if len(getattr(self, name)) != wanted:
+                raise ValueError(
+                    f"{name} needs {wanted} entries for {steps + 1} multipliers, got {getattr(self, name)}"
+                )
+        for name in ("width", "heads", "feed_forward", "groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("multipliers", "factors", "blocks"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}")
+        if min(self.attentions) < 0:
+            raise ValueError(f"attentions must be at least 0 each, got {self.attentions}")
+        if self.width % 2:
+            raise ValueError(f"width must be even, got {self.width}")
+        for channels in self.level_channels:
+            if channels % (2 * self.groups) or channels % self.heads:
+                raise ValueError(
+                    f"width * multiplier = {channels} must be divisible by 2 * groups = {2 * self.groups} "
+                    f"and by heads = {self.heads}"
+                )
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, outermost first."""
+        return tuple(self.width * m for m in self.multipliers)
+
+
+class UNetContext(NamedTuple):
+    """A condition as the U-Net's cross-attentions read it.
+
+    Attributes:
+        layers: for each transformer (down, bottleneck, up), for each of its layers, keys and values.
+        mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
+    """
+
+    layers: tuple[tuple[KeysValues, ...], ...]
+    mask: Tensor | None
+
+
+LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
+"""One transformer's share of a `UNetContext`, and its mask."""
+
+
+# Layers over (B, T, C)
+
+
+class GroupNorm(nn.Module):
+    """Group norm over (B, T, C) with an optional FiLM: statistics in float32, then one multiply-add."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = groups
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
+        """Normalise x (B, T, C); `film` (B, 2C) holds a scale around 0 and a shift."""
+        wide = x.float()
+        per_group = (self.groups, -1)
+        mean = wide.mean(1).unflatten(-1, per_group).mean(-1, keepdim=True)  # B, G, 1
+        power = wide.square().mean(1).unflatten(-1, per_group).mean(-1, keepdim=True)
+        inverse_std = torch.rsqrt((power - mean.square()).clamp(min=0) + self.eps)
+        scale = self.weight.float().unflatten(-1, per_group) * inverse_std  # B, G, C/G
+        shift = (self.bias.float().unflatten(-1, per_group) - mean * scale).flatten(1)
+        scale = scale.flatten(1)
+        if film is not None:
+            film_scale, film_shift = film.float().chunk(2, dim=-1)
+            scale, shift = scale * (1 + film_scale), shift * (1 + film_scale) + film_shift
+        return torch.addcmul(shift[:, None].to(x.dtype), x, scale[:, None].to(x.dtype))
+
+
+class Conv(nn.Module):
+    """Convolution over (B, T, C) -> (B, T / stride, C'), as one matrix product over stacked shifts.
+
+    The weight (C', kernel * C) is stored as that product wants it. T must be a multiple of `stride`.
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, kernel: int, stride: int = 1, zero: bool = False) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        self.weight = nn.Parameter(torch.empty(out_channels, kernel * channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.normal_(self.weight, std=0.0 if zero else (kernel * channels) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve; the padding keeps T / stride frames, an odd one going to the left."""
+        if self.kernel > 1:
+            frames, padding = x.shape[1] // self.stride, self.kernel - self.stride
+            right = padding // 2
+            x = F.pad(x, (0, 0, padding - right, right))
+            last = (frames - 1) * self.stride + 1
+            x = torch.cat([x[:, k : k + last : self.stride] for k in range(self.kernel)], dim=-1)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Upsample(nn.Module):
+    """Transposed convolution over (B, T, C) -> (B, T * factor, C') with kernel 2 * factor.
+
+    Each frame makes 2 * factor output frames, of which the second half adds to the next frame's first half.
+    The weight is (2 * factor * C', C).
+    """
+
+    def __init__(self, channels: int, out_channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.weight = nn.Parameter(torch.empty(2 * factor * out_channels, channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        nn.init.normal_(self.weight, std=(2 * channels) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = x.shape[1]
+        first, second = F.linear(x, self.weight).unflatten(-1, (2, self.factor, -1)).unbind(2)  # B, T, factor, C'
+        ends = (0, 0, 0, 0)
+        x = (F.pad(first, (*ends, 0, 1)) + F.pad(second, (*ends, 1, 0))).flatten(1, 2)
+        start = self.factor - self.factor // 2
+        return x[:, start : start + frames * self.factor] + self.bias
+
+
+class TimeFeatures(nn.Module):
+    """Time t (B,) -> (B, width + 1): t itself and its sine and cosine at learned frequencies, in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(width // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.float()[:, None]
+        angles = 2 * math.pi * t * self.frequencies.float()
+        return torch.cat((t, angles.sin(), angles.cos()), dim=-1)
+
+
+# Blocks
+
+
+class ResidualBlock(nn.Module):
+    """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip."""
+
+    def __init__(self, channels: int, out_channels: int, groups: int, mapping: int, *, zero_skip: bool = False) -> None:
+        super().__init__()
+        self.norm_in = GroupNorm(groups, channels)
+        self.conv_in = Conv(channels, out_channels, kernel=3)
+        self.film = linear(mapping, 2 * out_channels)
+        self.norm_out = GroupNorm(groups, out_channels)
+        self.conv_out = Conv(out_channels, out_channels, kernel=3, zero=True)
+        same = channels == out_channels
+        self.skip = nn.Identity() if same else Conv(channels, out_channels, kernel=1, zero=zero_skip)
+
+    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
+        """Transform x (B, T, C) given the time mapping (B, M)."""
+        hidden = self.conv_in(F.silu(self.norm_in(x)))
+        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(mapping)))))
+        return self.skip(x) + hidden
+
+
+class Transformer(nn.Module):
+    """Group norm, a projection, transformer blocks and a projection, with no skip around the whole."""
+
+    def __init__(self, config: UNetConfig, channels: int, depth: int, context_width: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(2 * config.groups, channels, eps=1e-6)
+        self.to_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, config.heads, config.feed_forward, context_width) for _ in range(depth)
+        )
+        self.to_out = nn.Linear(channels, channels)
+        for projection in (self.to_in, self.to_out):
+            nn.init.eye_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def keys_values(self, tokens: Tensor) -> tuple[KeysValues, ...]:
+        """Keys and values of the condition's tokens (B, S, D) for each layer."""
+        blocks = cast("Iterable[TransformerBlock]", self.blocks)
+        return tuple(block.cross_attention.keys_values(tokens) for block in blocks)
+
+    def forward(self, x: Tensor, keys_values: tuple[KeysValues, ...], mask: Tensor | None) -> Tensor:
+        """Transform x (B, T, C)."""
+        x = self.to_in(self.norm(x))
+        for block, layer in zip(self.blocks, keys_values, strict=True):
+            x = block(x, layer, mask)
+        return self.to_out(x)
+
+
+class Level(nn.Module):
+    """What both directions have at one resolution: residual blocks and an optional transformer."""
+
+    def __init__(
+        self, config: UNetConfig, step: int, mapping: int, context_width: int, *, blocks: int, incoming: int
+    ) -> None:
+        super().__init__()
+        channels, depth = config.level_channels[step + 1], config.attentions[step]
+        self.blocks = nn.ModuleList(ResidualBlock(incoming, channels, config.groups, mapping) for _ in range(blocks))
+        self.transformer = Transformer(config, channels, depth, context_width) if depth else None
+
+
+class Down(Level):
+    """Shortens time, then transforms; keeps a skip after each block and after the transformer."""
+
+    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+        outer, channels = config.level_channels[step : step + 2]
+        super().__init__(config, step, mapping, context_width, blocks=config.blocks[step], incoming=channels)
+        factor = config.factors[step]
+        self.resample = Conv(outer, channels, kernel=2 * factor + 1, stride=factor)
+
+    def forward(self, x: Tensor, mapping: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
+        """(B, T, C) -> (B, T / factor, C') and the skips; `layers` are its transformer's."""
+        x = self.resample(x)
+        skips = []
+        for block in self.blocks:
+            x = run(block, x, mapping)
+            skips.append(x)
+        if self.transformer is not None:
+            x = run(self.transformer, x, *layers)
+            skips.append(x)
+        return x, skips
+
+
+class Up(Level):
+    """Joins a skip to the input of each block, transforms, then lengthens time."""
+
+    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+        outer, channels = config.level_channels[step : step + 2]
+        skips = config.blocks[step] + (1 if config.attentions[step] else 0)
+        super().__init__(config, step, mapping, context_width, blocks=skips, incoming=2 * channels)
+        factor = config.factors[step]
+        up = factor > 1
+        self.resample = Upsample(channels, outer, factor) if up else Conv(channels, outer, kernel=3)
+
+    def forward(self, x: Tensor, skips: list[Tensor], mapping: Tensor, layers: LayersMask, run: Run) -> Tensor:
+        """(B, T, C) and its level's skips -> (B, T * factor, C')."""
+        for block, skip in zip(self.blocks, reversed(skips), strict=True):
+            x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), mapping)
+        if self.transformer is not None:
+            x = run(self.transformer, x, *layers)
+        return self.resample(x)
+
+
+# Model
+
+
+class UNet(nn.Module):
+    """Predicts v of noisy latents.
+
+    Args:
+        config: its shape.
+        channels: latent channels.
+        context_width: width of the condition's tokens.
+        context_tokens: tokens of the learned null condition, that is, of any condition.
+
+    Attributes:
+        null: (context_tokens, context_width), the learned "no condition".
+        latent_mean, latent_std: (channels,) buffers. Whoever feeds latents here normalises them by these; the
+            network itself does not apply them.
+        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: UNetConfig, *, channels: int, context_width: int, context_tokens: int) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "context_width": context_width, "context_tokens": context_tokens}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.config = config
+        self.channels = channels
+        self.gradient_checkpointing = False
+        mapping = TIME_MULTIPLIER * config.width
+        outer, inner = config.level_channels[0], config.level_channels[-1]
+        steps = range(len(config.factors))
+        self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, mapping), nn.GELU())
+        self.mapping = nn.Sequential(linear(mapping, mapping), nn.GELU(), linear(mapping, mapping), nn.GELU())
+        self.block_in = ResidualBlock(channels, outer, 1, mapping)
+        self.down = nn.ModuleList(Down(config, i, mapping, context_width) for i in steps)
+        self.middle_in = ResidualBlock(inner, inner, config.groups, mapping)
+        depth = config.attentions[-1]
+        self.middle = Transformer(config, inner, depth, context_width) if depth else None
+        self.middle_out = ResidualBlock(inner, inner, config.groups, mapping)
+        self.up = nn.ModuleList(Up(config, i, mapping, context_width) for i in reversed(steps))
+        self.block_out = ResidualBlock(outer, channels, 1, mapping, zero_skip=True)
+        self.null = nn.Parameter(torch.randn(context_tokens, context_width))
+        self.register_buffer("latent_mean", torch.zeros(channels))
+        self.register_buffer("latent_std", torch.ones(channels))
+
+    def null_condition(self, batch: int) -> Condition:
+        """The learned null for `batch` items, nothing masked."""
+        tokens = self.null.expand(batch, -1, -1)
+        return Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+
+    def context(self, cond: Condition) -> UNetContext:
+        """Project a condition for all cross-attentions; do it once per generation.
+
+        Raises:
+            ValueError: the tokens have another width than context_width.
+        """
+        width = self.null.shape[1]
+        if cond.tokens.shape[-1] != width:
+            raise ValueError(f"condition tokens must be (B, S, {width}), got {tuple(cond.tokens.shape)}")
+        tokens = cond.tokens.to(self.null.dtype)
+        down, up = (cast("Iterable[Level]", levels) for levels in (self.down, self.up))
+        transformers = [*(d.transformer for d in down), self.middle, *(u.transformer for u in up)]
+        layers = tuple(() if t is None else t.keys_values(tokens) for t in transformers)
+        return UNetContext(layers, attention_mask(cond.mask))
+
+    def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
+        """Predict v.
+
+        Args:
+            x: (B, C, T) noisy latents, any T: padded to a multiple of the factors' product, then cropped.
+            t: (B,) diffusion times in 0..1.
+            context: `self.context(condition)`.
+
+        Returns:
+            (B, C, T) in x's dtype, whatever the dtype of the weights.
+        """
+        if x.ndim != 3 or x.shape[1] != self.channels:
+            raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")
+        frames, dtype = x.shape[-1], self.null.dtype
+        hidden = F.pad(x.to(dtype), (0, -frames % math.prod(self.config.factors))).transpose(1, 2)
+        mapping = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
+        out = self._levels(hidden.contiguous(), mapping, context)
+        return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
+
+    def _levels(self, x: Tensor, mapping: Tensor, context: UNetContext) -> Tensor:
+        """Down, through the bottleneck and up again, over (B, T, C)."""
+        run, middle = self._run, len(self.down)
+        contexts = [(layers, context.mask) for layers in context.layers]
+        x = first = run(self.block_in, x, mapping)
+        skips = []
+        for down, layers in zip(self.down, contexts[:middle], strict=True):
+            x, level_skips = down(x, mapping, layers, run)
+            skips.append(level_skips)
+        x = run(self.middle_in, x, mapping)
+        if self.middle is not None:
+            x = run(self.middle, x, *contexts[middle])
+        x = run(self.middle_out, x, mapping)
+        for up, layers in zip(self.up, contexts[middle + 1 :], strict=True):
+            x = up(x, skips.pop(), mapping, layers, run)
+        return run(self.block_out, x + first, mapping)
+
+    def _run(self, module: Callable[..., Tensor], *inputs: object) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)

@@ -1,0 +1,123 @@
+"""Attention over (B, T, C) sequences, and the `Condition` that cross-attention reads.
+
+Keys and values of a condition do not depend on the noisy input, so cross-attention takes them ready-made
+(`CrossAttention.keys_values`): a sampler projects them once per generation, not once per step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values of one attention layer, each (B, heads, S, C / heads)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What the U-Net cross-attends to.
+
+    Attributes:
+        tokens: (B, S, D) float.
+        mask: (B, S) bool, True = attend; each row needs at least one True.
+
+    Raises:
+        ValueError: on other shapes, or a mask that isn't bool.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 3 or self.mask.shape != self.tokens.shape[:2] or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"expected tokens (B, S, D) and a bool mask (B, S), got {tuple(self.tokens.shape)} and "
+                f"{self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """The same condition on `device`, its tokens in `dtype`; the mask stays bool."""
+        return Condition(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
+
+    @staticmethod
+    def concatenate(conditions: Sequence[Condition]) -> Condition:
+        """Join along the batch; all must have the same S and D."""
+        return Condition(torch.cat([c.tokens for c in conditions]), torch.cat([c.mask for c in conditions]))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, C) -> (B, heads, T, C / heads)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, T, D) -> (B, T, heads * D)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def linear(in_features: int, out_features: int, *, bias: bool = True, zero: bool = False) -> nn.Linear:
+    """A linear layer that keeps unit variance (std 1 / sqrt(in)), or starts at zero."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.normal_(layer.weight, std=0.0 if zero else in_features**-0.5)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    """Multi-head attention with its own norm for queries and for what they look at.
+
+    The output projection starts at zero, so that a new residual branch adds nothing at first.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.norm_context = nn.LayerNorm(context_width)
+        self.to_q = linear(width, width, bias=False)
+        self.to_kv = linear(context_width, 2 * width, bias=False)
+        self.to_out = linear(width, width, zero=True)
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Project (B, S, D) into this layer's keys and values."""
+        keys, values = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
+        return split_heads(keys, self.heads), split_heads(values, self.heads)
+
+    def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Attend from x (B, T, C); `mask` (B, 1, 1, S) is True where a key counts, None where all do."""
+        queries = split_heads(self.to_q(self.norm(x)), self.heads)
+        keys, values = keys_values
+        return self.to_out(merge_heads(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a feed-forward, each added to its input."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, context_width: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, width)
+        self.cross_attention = Attention(width, heads, context_width)
+        self.feed_forward = nn.Sequential(
+            linear(width, feed_forward * width), nn.GELU(), linear(feed_forward * width, width, zero=True)
+        )
+
+    def forward(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
+        """Transform x (B, T, C), reading the condition's keys and values."""
+        x = x + self.attention.attend(x, self.attention.keys_values(x))
+        x = x + self.cross_attention.attend(x, keys_values, mask)
+        return x + self.feed_forward(x)
+
+
+def attention_mask(mask: Tensor) -> Tensor | None:
+    """Turn a (B, S) mask into (B, 1, 1, S), or into None (which is faster) if nothing is masked.
+
+    Looking into the mask waits for the device, so call it once per batch and not within a compiled forward.
+    """
+    if not torch.compiler.is_compiling() and not mask.is_meta and bool(mask.all()):
+        return None
+    return mask[:, None, None, :]

@@ -1,0 +1,202 @@
+"""Schedule, denoiser, guidance and samplers against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from stable_audio_lite.diffusion import schedule
+from stable_audio_lite.diffusion.denoiser import Guidance, VDenoiser, guide, to_x0
+from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
+from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.models.unet import UNet, UNetConfig
+from stable_audio_lite.nn.attention import Condition
+
+MEAN, STD = 0.7, 0.5  # of the Gaussian data whose denoiser is known exactly
+
+
+def gaussian_denoiser(x, sigma):
+    sigma = schedule.like(sigma, x)
+    return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
+
+
+def exact_flow(x, sigma_from, sigma_to):
+    """The probability flow of that data: deviations scale as the standard deviation does."""
+    return MEAN + (x - MEAN) * math.sqrt((STD**2 + sigma_to**2) / (STD**2 + sigma_from**2))
+
+
+def no_noise() -> torch.Tensor:
+    raise AssertionError("an ODE sampler asked for noise")
+
+
+def tiny_unet() -> UNet:
+    torch.manual_seed(0)
+    config = UNetConfig(width=8, multipliers=(1, 2), factors=(2,), blocks=(1,), attentions=(1, 1), heads=2, groups=2)
+    unet = UNet(config, channels=4, context_width=6, context_tokens=3).requires_grad_(False)
+    for parameter in unet.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return unet
+
+
+def condition(batch: int) -> Condition:
+    torch.manual_seed(2)
+    mask = torch.ones(batch, 3, dtype=torch.bool)
+    mask[0, 0] = False
+    return Condition(torch.randn(batch, 3, 6), mask)
+
+
+def test_time_and_sigma_are_inverse():
+    t = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    torch.testing.assert_close(schedule.sigma_to_t(schedule.t_to_sigma(t)), t)
+    alpha, sigma = schedule.alpha_sigma(t)
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
+    torch.testing.assert_close(sigma / alpha, schedule.t_to_sigma(t))
+
+
+def test_noise_and_v_determine_the_data():
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 5, 4, 8, dtype=torch.float64)
+    t = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+    x_t, v = schedule.add_noise(x0, eps, t), schedule.v_target(x0, eps, t)
+    torch.testing.assert_close(schedule.x0_from_v(x_t, v, t), x0)
+    torch.testing.assert_close(x_t[0], x0[0])
+    torch.testing.assert_close(x_t[-1], eps[-1])
+
+
+@pytest.mark.parametrize("objective", ["v", "eps", "x0"])
+def test_every_objective_gives_the_same_x0(objective):
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 4, 4, 8, dtype=torch.float64)
+    t = torch.tensor([0.01, 0.2, 0.5, 0.9], dtype=torch.float64)
+    prediction = {"v": schedule.v_target(x0, eps, t), "eps": eps, "x0": x0}[objective]
+    sigma = schedule.t_to_sigma(t)
+    torch.testing.assert_close(to_x0(objective, prediction, schedule.add_noise(x0, eps, t), sigma), x0)
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="v, eps or x0"):
+        to_x0("score", torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1))  # type: ignore[arg-type]
+
+
+def test_the_denoiser_scales_its_input_and_recovers_x0():
+    torch.manual_seed(0)
+    x0, eps = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    sigma = torch.tensor([0.01, 1.0, 300.0], dtype=torch.float64)
+
+    def network(x_t, t, context):
+        torch.testing.assert_close(x_t, schedule.add_noise(x0, eps, t))
+        return schedule.v_target(x0, eps, t)
+
+    denoiser = VDenoiser(network, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(denoiser(x0 + schedule.like(sigma, x0) * eps, sigma), x0)
+
+
+def test_sigmas_fall_from_one_end_to_the_other_then_zero():
+    sigmas = polyexponential_sigmas(10, 0.03, 500, rho=1.0)
+    assert len(sigmas) == 11 and sigmas[-1] == 0
+    torch.testing.assert_close(sigmas[[0, -2]], torch.tensor([500, 0.03]), rtol=1e-4, atol=0)
+    steps = sigmas[:-1].log().diff()
+    torch.testing.assert_close(steps, steps.mean().expand(9), rtol=1e-3, atol=0)
+    assert (polyexponential_sigmas(10, 0.03, 500, rho=2.0)[1:-2] < sigmas[1:-2]).all()
+
+
+@pytest.mark.parametrize(("steps", "low", "high", "rho"), [(0, 0.1, 1, 1), (5, 0, 1, 1), (5, 2, 1, 1), (5, 1, 2, 0)])
+def test_bad_sigmas_are_refused(steps, low, high, rho):
+    with pytest.raises(ValueError):
+        polyexponential_sigmas(steps, low, high, rho)
+
+
+def test_the_ode_sampler_converges_with_second_order():
+    torch.manual_seed(0)
+    noise = torch.randn(2, 3, 16, dtype=torch.float64)
+    errors: list[float] = []
+    for steps in (32, 64, 128):
+        sigmas = torch.logspace(1, -1, steps + 1, dtype=torch.float64)
+        end = SAMPLERS["dpmpp-2m"](gaussian_denoiser, noise * 10, sigmas, noise=no_noise)
+        errors.append((end - exact_flow(noise * 10, 10, 0.1)).abs().max().item())
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    assert min(slopes) >= 1.7 and errors[-1] < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp-2m-sde", "dpmpp-3m-sde"])
+def test_sde_samplers_draw_from_the_data(sampler):
+    noise = ItemNoise([11, 12], (1, 20_000))
+    first, sigmas = noise(), polyexponential_sigmas(100, 0.01, 100)
+    out = SAMPLERS[sampler](gaussian_denoiser, first * sigmas[0], sigmas, noise=noise)
+    # Standard errors over 40,000 draws: 0.0025 of the mean, 0.0018 of the standard deviation.
+    assert abs(out.mean().item() - MEAN) < 0.01
+    assert abs(out.std().item() - STD) < 0.01
+    # Fresh noise has replaced the first.
+    assert torch.corrcoef(torch.stack((first.flatten(), out.flatten())))[0, 1].abs() < 0.05
+
+
+def test_noise_belongs_to_the_seed():
+    both, one = ItemNoise([3, 4], (2, 5)), ItemNoise([4], (2, 5))
+    draws = [both(), both()]
+    assert torch.equal(draws[0][1:], one()) and torch.equal(draws[1][1:], one())
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0][0], draws[0][1])
+    many = ItemNoise(range(50), (1000,))()
+    assert abs(many.std().item() - 1) < 0.02 and torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_item_is_the_same_alone_and_in_a_batch(sampler):
+    unet, cond, sigmas = tiny_unet(), condition(3), polyexponential_sigmas(6, 0.1, 50)
+
+    def run(chosen: list[int]) -> torch.Tensor:
+        noise = ItemNoise([5 + i for i in chosen], (4, 12))
+        guidance = Guidance(unet, Condition(cond.tokens[chosen], cond.mask[chosen]), scale=3.0, rescale=0.5)
+        return SAMPLERS[sampler](guidance, noise() * sigmas[0], sigmas, noise=noise)
+
+    batch = run([0, 1, 2])
+    assert torch.isfinite(batch).all()
+    for i in range(3):
+        assert (run([i])[0] - batch[i]).abs().max() < 1e-4 * batch.abs().max()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 4])
+def test_every_step_is_reported(sampler, steps):
+    seen: list[int] = []
+    noise, sigmas = ItemNoise([0], (2, 3)), polyexponential_sigmas(steps, 0.1, 10)
+    out = SAMPLERS[sampler](gaussian_denoiser, noise(), sigmas, noise=noise, on_step=lambda: seen.append(1))
+    assert len(seen) == steps and torch.isfinite(out).all()
+
+
+def test_rising_sigmas_are_refused():
+    with pytest.raises(ValueError, match="falling"):
+        SAMPLERS["dpmpp-2m"](gaussian_denoiser, torch.zeros(1, 2), torch.tensor([1.0, 2.0]), noise=no_noise)
+
+
+def test_guidance_is_the_formula_in_one_forward():
+    unet, cond = tiny_unet(), condition(2)
+    torch.manual_seed(1)
+    x, sigma = torch.randn(2, 4, 8), torch.tensor([0.5, 3.0])
+    wanted = VDenoiser(unet, unet.context(cond))(x, sigma)
+    unwanted = VDenoiser(unet, unet.context(unet.null_condition(2)))(x, sigma)
+    calls = []
+    hook = unet.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    guided = Guidance(unet, cond, scale=4.0)(x, sigma)
+    torch.testing.assert_close(guided, unwanted + 4 * (wanted - unwanted), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(Guidance(unet, cond, scale=1.0)(x, sigma), wanted, atol=1e-5, rtol=1e-4)
+    hook.remove()
+    assert calls == [4, 2]
+    # Moving away from what is asked for leads nowhere.
+    against_itself = Guidance(unet, cond, cond, scale=4.0)(x, sigma)
+    torch.testing.assert_close(against_itself, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_full_rescale_restores_each_items_deviation():
+    torch.manual_seed(0)
+    wanted, unwanted = torch.randn(2, 3, 4, 50) * torch.tensor([1.0, 2.0, 5.0])[:, None, None]
+    full, none = guide(wanted, unwanted, 6.0, 1.0), guide(wanted, unwanted, 6.0, 0.0)
+    torch.testing.assert_close(full.std((1, 2)), wanted.std((1, 2)))
+    torch.testing.assert_close(guide(wanted, unwanted, 6.0, 0.25), 0.25 * full + 0.75 * none)
+
+
+def test_bad_guidance_is_refused():
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match="rescale"):
+        Guidance(unet, condition(1), scale=2.0, rescale=1.5)
+    with pytest.raises(ValueError, match="same shape"):
+        Guidance(unet, condition(2), condition(1), scale=2.0)
