@@ -1,0 +1,1 @@
+"""What a generation is asked for: text features, timing, and their combination."""

@@ -1,0 +1,92 @@
+"""Joins text features and the two timing tokens into the one condition that the U-Net attends to.
+
+Source: Evans et al. 2024, "Fast Timing-Conditioned Latent Audio Diffusion": `seconds_start` and
+`seconds_total` are each one learned embedding per whole second, appended to the text tokens along the
+sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_lite.nn.attention import Condition
+
+
+def drop(
+    condition: Condition, null: Condition, probability: float, generator: torch.Generator | None = None
+) -> Condition:
+    """Replace each item's whole condition by `null`'s with `probability`, for classifier-free guidance.
+
+    Args:
+        condition: of B items.
+        null: of B items or of one, with the same S and D; gradients reach it.
+        probability: 0..1, per item and independent.
+        generator: source of the draw, on the CPU, so that every device draws alike.
+    """
+    if not 0.0 <= probability <= 1.0:
+        raise ValueError(f"the dropout probability must lie in 0..1, got {probability}")
+    expected, got = tuple(condition.tokens.shape[1:]), tuple(null.tokens.shape[1:])
+    if got != expected:
+        raise ValueError(f"the null condition should be {expected} like the condition, got {got}")
+    dropped = torch.rand(len(condition.tokens), 1, generator=generator) < probability  # rand < 1 always
+    dropped = dropped.to(condition.tokens.device)
+    tokens = torch.where(dropped[..., None], null.tokens.to(condition.tokens.dtype), condition.tokens)
+    return Condition(tokens, torch.where(dropped, null.mask, condition.mask))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingConfig:
+    """Timing embeddings: one per whole second, 0..max_seconds."""
+
+    max_seconds: int = 512
+
+    def __post_init__(self) -> None:
+        if self.max_seconds < 1:
+            raise ValueError(f"max_seconds must be at least 1, got {self.max_seconds}")
+
+
+class Conditioner(nn.Module):
+    """Appends a `seconds_start` and a `seconds_total` token to text features.
+
+    Its only parameters are the two embedding tables; they are trained with the U-Net, unlike the text
+    encoder.
+    """
+
+    def __init__(self, config: TimingConfig, width: int):
+        """`width` is the text encoder's, so that all tokens have one width D."""
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.seconds_start = nn.Embedding(config.max_seconds + 1, width)
+        self.seconds_total = nn.Embedding(config.max_seconds + 1, width)
+
+    def forward(self, text: Condition, seconds_start: Tensor, seconds_total: Tensor) -> Condition:
+        """Text (B, N, D) and seconds (B,) each -> condition (B, N + 2, D).
+
+        Seconds may be fractions; each is rounded to the nearest whole second (halves to even), for which
+        there is one embedding.
+
+        Raises:
+            ValueError: seconds outside 0..max_seconds or not finite, or another batch size or width.
+        """
+        batch, _, width = text.tokens.shape
+        if width != self.width:
+            raise ValueError(f"text features are {width} wide, the conditioner {self.width}")
+        start = self.seconds_start(self._index("seconds_start", seconds_start, batch))  # B, D
+        total = self.seconds_total(self._index("seconds_total", seconds_total, batch))  # B, D
+        timing = torch.stack([start, total], dim=1)  # B, 2, D
+        attend = text.mask.new_ones(batch, 2)
+        tokens = torch.cat([text.tokens.to(timing.dtype), timing], dim=1)
+        return Condition(tokens, torch.cat([text.mask, attend], dim=1))
+
+    def _index(self, name: str, seconds: Tensor, batch: int) -> Tensor:
+        seconds = torch.as_tensor(seconds, dtype=torch.float64)
+        if seconds.shape != (batch,):
+            raise ValueError(f"{name} must hold one value per prompt, ({batch},), got {tuple(seconds.shape)}")
+        whole = seconds.round()
+        if not bool(((whole >= 0) & (whole <= self.config.max_seconds)).all()):
+            raise ValueError(f"{name} must lie in 0..{self.config.max_seconds} s, got {seconds.tolist()}")
+        return whole.long().to(self.seconds_start.weight.device)
