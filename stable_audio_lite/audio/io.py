@@ -133,9 +133,7 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"{path}: can't be written ({error.strerror}); choose another place with -o") from error
 
 
-def write_audio(
-    path: str | Path, samples: Any, sample_rate: int, metadata: dict[str, Any] | None = None
-) -> float:
+def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict[str, Any] | None = None) -> float:
     """Write (C, T) float samples as 24-bit WAV or FLAC, by suffix; `samples` is a tensor or an array.
 
     `metadata` is stored inside the file: its "prompt" as the title, all of it as JSON in the comment; `read_metadata`

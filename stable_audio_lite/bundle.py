@@ -1,0 +1,329 @@
+"""Bundles: a folder with `config.yaml`, one safetensors file per part and the tokenizer, which loads alone.
+
+Parts are `vae`, `text_encoder`, `audio_encoder` (CLAP's audio tower), `conditioner` and `unet`. All are optional in a
+folder: a trainer writes the one it trained beside the same `config.yaml`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stable_audio_lite.conditioning.conditioner import TimingConfig
+from stable_audio_lite.config import from_dict, read_yaml, save_config
+from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing_folder, sha256
+from stable_audio_lite.models.clap import ClapConfig
+from stable_audio_lite.models.unet import UNet, UNetConfig
+from stable_audio_lite.models.vae import VAEConfig
+
+FORMAT = 1
+PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet")
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+STARTER = Path(__file__).parent / "starter"
+
+_TIMING_TOKENS = 2
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SHOWN = 3  # mismatching tensors that a message spells out
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What `generate` uses unless told otherwise; each bundle owns the values that suit its weights.
+
+    Attributes:
+        steps: sampling steps.
+        cfg: classifier-free guidance scale; 1 is none.
+        rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
+        sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
+        sigma_min: the noise level at the end, relative to latents of unit standard deviation.
+        sigma_max: the noise level at the start.
+        rho: curvature of the polyexponential noise levels.
+    """
+
+    steps: int = 100
+    cfg: float = 6.0
+    rescale: float = 0.0
+    sampler: str = "dpmpp-2m"
+    sigma_min: float = 0.01
+    sigma_max: float = 100.0
+    rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableAudioConfig:
+    """A whole system: the VAE, the text encoder, the timing embeddings and the U-Net.
+
+    Attributes:
+        kind: which system this is.
+        format: version of the bundle's layout.
+        sample_rate: Hz.
+        latent_frames: length of the window that the U-Net generates.
+    """
+
+    kind: Literal["stable_audio"]
+    format: int = FORMAT
+    sample_rate: int = 44100
+    latent_frames: int
+    vae: VAEConfig
+    clap: ClapConfig
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    unet: UNetConfig
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format must be {FORMAT}, got {self.format}")
+        if self.sample_rate < 1 or self.latent_frames < 1:
+            raise ValueError("sample_rate and latent_frames must be at least 1")
+        if self.window_seconds > self.timing.max_seconds:
+            raise ValueError(
+                f"the window of {self.window_seconds:.1f} s exceeds timing.max_seconds {self.timing.max_seconds}"
+            )
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return self.vae.hop
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that one generation spans."""
+        return self.latent_frames * self.hop
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds that one generation spans."""
+        return self.window_samples / self.sample_rate
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(channels, frames) of one generation's latents."""
+        return self.vae.latent_channels, self.latent_frames
+
+    @property
+    def context_width(self) -> int:
+        """Width of the tokens that the U-Net attends to."""
+        return self.clap.text_width
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens the U-Net attends to: the text's and two of timing."""
+        return self.clap.max_tokens + _TIMING_TOKENS
+
+
+def build_unet(config: StableAudioConfig) -> UNet:
+    """The U-Net of `config`, with what it takes from the other parts."""
+    return UNet(
+        config.unet,
+        channels=config.vae.latent_channels,
+        context_width=config.context_width,
+        context_tokens=config.context_tokens,
+    )
+
+
+def load_model_config(path: str | Path) -> StableAudioConfig:
+    """Read a model config from a YAML file or from a bundle folder.
+
+    Raises:
+        UserError: no such file, made by another version of this package, or a key is wrong.
+    """
+    path = Path(path)
+    file = path / CONFIG_FILE if path.is_dir() else path
+    data = read_yaml(file)
+    if data.get("kind") != "stable_audio":
+        raise UserError(f"{file}: key 'kind' must be stable_audio, got {data.get('kind')!r}; this is no model config")
+    if (version := data.get("format", FORMAT)) != FORMAT:
+        raise UserError(
+            f"{file}: made by another version of this package (format {version}, this one reads {FORMAT}); "
+            "install the version that wrote it or convert it"
+        )
+    return from_dict(StableAudioConfig, data, str(file))
+
+
+def resolve(name: str | Path) -> Path:
+    """The folder of a bundle given as "starter", a path, or an id on the Hugging Face hub.
+
+    Raises:
+        UserError: there is no such bundle, or it can't be downloaded.
+    """
+    if str(name) == "starter":
+        if not (STARTER / CONFIG_FILE).is_file():
+            raise UserError(f"{STARTER}: the starter weights are missing from this installation; install it again")
+        return STARTER
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            raise UserError(f"{path}: no bundle, it has no {CONFIG_FILE}")
+        return path
+    if path.exists():
+        raise UserError(f"{path}: a bundle is a folder with {CONFIG_FILE} and weights; give the folder")
+    if not _HUB_ID.fullmatch(str(name)):
+        raise UserError(f"{name}: no such bundle; give 'starter', a folder, or a hub id such as someone/model")
+    return _download(str(name))
+
+
+def save_bundle(
+    folder: str | Path,
+    config: StableAudioConfig,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    tokenizer_json: str | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> None:
+    """Write a bundle in one go; a bundle already at `folder` is replaced only once the new one is complete.
+
+    Args:
+        folder: where to.
+        config: the whole system's.
+        parts: state dict of each part in `PARTS` that is to be stored; floating types are kept.
+        tokenizer_json: contents of `tokenizer.json`, where the text encoder is our own.
+        extra_files: other files by name, for instance a README.md.
+
+    Raises:
+        UserError: `folder` holds something other than a bundle, or can't be written.
+    """
+    from safetensors.torch import save_file
+
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"unknown parts {sorted(unknown)}, expected some of {PARTS}")
+    check_replaceable(folder)
+    with replacing_folder(folder) as temporary:
+        save_config(config, temporary / CONFIG_FILE)
+        for name, state in parts.items():
+            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+        texts = dict(extra_files or {})
+        if tokenizer_json is not None:
+            texts[TOKENIZER_FILE] = tokenizer_json
+        for file_name, text in texts.items():
+            (temporary / file_name).write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuse to put a bundle in the place of anything but a bundle or an empty folder.
+
+    Raises:
+        UserError: `folder` is a file or a folder with other contents.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise UserError(f"{path}: holds other files, not a bundle; choose a new folder")
+    elif path.exists():
+        raise UserError(f"{path}: is a file; a bundle is written as a folder")
+
+
+def part_path(folder: str | Path, name: str) -> Path:
+    """Where a bundle keeps part `name`; the file need not exist."""
+    return Path(folder) / f"{name}.safetensors"
+
+
+def read_part(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """The state dict of one part, on the CPU, in the floating types it was stored in.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = part_path(folder, name)
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so this bundle has no {name}; use a complete bundle")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged or truncated ({reason}); fetch or train it again") from error
+
+
+def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = False) -> None:
+    """Load part `name` into `module`; every tensor must fit.
+
+    The module keeps its floating type; with `assign` it takes the file's tensors, type and all, without copying.
+
+    Raises:
+        UserError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
+    """
+    state = read_part(folder, name)
+    check_state(state, module, str(part_path(folder, name)))
+    module.load_state_dict(state, assign=assign)
+
+
+class WithoutInitialisation(TorchFunctionMode):
+    """While active, new modules leave their weights as memory holds them: for those that are loaded at once."""
+
+    _FILLING = frozenset({"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_", "copy_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._FILLING:
+            return args[0] if args else kwargs["tensor"]  # torch.nn.init passes it by name
+        return func(*args, **kwargs)
+
+
+def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
+    """Compare a state dict with what `module` has.
+
+    Raises:
+        UserError: names keys and shapes that differ, in one line that starts with `where`.
+    """
+    expected = module.state_dict()
+    found = [
+        f"'{k}' has shape {tuple(state[k].shape)}, the config gives {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    found += [f"'{k}' {tuple(v.shape)} is missing" for k, v in expected.items() if k not in state]
+    found += [f"'{k}' {tuple(v.shape)} is unexpected" for k, v in state.items() if k not in expected]
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise UserError(f"{where}: weights don't fit {CONFIG_FILE}: {'; '.join(found[:_SHOWN])}{more}")
+
+
+def model_hash(folder: str | Path) -> str:
+    """Twelve hexadecimal digits that name a bundle's contents: config, tokenizer and every part."""
+    digest = hashlib.sha256()
+    names = (CONFIG_FILE, TOKENIZER_FILE, *(f"{name}.safetensors" for name in PARTS))
+    for name in names:
+        if (path := Path(folder) / name).is_file():
+            digest.update(f"{name} {sha256(path)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _download(name: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = [CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{name}: neither a folder here nor a bundle that the hub gives out ({type(error).__name__}: {reason})"
+        ) from error
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{name}: this hub repository has no {CONFIG_FILE}, so it is no bundle")
+    return folder

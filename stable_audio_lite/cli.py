@@ -1,0 +1,308 @@
+"""The `stable-audio-lite` command: generate, info, corpus.
+
+Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from stable_audio_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from stable_audio_lite.pipeline import Generated, StableAudio
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse would print before it."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status. Every mistake becomes one line on stderr."""
+    args = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore")
+    try:
+        args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; leave the interpreter nothing to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        message = "out of memory; lower --batch or --seconds"
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        message = "out of memory; lower --batch or --seconds, or choose another --device"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="stable-audio-lite", description="Text to music and sound.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    _add_generate(commands)
+    _add_info(commands)
+    _add_corpus(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="make sound from text", description="Make sound from text.")
+    parser.set_defaults(run=_generate)
+    add = parser.add_argument
+    add("prompt", nargs="?", metavar="PROMPT", help="what to hear")
+    add("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line, instead of PROMPT")
+    add("--seconds", type=float, help="length of the sound (default: the model's window)")
+    add("--seed", type=int, help="of the first item, the next one more each (default: random, printed)")
+    add("--steps", type=int, help="sampling steps (default: the model's)")
+    add("--cfg", type=float, help="guidance scale, 1 is none (default: the model's)")
+    add("--negative", metavar="TEXT", help="what not to hear; replaces the unconditional half of guidance")
+    add("--count", type=int, default=1, help="items per prompt (default: 1)")
+    add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
+    add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
+    add("--model", default="starter", help="'starter', a bundle's folder or a hub id (default: starter)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        help="a .wav or .flac file (several items: numbered), or a folder (default: named after prompt and seed)",
+    )
+    add("--plot", action="store_true", help="also write a spectrogram as .png beside each sound")
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="parameters, latent shape and window of a model",
+        description="Parameters, latent shape and window of a model, or what is stored in a generated file.",
+    )
+    parser.set_defaults(run=_info)
+    parser.add_argument("path", help="a model config (.yaml), a bundle (folder, hub id, 'starter'), or a .wav or .flac")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    items = [prompt for prompt in prompts for _ in range(args.count)]
+    outputs = _outputs(args.output, items, seed)
+    _check_outputs(outputs, args.plot)
+
+    started = time.perf_counter()
+    from stable_audio_lite.pipeline import StableAudio
+
+    model = StableAudio.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    loaded = time.perf_counter()
+    seconds = 0.0
+    with _Progress(len(items)) as progress:
+        for first in range(0, len(items), args.batch):
+            stop = min(first + args.batch, len(items))
+            result = model.generate(
+                items[first:stop],
+                seconds=args.seconds,
+                seed=seed + first,
+                steps=args.steps,
+                cfg=args.cfg,
+                negative=args.negative,
+                sampler=args.sampler,
+                progress=progress.within(first, stop),
+            )
+            for index, path in enumerate(outputs[first:stop]):
+                progress.say(_store(result, index, path, args.plot))
+            seconds += result.seconds * (stop - first)
+    _print_speed(model, seconds, loaded - started, time.perf_counter() - loaded)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give either a PROMPT or --prompts FILE")
+    if args.count < 1 or args.batch < 1:
+        raise UserError(f"--count and --batch must be at least 1, got {args.count} and {args.batch}")
+    if args.prompt is not None:
+        if not args.prompt.strip():
+            raise UserError("the prompt is empty; say what you want to hear")
+        return [args.prompt.strip()]
+    try:
+        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"{args.prompts}: can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{args.prompts}: not UTF-8 text; give one prompt per line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{args.prompts}: holds no prompts; write one per line")
+    return prompts
+
+
+def _outputs(output: Path | None, items: list[str], seed: int) -> list[Path]:
+    """One path per item: the file itself, numbered files, or files in a folder."""
+    if output is None or output.is_dir() or not output.suffix:
+        folder = output or Path()
+        return [folder / f"{_slug(prompt)}-{seed + i}.wav" for i, prompt in enumerate(items)]
+    if len(items) == 1:
+        return [output]
+    digits = len(str(len(items)))
+    return [output.with_stem(f"{output.stem}-{i + 1:0{digits}d}") for i in range(len(items))]
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "sound"
+
+
+def _check_outputs(outputs: list[Path], plot: bool) -> None:
+    from stable_audio_lite.audio.io import check_writable
+
+    for path in outputs:
+        check_writable(path)
+    if plot:
+        from stable_audio_lite.audio.plot import check_plottable
+
+        check_plottable(outputs[0].with_suffix(".png"))
+
+
+def _store(result: Generated, index: int, path: Path, plot: bool) -> str:
+    """Write one item; returns the text to print."""
+    gain = result.save(path, index)
+    settings = result.settings[index]
+    if plot:
+        from stable_audio_lite.audio.plot import plot_spectrogram
+
+        plot_spectrogram(path.with_suffix(".png"), result.audio[index], result.sample_rate, settings["prompt"])
+    rest = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "prompt" and value is not None)
+    quieter = f", attenuated to {gain:.3f}" if gain < 1 else ""
+    return f"{path}: {settings['prompt']}\n  {rest}{quieter}"
+
+
+def _print_speed(model: StableAudio, seconds: float, loading: float, working: float) -> None:
+    print(
+        f"{seconds:.1f} s of sound in {working:.1f} s (real-time factor {seconds / working:.2f}x) "
+        f"after {loading:.1f} s of loading, on {model.device} in {str(model.dtype).removeprefix('torch.')}"
+    )
+
+
+class _Progress:
+    """A bar on stderr over all items, which shows itself at the first step: a refused request has none."""
+
+    def __init__(self, items: int):
+        self._items = items
+        self._bar: tqdm[NoReturn] | None = None
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def within(self, first: int, stop: int) -> Callable[[int, int], None]:
+        """A callback (steps done, steps in all) for the batch first..stop."""
+
+        def update(done: int, total: int) -> None:
+            if self._bar is None:
+                from tqdm import tqdm
+
+                layout = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
+                self._bar = tqdm(total=self._items, leave=False, bar_format=layout)
+            self._bar.update(first + (stop - first) * done / total - self._bar.n)
+
+        return update
+
+    def say(self, text: str) -> None:
+        """Print to stdout without breaking the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        print(text, flush=True)
+
+
+def _info(args: argparse.Namespace) -> None:
+    if Path(args.path).suffix.lower() in (".wav", ".flac"):
+        from stable_audio_lite.audio.io import audio_info, read_metadata
+
+        header, stored = audio_info(args.path), read_metadata(args.path).settings
+        facts = {"sample_rate": header.sample_rate, "channels": header.channels, "seconds": header.seconds, **stored}
+    else:
+        from stable_audio_lite.describe import describe
+
+        facts = describe(args.path)
+    if args.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    for key, value in _flat(facts):
+        print(f"{key:28} {value}")
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            rows.append((prefix + key, " x ".join(map(str, value))))
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def _add_corpus(commands: Any) -> None:
+    parser = commands.add_parser(
+        "corpus",
+        help="compose and render captioned music to train on",
+        description="Compose and render captioned music to train on; the same seed gives the same corpus.",
+    )
+    parser.set_defaults(run=_corpus)
+    add = parser.add_argument
+    add("output", metavar="OUT", type=Path, help="the folder to write")
+    add("--items", type=int, default=1000, help="pieces to train on (default: 1000)")
+    add("--held-out", type=int, default=100, help="further pieces, kept apart (default: 100)")
+    add("--seed", type=int, default=0, help="of the whole corpus (default: 0)")
+    add("--workers", type=int, help="processes (default: one per core)")
+    add("--min-seconds", type=float, default=4.0, help="shortest piece (default: 4)")
+    add("--max-seconds", type=float, default=30.0, help="longest piece (default: 30)")
+    add("--format", default="flac", choices=("flac", "wav"), help="of the audio files (default: flac)")
+    add("--soundfont", metavar="FILE.sf2", help="General MIDI sounds (default: the system's)")
+
+
+def _corpus(args: argparse.Namespace) -> None:
+    from stable_audio_lite.corpus.build import build_corpus
+
+    report = build_corpus(
+        args.output,
+        items=args.items,
+        held_out=args.held_out,
+        seed=args.seed,
+        workers=args.workers,
+        min_seconds=args.min_seconds,
+        max_seconds=args.max_seconds,
+        audio_format=args.format,
+        soundfont=args.soundfont,
+    )
+    hours = report.seconds / 3600
+    print(f"{args.output}: {report.rendered} pieces rendered, {report.kept} kept, {hours:.2f} h in all")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

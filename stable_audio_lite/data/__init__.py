@@ -1,0 +1,1 @@
+"""Data sets: items of audio with captions, random crops, cached latents."""

@@ -1,0 +1,153 @@
+"""Generation: reproducible, of the asked length, and the same from a copy of the bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stable_audio_lite.audio.io import read_metadata
+from stable_audio_lite.devices import choose_device, choose_dtype
+from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.pipeline import StableAudio
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bundle: Path) -> StableAudio:
+    return StableAudio.from_pretrained(tiny_bundle, device="cpu", dtype="float32")
+
+
+def test_shapes_units_and_settings(model: StableAudio) -> None:
+    result = model.generate(["piano", "drums"], seconds=0.5, seed=5, count=2)
+    assert result.audio.shape == (4, 2, 22050) and result.audio.dtype == torch.float32
+    assert result.seeds == [5, 6, 7, 8]
+    assert [s["prompt"] for s in result.settings] == ["piano", "piano", "drums", "drums"]
+    assert result.settings[0]["model"] == model.hash
+    assert result.settings[0]["steps"] == model.config.generation.steps
+
+
+@pytest.mark.parametrize("samples", [1, 1023, 1024, 1025, 44100, 65536])
+def test_length_is_exact(model: StableAudio, samples: int) -> None:
+    assert model.generate("piano", seconds=samples / 44100, seed=0, steps=2).audio.shape[-1] == samples
+
+
+def test_default_length_is_the_window(model: StableAudio) -> None:
+    assert model.generate("piano", seed=0, steps=2).audio.shape[-1] == model.config.window_samples
+
+
+def test_same_seed_same_sound_and_another_seed_another(model: StableAudio) -> None:
+    first, again, other = (model.generate("piano", seconds=0.3, seed=s).audio for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-3)
+
+
+def test_sampling_leaves_the_global_random_state_alone(model: StableAudio) -> None:
+    before = torch.get_rng_state()
+    model.generate("piano", seconds=0.1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_an_item_is_the_same_alone_and_in_any_batch(model: StableAudio) -> None:
+    together = model.generate(["piano", "drums", "quartet"], seconds=0.3, seed=3, batch=3).audio
+    apart = model.generate(["piano", "drums", "quartet"], seconds=0.3, seed=3, batch=1).audio
+    alone = model.generate("drums", seconds=0.3, seed=4).audio
+    assert torch.allclose(together, apart, atol=1e-4)
+    assert torch.allclose(together[1:2], alone, atol=1e-4)
+
+
+def test_decoding_only_what_is_wanted_changes_no_sample(model: StableAudio) -> None:
+    latents = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    whole = model.vae.decode(latents[None])[0]
+    assert torch.allclose(model._decode(latents, 0.25), whole[:, :11025], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cfg": 1.0},
+        {"negative": "drums"},
+        {"steps": 3},
+        {"seconds_start": 3.0},
+        {"seconds_total": 9.0},
+        {"rescale": 1.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_matters(model: StableAudio, change: dict) -> None:
+    plain = model.generate("piano", seconds=0.3, seed=1).audio
+    assert not torch.allclose(plain, model.generate("piano", seconds=0.3, seed=1, **change).audio, atol=1e-5)
+
+
+def test_the_prompt_matters(model: StableAudio) -> None:
+    piano, drums = (model.generate(p, seconds=0.3, seed=1).audio for p in ("piano", "drums"))
+    assert not torch.allclose(piano, drums, atol=1e-5)
+
+
+def test_every_sampler_runs_and_repeats(model: StableAudio) -> None:
+    for name in SAMPLERS:
+        first, again = (model.generate("piano", seconds=0.2, seed=1, steps=4, sampler=name).audio for _ in range(2))
+        assert torch.isfinite(first).all() and torch.equal(first, again), name
+
+
+def test_progress_counts_every_step_of_every_batch(model: StableAudio) -> None:
+    seen: list[tuple[int, int]] = []
+    model.generate("piano", seconds=0.1, steps=3, count=5, batch=2, progress=lambda *at: seen.append(at))
+    assert seen == [(i + 1, 9) for i in range(9)]
+
+
+def test_a_copy_of_the_bundle_makes_the_same_sound(model: StableAudio, tmp_path: Path) -> None:
+    copy = StableAudio.from_pretrained(model.save_pretrained(tmp_path / "copy"), device="cpu", dtype="float32")
+    assert copy.hash == model.hash
+    sounds = [m.generate("piano", seconds=0.3, seed=1).audio for m in (model, copy)]
+    assert torch.equal(*sounds)
+    assert copy.save_pretrained(tmp_path / "copy") == tmp_path / "copy"  # onto itself: nothing to do
+
+
+def test_bfloat16_is_close_to_float32(model: StableAudio, tiny_bundle: Path) -> None:
+    half = StableAudio.from_pretrained(tiny_bundle, device="cpu", dtype=torch.bfloat16)
+    wide, narrow = (m.generate("piano", seconds=0.3, seed=1).audio for m in (model, half))
+    assert narrow.dtype == torch.float32
+    assert (wide - narrow).square().mean() < 0.1 * wide.square().mean()
+
+
+def test_saved_files_carry_their_settings(model: StableAudio, tmp_path: Path) -> None:
+    result = model.generate("piano é", seconds=0.1, seed=1, count=2)
+    for name in ("a.wav", "a.flac"):
+        result.save(tmp_path / name, 1)
+        assert read_metadata(tmp_path / name).settings == result.settings[1]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, "empty"),
+        (["piano", " "], {}, "empty"),
+        ("piano", {"seconds": 2.0}, r"at most 1\.486"),
+        ("piano", {"seconds": 0.0}, "above 0"),
+        ("piano", {"seconds": float("nan")}, "above 0"),
+        ("piano", {"steps": 0}, "steps"),
+        ("piano", {"count": 0}, "count"),
+        ("piano", {"cfg": float("inf")}, "cfg"),
+        ("piano", {"rescale": 2.0}, "rescale"),
+        ("piano", {"seconds_start": -1.0}, "seconds_start"),
+        ("piano", {"seconds_total": 99.0}, "seconds_total <= 16"),
+        ("piano", {"sampler": "magic"}, "dpmpp-2m"),
+        ("piano", {"seed": -(2**70)}, "seed"),
+    ],
+)
+def test_bad_requests_say_what_is_possible(model: StableAudio, prompts: object, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model.generate(prompts, **settings)  # type: ignore[arg-type]
+
+
+def test_devices_and_dtypes() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+    assert choose_dtype(None, torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    for wrong in ("cuda:99", "toaster"):
+        with pytest.raises(UserError, match=wrong):
+            choose_device(wrong)
+    with pytest.raises(UserError, match="int8"):
+        choose_dtype("int8", torch.device("cpu"))
