@@ -1,0 +1,274 @@
+"""The loop: a killed run goes on exactly, losses fall, NaN stops with a named step, checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.config import load_config
+from stable_audio_lite.errors import UserError
+from training import pre_encode, train_clap, train_diffusion, train_vae
+from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
+from training.ema import EMA
+from training.loop import OptimizerConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs/stable_audio/tiny.yaml"
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned tones of 1 to 2.5 s."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(6):
+        seconds = 1 + 0.3 * index
+        time_axis = np.arange(round(seconds * 44100)) / 44100
+        tone = 0.3 * np.sin(2 * np.pi * 110 * (index + 1) * time_axis)
+        audio = np.stack((tone, 0.5 * tone)) + 0.01 * rng.standard_normal((2, len(tone)))
+        write_audio(folder / f"{index}.wav", audio, 44100)
+        captions = [f"a tone number {index}", f"tone, {110 * (index + 1)} hertz"]
+        rows.append({"file_name": f"{index}.wav", "text": captions[0], "captions": captions, "seconds": seconds})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def run_settings(output: Path, steps: int, **more: object) -> dict[str, object]:
+    settings = {"output": str(output), "steps": steps, "log_every": 1, "checkpoint_every": 10, "tracker": "none"}
+    return settings | {"ema_decay": 0.99} | more
+
+
+def vae_settings(data: Path, output: Path, steps: int, **more: object) -> dict[str, object]:
+    return {
+        "model": str(TINY),
+        "data": str(data),
+        "crop_frames": 8,
+        "batch_size": 2,
+        "stft_windows": [512, 128],
+        "optimizer": {"lr": 1e-3, "warmup_steps": 5},
+        "discriminator": {"windows": [256], "filters": 4},
+        "discriminator_optimizer": {"lr": 1e-3},
+        "discriminator_start": 3,
+        "run": run_settings(output, steps, **more),
+    }
+
+
+def load(cls: type, settings: dict[str, object], folder: Path) -> object:
+    path = folder / f"{cls.__name__}-{random.getrandbits(32)}.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return load_config(path, cls)
+
+
+def losses(output: Path) -> dict[int, dict[str, float]]:
+    """The last row of each step without its speed."""
+    rows = [json.loads(line) for line in (output / "losses.jsonl").read_text().splitlines()]
+    return {int(r["step"]): {k: v for k, v in r.items() if k != "items_per_second"} for r in rows}
+
+
+def assert_same_curve(one: Path, other: Path, first: int, last: int) -> None:
+    a, b = losses(one), losses(other)
+    assert set(range(first, last)) <= a.keys() & b.keys()
+    for step in range(first, last):
+        assert a[step] == pytest.approx(b[step], rel=TOLERANCE, abs=TOLERANCE), step
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    for path in sorted(one.glob("*.safetensors")):
+        theirs = load_file(other / path.name)
+        for key, value in load_file(path).items():
+            torch.testing.assert_close(value, theirs[key], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def bundles(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny VAE, CLAP and latent cache from one short run of each trainer."""
+    folder = tmp_path_factory.mktemp("bundles")
+    vae = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, folder / "vae", 2), folder))
+    clap = train_clap.run(load(train_clap.TrainClapConfig, clap_settings(data, folder / "clap", 2), folder))
+    latents = pre_encode.run(pre_encode.PreEncodeConfig(vae=str(vae), data=str(data), output=str(folder / "latents")))
+    return {"vae": vae, "clap": clap, "latents": latents}
+
+
+def clap_settings(data: Path, output: Path, steps: int, **more: object) -> dict[str, object]:
+    return {
+        "model": str(TINY),
+        "data": str(data),
+        "batch_size": 3,
+        "optimizer": {"lr": 1e-3},
+        "run": run_settings(output, steps, **more),
+    }
+
+
+def diffusion_settings(bundles: dict[str, Path], output: Path, steps: int, **more: object) -> dict[str, object]:
+    return {
+        "model": str(TINY),
+        **{k: str(v) for k, v in bundles.items()},
+        "held_out": str(bundles["latents"]),
+        "batch_size": 4,
+        "optimizer": {"lr": 1e-3, "warmup_steps": 5},
+        "run": run_settings(output, steps, evaluate_every=10, **more),
+    }
+
+
+@pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
+def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Stopped at step 10 and started again, the next 20 steps' losses and the final weights are the same."""
+    trainer, cls, settings = {
+        "vae": (train_vae, train_vae.TrainVAEConfig, lambda out: vae_settings(data, out, 30)),
+        "clap": (train_clap, train_clap.TrainClapConfig, lambda out: clap_settings(data, out, 30)),
+        "diffusion": (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            lambda out: diffusion_settings(bundles, out, 30),
+        ),
+    }[name]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    trainer.run(load(cls, settings(whole), tmp_path))
+    stop_after(load(cls, settings(parts), tmp_path), trainer, step=13)
+    assert [p.name for p in checkpoints(parts / "checkpoints")] == ["step_00000010"]
+    trainer.run(load(cls, settings(parts), tmp_path))
+    assert_same_curve(whole, parts, 10, 30)
+    assert_same_weights(whole / "bundle", parts / "bundle")
+
+
+def stop_after(config: object, trainer: object, step: int) -> None:
+    """Run until the loop asks for the batch after `step`, then fail as a kill would: without clean-up of the run."""
+    original = trainer.fit
+
+    def fit(run: object, task: object, whole: object) -> Path:
+        batch = task.batch
+
+        def failing(number: int, rank: int, world: int) -> object:
+            if number > step:
+                raise InterruptedError
+            return batch(number, rank, world)
+
+        task.batch = failing
+        return original(run, task, whole)
+
+    trainer.fit = fit
+    try:
+        with pytest.raises(InterruptedError):
+            trainer.run(config)
+    finally:
+        trainer.fit = original
+
+
+def test_killed_process_goes_on(data: Path, tmp_path: Path) -> None:
+    """SIGKILL at a random moment leaves whole checkpoints only; the same command finishes with the same weights."""
+    settings = vae_settings(data, tmp_path / "killed", 30, checkpoint_every=5)
+    config = tmp_path / "vae.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "training.train_vae", "--config", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not checkpoints(tmp_path / "killed/checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(random.random() * 0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoints(tmp_path / "killed/checkpoints")
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    whole = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "whole", 30), tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train_vae.run(whole)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "killed/bundle")
+
+
+def test_vae_learns(data: Path, tmp_path: Path) -> None:
+    settings = vae_settings(data, tmp_path / "run", 40)
+    for key in ("discriminator", "discriminator_optimizer"):
+        settings.pop(key)
+    settings["optimizer"] = {"lr": 5e-3, "warmup_steps": 5}
+    train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    curve = losses(tmp_path / "run")
+    first = np.mean([curve[s]["loss/total"] for s in range(5)])
+    last = np.mean([curve[s]["loss/total"] for s in range(35, 40)])
+    assert last < 0.9 * first
+
+
+def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    settings = vae_settings(data, tmp_path / "second", 5) | {"initial": str(bundles["vae"]), "freeze_encoder": True}
+    second = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    before, after = (load_file(b / "vae.safetensors") for b in (bundles["vae"], second))
+    for key in before:
+        same = torch.equal(before[key], after[key])
+        assert same == key.startswith("encoder."), key
+
+
+def test_nan_stops_with_step_and_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 15), tmp_path)
+    task = train_vae.VAETask(config)
+    total = task._total
+    calls = iter(range(100))
+    monkeypatch.setattr(task, "_total", lambda x: total(x) * (float("nan") if next(calls) == 12 else 1.0))
+    with pytest.raises(UserError, match=r"not finite at step 12; last good checkpoint: .*step_00000010"):
+        train_vae.fit(config.run, task, config)
+
+
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
+    save_checkpoint(tmp_path, 1, Resumable({"net": small}, {}, {}), {})
+    with pytest.raises(UserError, match="step_00000001"):
+        load_checkpoint(tmp_path / "step_00000001", Resumable({"net": large}, {}, {}))
+
+
+def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / "step_00000005").mkdir()
+    (tmp_path / ".step_00000006-x").mkdir()
+    assert checkpoints(tmp_path) == []
+
+
+def test_ema_warms_up_and_then_averages() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(module, decay=0.9)
+    module.weight.data.fill_(1.0)
+    ema.update(module, 0)
+    assert ema.average["weight"].item() == pytest.approx(1.0)  # decay 0 at the first step
+    module.weight.data.fill_(2.0)
+    ema.update(module, 10_000_000)
+    assert ema.average["weight"].item() == pytest.approx(0.9 * 1.0 + 0.1 * 2.0)
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine")
+    assert [config.rate(s, 100) for s in range(3)] == pytest.approx([0.25, 0.5, 0.75], rel=0.01)
+    assert config.rate(99, 100) == pytest.approx(0.01, abs=0.002)
+    assert replace(config, decay="exponential", gamma=0.5).rate(10, 100) == pytest.approx(0.5**10)
+
+
+def test_stratified_times_cover_every_part() -> None:
+    torch.manual_seed(0)
+    times = train_diffusion.stratified_times(8)
+    assert sorted((times * 8).long().tolist()) == list(range(8))
+
+
+def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    other = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "other", 3), tmp_path))
+    settings = diffusion_settings(bundles | {"vae": other}, tmp_path / "run", 1)
+    with pytest.raises(UserError, match="another VAE"):
+        train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    config = pre_encode.PreEncodeConfig(vae=str(other), data=str(data), output=str(bundles["latents"]))
+    with pytest.raises(UserError, match="another VAE"):
+        pre_encode.run(config)

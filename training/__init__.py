@@ -1,0 +1,1 @@
+"""Trainers: one loop, and one short file for each thing trained."""

@@ -1,0 +1,28 @@
+"""Exponential moving average of weights with power-law warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Average of a module's floating-point state.
+
+    The decay at step n is min(decay, 1 - (1 + n)^-power), so that early weights are forgotten quickly
+    (Karras-style warm-up as in k-diffusion; power 3/4 reaches 0.9999 after about 215,000 steps).
+    """
+
+    def __init__(self, module: nn.Module, decay: float, power: float = 0.75):
+        self.decay, self.power = decay, power
+        self.average: dict[str, Tensor] = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards the module's weights after optimizer step `step` (from 0)."""
+        decay = min(self.decay, 1 - (1 + step) ** -self.power)
+        current = module.state_dict()
+        floating = [k for k, v in current.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floating], [current[k] for k in floating], 1 - decay)
+        for key in current.keys() - set(floating):
+            self.average[key].copy_(current[key])

@@ -1,0 +1,59 @@
+"""The frozen CLAP that a U-Net is trained with: from our own bundle or from pretrained weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from stable_audio_lite.bundle import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    StableAudioConfig,
+    load_model_config,
+    load_part,
+    part_path,
+    read_part,
+)
+from stable_audio_lite.conditioning.text import TextEncoder, load_clap, split_clap
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.clap import Clap, ClapConfig, load_state, load_tokenizer
+
+
+@dataclass(frozen=True)
+class FrozenClap:
+    """The text encoder to condition on, and the parts that the exported bundle takes over."""
+
+    text: TextEncoder
+    parts: dict[str, dict[str, Tensor]]
+
+
+def load_frozen_clap(source: str, model: StableAudioConfig) -> FrozenClap:
+    """Load the CLAP at `source`: a bundle, a transformers folder or hub id, or a LAION `.pt`.
+
+    Raises:
+        UserError: it can't be read, or its sizes differ from the model config's `clap`.
+    """
+    folder = Path(source)
+    if (folder / CONFIG_FILE).is_file():
+        _compare(load_model_config(folder).clap, model.clap, source)
+        text = TextEncoder(model.clap, load_tokenizer(folder / TOKENIZER_FILE))
+        load_part(folder, "text_encoder", text)
+        names = [n for n in ("text_encoder", "audio_encoder") if part_path(folder, n).is_file()]
+        return FrozenClap(text, {n: read_part(folder, n) for n in names})
+    weights = load_clap(source)
+    _compare(weights.config, model.clap, source)
+    clap = Clap(weights.config, weights.tokenizer)
+    load_state(clap.model, weights.state, weights.source)
+    return FrozenClap(TextEncoder.from_weights(weights), split_clap(clap))
+
+
+def _compare(found: ClapConfig, wanted: ClapConfig, source: str) -> None:
+    different = [
+        f"clap.{k} is {v!r} there, {getattr(wanted, k)!r} here"
+        for k, v in vars(found).items()
+        if v != getattr(wanted, k)
+    ]
+    if different:
+        raise UserError(f"{source}: another CLAP than the model config's: {'; '.join(different)}")

@@ -1,0 +1,307 @@
+"""The one training loop: data by step, updates, averages, logging, checkpoints, resuming.
+
+Everything random in step s is drawn from (seed, s, process), and batches are functions of the step, so a run that was
+killed and started again with the same command repeats what an uninterrupted run does, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stable_audio_lite.config import save_config
+from stable_audio_lite.errors import UserError
+from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint
+from training.ema import EMA
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long and how to run.
+
+    Attributes:
+        output: folder for checkpoints, logs and the finished bundle.
+        steps: updates in all.
+        precision: "no" (float32), "bf16" or "fp16" autocast.
+        compile: torch.compile the modules; needs a C++ compiler on a CPU.
+        ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        evaluate_every: steps between evaluations; 0 for none.
+    """
+
+    output: str
+    steps: int
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    ema_decay: float = 0.9999
+    max_grad_norm: float = 1.0
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    evaluate_every: int = 0
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then exponential, cosine or no decay of the learning rate."""
+
+    lr: float
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: Literal["none", "exponential", "cosine"] = "none"
+    gamma: float = 0.999996
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or len(self.betas) != 2:
+            raise ValueError(f"lr must be positive and betas two numbers, got {self.lr}, {self.betas}")
+
+    def build(self, module: nn.Module) -> Optimizer:
+        """The optimizer over the module's trainable parameters."""
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=(self.betas[0], self.betas[1]), weight_decay=self.weight_decay
+        )
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `steps`."""
+        rate = self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        if self.decay == "exponential":
+            return rate * self.gamma**step
+        if self.decay == "cosine":
+            return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        return rate
+
+
+class Task(ABC):
+    """What is trained: modules, optimizers, data and losses.
+
+    Attributes:
+        modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
+        optimizers: optimizer settings by the name of the module that each updates.
+        averaged: names of the modules whose moving average is kept and exported.
+        batch_size: items per process and step.
+    """
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, OptimizerConfig]
+    averaged: tuple[str, ...]
+    batch_size: int
+
+    @abstractmethod
+    def batch(self, step: int, rank: int, world: int) -> Any:
+        """Batch of process `rank` for `step`, on the CPU: a pure function of its arguments and the seed."""
+
+    @abstractmethod
+    def step(self, batch: Any, step: int, update: Update) -> dict[str, Tensor]:
+        """Compute losses and call `update(name, loss)` for each optimizer; return named losses to log."""
+
+    @abstractmethod
+    def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        """Write the bundle from unwrapped modules that hold the averaged weights."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Named figures on held-out data; {} for none."""
+        return {}
+
+
+class Update:
+    """Backward, clip, optimizer step; one call per optimizer and step."""
+
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Any]):
+        self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
+        self.step = 0
+        self.last_checkpoint: Path | None = None
+        self.grad_norms: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, loss: Tensor) -> None:
+        """Update module `name` on `loss` (a scalar).
+
+        Raises:
+            UserError: the loss is not finite; names the step and the last good checkpoint.
+        """
+        if not bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
+            good = self.last_checkpoint or "none was written"
+            raise UserError(f"the loss of '{name}' is not finite at step {self.step}; last good checkpoint: {good}")
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self.task.optimizers[name].rate(self.step, self.run.steps)
+        self.accelerator.backward(loss)
+        if self.run.max_grad_norm:
+            parameters = self.task.modules[name].parameters()
+            self.grad_norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fit(run: RunConfig, task: Task, config: Any) -> Path:
+    """Train `task` for `run.steps` steps, resuming from the newest checkpoint in `run.output`.
+
+    `config` is the whole configuration (a dataclass), saved beside the checkpoints. Returns the bundle's folder.
+
+    Raises:
+        UserError: the output can't be written, its newest checkpoint doesn't fit, or the loss is not finite.
+    """
+    output = Path(run.output)
+    accelerator = _accelerator(run, output)
+    plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
+    optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
+    averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
+    state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()})
+    done = checkpoints(output / "checkpoints")
+    start = load_checkpoint(done[-1], state)["step"] if done else 0
+    if accelerator.is_main_process:
+        save_config(config, output / "config.yaml")
+    if run.compile:
+        for module in plain.values():
+            module.compile(dynamic=False)
+    task.modules = {n: accelerator.prepare_model(m) for n, m in plain.items()}
+    update = Update(accelerator, run, task, {n: accelerator.prepare_optimizer(o) for n, o in optimizers.items()})
+    update.last_checkpoint = done[-1] if done else None
+    with _Monitor(accelerator, run, task.batch_size, start) as monitor:
+        for step, batch in _batches(task, accelerator, start, run.steps):
+            torch.manual_seed(_mix(run.seed, step, accelerator.process_index))
+            update.step = step
+            with accelerator.autocast():
+                losses = task.step(_to(batch, accelerator.device), step, update)
+            for name, ema in averages.items():
+                ema.update(plain[name], step)
+            if _due(run.evaluate_every, step, run.steps):
+                with _Averaged(plain, averages), torch.no_grad():
+                    monitor.write(step, task.evaluate(step))
+            monitor.show(step, losses | update.grad_norms)
+            if _due(run.checkpoint_every, step, run.steps):
+                update.last_checkpoint = _checkpoint(run, accelerator, step + 1, state)
+    bundle = output / "bundle"
+    if accelerator.is_main_process:
+        with _Averaged(plain, averages):
+            task.export(bundle, plain)
+    accelerator.end_training()
+    return bundle
+
+
+def _due(every: int, step: int, steps: int) -> bool:
+    return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
+
+
+def _accelerator(run: RunConfig, output: Path) -> Accelerator:
+    trackers = [] if run.tracker == "none" else [run.tracker]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {output} can't be made ({error.strerror})") from error
+    accelerator = Accelerator(mixed_precision=run.precision, log_with=trackers, project_dir=str(output))
+    accelerator.init_trackers("logs")
+    return accelerator
+
+
+def _mix(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4_099 + rank
+
+
+def _batches(task: Task, accelerator: Accelerator, start: int, steps: int) -> Iterator[tuple[int, Any]]:
+    """(step, batch) pairs; the next batch is read while this one is used."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(task.batch, start, rank, world)
+        for step in range(start, steps):
+            batch = ahead.result()
+            ahead = pool.submit(task.batch, min(step + 1, steps - 1), rank, world)
+            yield step, batch
+
+
+class _Monitor:
+    """Progress bar, trackers and `losses.jsonl`."""
+
+    def __init__(self, accelerator: Accelerator, run: RunConfig, batch_size: int, start: int):
+        from tqdm import tqdm
+
+        self.accelerator, self.run = accelerator, run
+        self.items_per_step = batch_size * accelerator.num_processes
+        main = accelerator.is_main_process
+        self.bar = tqdm(total=run.steps, initial=start, unit="step", disable=not main, mininterval=1.0, smoothing=0.05)
+        self.last = (time.monotonic(), start)
+
+    def __enter__(self) -> _Monitor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+    def show(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Advance the bar; every `log_every` steps also average the losses over processes and write them."""
+        self.bar.update()
+        if step % self.run.log_every and step + 1 != self.run.steps:
+            return
+        figures = {k: float(self.accelerator.reduce(v.detach().float(), "mean")) for k, v in losses.items()}
+        now, (then, last) = time.monotonic(), self.last
+        figures["items_per_second"] = (step + 1 - last) * self.items_per_step / max(now - then, 1e-9)
+        self.last = (now, step + 1)
+        name, value = next(iter(figures.items()))
+        self.bar.set_postfix_str(f"{name} {value:.4f}, {figures['items_per_second']:.1f} items/s")
+        self.write(step, figures)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """Send figures to the trackers and append them to `losses.jsonl`."""
+        if not figures:
+            return
+        self.accelerator.log(figures, step=step)
+        if self.accelerator.is_main_process:
+            with (Path(self.run.output) / "losses.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step} | {k: float(f"{v:.8g}") for k, v in figures.items()}) + "\n")
+
+
+class _Averaged:
+    """Within this context the modules hold their averaged weights."""
+
+    def __init__(self, modules: dict[str, nn.Module], averages: dict[str, EMA]):
+        self.modules, self.averages = modules, averages
+
+    def __enter__(self) -> None:
+        self.raw = {n: {k: v.clone() for k, v in self.modules[n].state_dict().items()} for n in self.averages}
+        for name, ema in self.averages.items():
+            self.modules[name].load_state_dict(ema.average)
+
+    def __exit__(self, *exc: object) -> None:
+        for name, raw in self.raw.items():
+            self.modules[name].load_state_dict(raw)
+
+
+def _checkpoint(run: RunConfig, accelerator: Accelerator, step: int, state: Resumable) -> Path:
+    folder = Path(run.output) / "checkpoints"
+    if accelerator.is_main_process:
+        save_checkpoint(folder, step, state, {"seed": run.seed})
+        prune(folder, run.keep_last)
+    accelerator.wait_for_everyone()
+    return folder / f"step_{step:08d}"
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {k: _to(v, device) for k, v in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(v, device) for v in batch)
+    return batch

@@ -1,0 +1,240 @@
+"""Train a CLAP: python -m training.train_clap --config configs/stable_audio/train_clap.yaml.
+
+Symmetric contrastive loss with learned temperatures on pairs of a 10 s crop and one of its captions.
+Besides the bundle it writes `transformers/`, which `transformers.ClapModel.from_pretrained` loads.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.audio.mel import CLIP_FRAMES, SAMPLE_RATE
+from stable_audio_lite.bundle import StableAudioConfig, save_bundle
+from stable_audio_lite.conditioning.text import split_clap
+from stable_audio_lite.conditioning.tokenizer import train_tokenizer
+from stable_audio_lite.config import load_config
+from stable_audio_lite.data.manifest import Item, read_items
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
+from training.command import main
+from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClapConfig:
+    """Training of a CLAP.
+
+    Attributes:
+        model: path of the model's YAML file; its `clap` part sets the sizes.
+        data: folder of captioned audio to train on; the tokenizer learns from all its captions.
+        held_out: folder of captioned audio for retrieval figures, or null.
+        held_out_items: how many of those to use; 0 for all.
+        gain_db: the level of each crop is changed by up to this many dB either way.
+        masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
+            crop.
+    """
+
+    model: str
+    data: str
+    held_out: str | None = None
+    held_out_items: int = 0
+    batch_size: int = 64
+    gain_db: float = 6.0
+    masked: float = 0.1
+    run: RunConfig
+    optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2: a contrast needs two pairs, got {self.batch_size}")
+        if self.gain_db < 0 or not 0 <= self.masked < 1:
+            raise ValueError(f"gain_db must be at least 0 and masked in [0, 1), got {self.gain_db}, {self.masked}")
+
+
+class Mels:
+    """Log-mel spectrograms of items, computed once and kept in memory in half precision (128 kB for 10 s)."""
+
+    def __init__(self, items: list[Item], clap: ClapConfig):
+        self.items, self.clap = items, clap
+        self.kept: dict[int, Tensor] = {}
+
+    def __call__(self, index: int) -> Tensor:
+        """Of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated."""
+        if index not in self.kept:
+            mono = read_audio(self.items[index].path, SAMPLE_RATE).mean(0)
+            self.kept[index] = clap_mel(self.clap, mono).half()
+        return self.kept[index].float()
+
+
+class ClapTask(Task):
+    """Both towers together."""
+
+    averaged = ("clap",)
+
+    def __init__(self, config: TrainClapConfig):
+        self.config = config
+        self.model = load_config(config.model, StableAudioConfig)
+        self.batch_size = config.batch_size
+        self.items = _captioned(config.data)
+        self.mels = Mels(self.items, self.model.clap)
+        captions = (caption for item in self.items for caption in item.captions)
+        self.tokenizer = train_tokenizer(captions, self.model.clap.vocab_size)
+        torch.manual_seed(config.run.seed)
+        self.modules: dict[str, nn.Module] = {"clap": Clap(self.model.clap, self.tokenizer)}
+        self.optimizers = {"clap": config.optimizer}
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        if len(self.items) < self.batch_size * world:
+            raise UserError(
+                f"batch_size: {self.batch_size} on {world} processes needs that many items, {self.config.data} has "
+                f"{len(self.items)}"
+            )
+        # One permutation for all processes, so that no item meets itself as a negative.
+        seed = self.config.run.seed * 1_000_003 + step
+        order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = order[rank * self.batch_size : (rank + 1) * self.batch_size]
+        own = torch.Generator().manual_seed(seed * 4_099 + rank)
+        captions = [_pick(self.items[i].captions, own) for i in chosen]
+        mels = [self.mels(i) for i in chosen]
+        views = torch.stack([self._augment(self._views(mel, own), own) for mel in mels])
+        ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
+        longer = self._longer(mels)
+        if self.model.clap.audio_fusion and longer.sum() < 2:
+            longer[:2] = True  # the fusion weights need a gradient in every step, and their batch norm two items
+        return {"ids": ids, "mask": mask, "mels": views, "longer": longer}
+
+    def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
+        text, audio = self.modules["clap"](batch["ids"], batch["mask"], batch["mels"], batch["longer"])
+        text, audio = _gather(text), _gather(audio)
+        clap = _plain(self.modules["clap"])
+        loss = clap.loss(text, audio)
+        update("clap", loss)
+        matched = (audio.float() @ text.float().T).argmax(1) == torch.arange(len(text), device=text.device)
+        return {"loss/contrastive": loss.detach(), "batch/accuracy": matched.float().mean()} | {
+            "temperature/inverse": clap.scales[0].detach().exp()
+        }
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Recall at 1 and 10 among the held-out items, both ways, as percentages."""
+        if self.config.held_out is None:
+            return {}
+        clap = _plain(self.modules["clap"])
+        clap.eval()
+        text, audio = [], []
+        for part in self._held_out:
+            on_device = {k: v.to(clap.device) for k, v in part.items()}
+            t, a = clap(**on_device)
+            text.append(t.float())
+            audio.append(a.float())
+        clap.train()
+        figures = retrieval(torch.cat(text), torch.cat(audio))
+        print(f"\nstep {step + 1}: " + ", ".join(f"{k} {v:.1f} %" for k, v in figures.items()), flush=True)
+        return {f"held_out/{k}": v for k, v in figures.items()}
+
+    def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        clap = modules["clap"]
+        assert isinstance(clap, Clap)
+        save_bundle(folder, self.model, split_clap(clap), self.tokenizer.to_str())
+        clap.save(folder.parent / "transformers")
+
+    @cached_property
+    def _held_out(self) -> list[dict[str, Tensor]]:
+        assert self.config.held_out is not None
+        items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
+        mels = Mels(items, self.model.clap)
+        with ThreadPoolExecutor(2) as pool:
+            whole_mels = list(pool.map(mels, range(len(items))))
+        views = torch.stack([clap_views(self.model.clap, mel) for mel in whole_mels])
+        ids, mask = _tokens(self.tokenizer, [i.captions[0] for i in items], self.model.clap.max_tokens)
+        whole = {"ids": ids, "mask": mask, "mels": views, "longer": self._longer(whole_mels)}
+        parts = range(0, len(items), self.batch_size)
+        return [{k: v[i : i + self.batch_size] for k, v in whole.items()} for i in parts]
+
+    def _longer(self, mels: list[Tensor]) -> Tensor:
+        """Which of B spectrograms a fusion model takes in several views: (B,) bool."""
+        return torch.tensor([self.model.clap.audio_fusion and len(mel) > CLIP_FRAMES for mel in mels])
+
+    def _views(self, mel: Tensor, generator: torch.Generator) -> Tensor:
+        """Random 10 s of (frames, bins), or for a fusion model one crop from each third -> (1 or 4, frames, bins)."""
+        spare = len(mel) - CLIP_FRAMES
+        if not self.model.clap.audio_fusion:
+            start = _integer(spare + 1, generator)
+            return mel[None, start : start + CLIP_FRAMES]
+        edges = [third * spare // 3 for third in range(4)]
+        first, middle, last = (a + _integer(b - a + 1, generator) for a, b in pairwise(edges))
+        return clap_views(self.model.clap, mel, (first, middle, last))
+
+    def _augment(self, views: Tensor, generator: torch.Generator) -> Tensor:
+        """The views (V, frames, bins) at another level, with stripes in time and frequency silenced."""
+        views = views + (2 * float(torch.rand((), generator=generator)) - 1) * self.config.gain_db
+        floor = views.min()
+        for axis in (1, 1, 2, 2):
+            size = views.shape[axis]
+            width = _integer(int(self.config.masked * size) + 1, generator)
+            views.narrow(axis, _integer(size - width + 1, generator), width).fill_(floor)
+        return views
+
+
+def retrieval(text: Tensor, audio: Tensor) -> dict[str, float]:
+    """Recall at 1 and 10 in percent of matching unit vectors (N, D), from text to audio and back."""
+    similarity = text @ audio.T  # N texts, N sounds
+    figures: dict[str, float] = {}
+    for name, scores in (("text_to_audio", similarity), ("audio_to_text", similarity.T)):
+        rank = (scores > scores.diag()[:, None]).sum(1)
+        figures |= {f"{name}/R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 10)}
+    return figures
+
+
+def _captioned(folder: str) -> list[Item]:
+    items = [item for item in read_items(folder) if item.captions]
+    if not items:
+        raise UserError(f"{folder}: no item has a caption; CLAP needs 'text' or 'captions' in metadata.jsonl")
+    return items
+
+
+def _pick(captions: tuple[str, ...], generator: torch.Generator) -> str:
+    return captions[_integer(len(captions), generator)]
+
+
+def _integer(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))
+
+
+def _tokens(tokenizer: Any, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """As `tokenize`, without columns that are padding in all captions."""
+    ids, mask = tokenize(tokenizer, captions, max_tokens)
+    used = int(mask.sum(1).max())
+    return ids[:, :used], mask[:, :used]
+
+
+def _gather(vectors: Tensor) -> Tensor:
+    """Vectors of all processes, so that each contrasts with the whole batch; gradients flow to each."""
+    if not torch.distributed.is_initialized():
+        return vectors
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(list(all_gather(vectors)))
+
+
+def _plain(module: nn.Module) -> Clap:
+    plain = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+    assert isinstance(plain, Clap)
+    return plain
+
+
+def run(config: TrainClapConfig) -> Path:
+    """Train as configured; returns the bundle's folder."""
+    return fit(config.run, ClapTask(config), config)
+
+
+if __name__ == "__main__":
+    main(__doc__, TrainClapConfig, run)

@@ -1,0 +1,182 @@
+"""Train the U-Net: python -m training.train_diffusion --config configs/stable_audio/train_diffusion.yaml.
+
+It learns from cached latents. The objective is v on the cosine schedule, x_t = cos(pi t/2) x + sin(pi t/2) eps, with t
+uniform in [0, 1] and stratified over the batch (Salimans & Ho 2022, arXiv 2202.00512; Evans et al. 2024, arXiv
+2402.04825). Exports a complete bundle.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_part, read_part, save_bundle
+from stable_audio_lite.conditioning.conditioner import Conditioner, drop
+from stable_audio_lite.data.crops import epoch_index
+from stable_audio_lite.data.latents import LatentWindows, encoder_hash, stack
+from stable_audio_lite.diffusion.schedule import add_noise, v_target
+from stable_audio_lite.models.unet import UNet
+from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.nn.attention import Condition
+from training.command import main
+from training.frozen import FrozenClap, load_frozen_clap
+from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+
+_LEVELS = 4  # noise-level bins of the logged loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDiffusionConfig:
+    """Training of the U-Net and the timing embeddings.
+
+    Attributes:
+        model: path of the model's YAML file.
+        latents: folder written by training.pre_encode.
+        held_out: another such folder for the validation loss, or null.
+        vae: bundle with the VAE that made the latents.
+        clap: bundle with the text encoder, or a pretrained CLAP: transformers folder, hub id or LAION `.pt`.
+        condition_dropout: share of items trained without their condition.
+    """
+
+    model: str
+    latents: str
+    held_out: str | None = None
+    vae: str
+    clap: str
+    batch_size: int = 16
+    condition_dropout: float = 0.1
+    run: RunConfig
+    optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.condition_dropout <= 1:
+            raise ValueError(f"condition_dropout must lie in 0..1, got {self.condition_dropout}")
+
+
+class ConditionedUNet(nn.Module):
+    """The U-Net with its timing embeddings: what is trained together, in one forward."""
+
+    def __init__(self, model: StableAudioConfig):
+        super().__init__()
+        self.conditioner = Conditioner(model.timing, model.context_width)
+        self.unet = UNet(
+            model.unet,
+            channels=model.vae.latent_channels,
+            context_width=model.context_width,
+            context_tokens=model.context_tokens,
+        )
+
+    def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropout: float) -> Tensor:
+        """Noisy latents (B, C, T), times (B,), text features and (start, total) seconds (B,) -> v (B, C, T)."""
+        condition = drop(self.conditioner(text, *timing), self.unet.null_condition(len(x)), dropout)
+        return self.unet(x, t, self.unet.context(condition))
+
+
+class DiffusionTask(Task):
+    """v-prediction on windows of cached latents."""
+
+    averaged = ("model",)
+
+    def __init__(self, config: TrainDiffusionConfig):
+        self.config = config
+        self.model = load_model_config(config.model)
+        self.batch_size = config.batch_size
+        self.silence = self._silence()
+        self.windows = self._windows(config.latents)
+        self.validation = self._windows(config.held_out) if config.held_out else None
+        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
+        torch.manual_seed(config.run.seed)
+        self.modules: dict[str, nn.Module] = {"model": ConditionedUNet(self.model)}
+        unet = self.modules["model"].unet
+        unet.latent_mean.copy_(self.windows.mean)  # type: ignore[operator, union-attr]
+        unet.latent_std.copy_(self.windows.std)  # type: ignore[operator, union-attr]
+        self.optimizers = {"model": config.optimizer}
+
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
+        first = (step * world + rank) * self.batch_size
+        return self._batch(self.windows, range(first, first + self.batch_size), self.config.run.seed)
+
+    def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
+        x0 = batch["latents"]
+        eps = torch.randn_like(x0)
+        t = stratified_times(len(x0)).to(x0.device)
+        errors = self._errors(batch, eps, t, self.config.condition_dropout)
+        loss = errors.mean()
+        update("model", loss)
+        return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), t)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """v-loss on held-out windows with fixed times and noise."""
+        if self.validation is None:
+            return {}
+        count = min(len(self.validation), 4 * self.batch_size)
+        generator = torch.Generator().manual_seed(0)
+        errors = []
+        for first in range(0, count, self.batch_size):
+            batch = self._batch(self.validation, range(first, min(first + self.batch_size, count)), seed=0)
+            x0 = batch["latents"]
+            eps = torch.randn(x0.shape, generator=generator)
+            t = (torch.arange(len(x0)) + 0.5) / len(x0)
+            device = next(self.modules["model"].parameters()).device
+            batch["latents"] = x0.to(device)
+            errors.append(self._errors(batch, eps.to(device), t.to(device), 0.0))
+        return {"held_out/v": float(torch.cat(errors).mean())}
+
+    def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        model = modules["model"]
+        parts = self.clap.parts | {"vae": read_part(self.config.vae, "vae")}
+        parts["conditioner"] = model.conditioner.state_dict()  # type: ignore[operator, union-attr]
+        parts["unet"] = model.unet.state_dict()  # type: ignore[operator, union-attr]
+        save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
+
+    def _errors(self, batch: dict[str, Any], eps: Tensor, t: Tensor, dropout: float) -> Tensor:
+        """Mean squared error of v per item, (B,)."""
+        x0 = batch["latents"]
+        text = self.clap.text.to(x0.device).encode(batch["captions"])
+        timing = (batch["seconds_start"], batch["seconds_total"])
+        v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, dropout)
+        return (v.float() - v_target(x0, eps, t)).square().mean((1, 2))
+
+    def _batch(self, windows: LatentWindows, numbers: range, seed: int) -> dict[str, Any]:
+        drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]
+        return stack(drawn)
+
+    def _windows(self, folder: str) -> LatentWindows:
+        seconds = self.model.hop / self.model.sample_rate
+        encoder = encoder_hash(read_part(self.config.vae, "vae"))
+        return LatentWindows(folder, self.model.latent_frames, self.silence, encoder, seconds)
+
+    @torch.no_grad()
+    def _silence(self) -> Tensor:
+        vae = VAE(self.model.vae)
+        load_part(self.config.vae, "vae", vae)
+        vae.prepare_for_inference()
+        audio = torch.zeros(1, self.model.vae.audio_channels, self.model.window_samples)
+        return vae.encode_chunked(audio).mean[0]
+
+
+def stratified_times(batch: int) -> Tensor:
+    """One uniform time in each of `batch` equal parts of [0, 1], in random order: lower variance, same law."""
+    return ((torch.arange(batch) + torch.rand(batch)) / batch)[torch.randperm(batch)]
+
+
+def loss_by_level(errors: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """Mean error of the items in each quarter of the noise levels; empty quarters are left out."""
+    level = (t * _LEVELS).long().clamp_max(_LEVELS - 1)
+    return {f"loss/v_t{i}of{_LEVELS}": errors[level == i].mean() for i in range(_LEVELS) if bool((level == i).any())}
+
+
+def run(config: TrainDiffusionConfig) -> Path:
+    """Train as configured; returns the bundle's folder."""
+    return fit(config.run, DiffusionTask(config), config)
+
+
+if __name__ == "__main__":
+    main(__doc__, TrainDiffusionConfig, run)

@@ -1,0 +1,172 @@
+"""Train the VAE: python -m training.train_vae --config configs/stable_audio/train_vae.yaml.
+
+With `freeze_encoder` and `initial` it is the second phase: the decoder learns on while latents stay what they were.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
+from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
+from stable_audio_lite.models.vae import VAE, Posterior
+from training.command import main
+from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Weight of each loss term in the generator's sum."""
+
+    sum: float = 1.0
+    difference: float = 1.0
+    left: float = 0.5
+    right: float = 0.5
+    kl: float = 1e-4
+    adversarial: float = 0.1
+    features: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVAEConfig:
+    """Training of the VAE.
+
+    Attributes:
+        model: path of the model's YAML file.
+        data: folder of audio to train on.
+        held_out: folder of audio to evaluate on, or null.
+        crop_frames: length of a crop in latent frames.
+        stft_windows: window lengths of the reconstruction loss in samples.
+        discriminator_start: step at which the discriminator begins; its own updates begin 0 steps earlier.
+        initial: bundle whose VAE to start from, or null.
+        freeze_encoder: keep encoder and bottleneck as they are.
+    """
+
+    model: str
+    data: str
+    held_out: str | None = None
+    crop_frames: int = 64
+    batch_size: int = 8
+    run: RunConfig
+    optimizer: OptimizerConfig
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    stft_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64, 32)
+    a_weighting: bool = True
+    discriminator: DiscriminatorConfig | None = None
+    discriminator_optimizer: OptimizerConfig | None = None
+    discriminator_start: int = 0
+    initial: str | None = None
+    freeze_encoder: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.discriminator is None) != (self.discriminator_optimizer is None):
+            raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
+        if min(self.crop_frames, self.batch_size) < 1:
+            raise ValueError("crop_frames and batch_size must be at least 1")
+
+
+class VAETask(Task):
+    """Joint training, or of the decoder alone."""
+
+    averaged = ("vae",)
+
+    def __init__(self, config: TrainVAEConfig):
+        self.config = config
+        self.model = load_model_config(config.model)
+        self.batch_size = config.batch_size
+        samples = config.crop_frames * self.model.vae.hop
+        self.crops = Crops(read_items(config.data), self.model.sample_rate, samples, config.run.seed)
+        self.validation = self._validation(samples)
+        torch.manual_seed(config.run.seed)
+        vae = VAE(self.model.vae)
+        if config.initial:
+            load_part(config.initial, "vae", vae)
+        vae.encoder.requires_grad_(not config.freeze_encoder)
+        self.modules: dict[str, nn.Module] = {"vae": vae}
+        self.optimizers = {"vae": config.optimizer}
+        if config.discriminator and config.discriminator_optimizer:
+            self.modules["discriminator"] = Discriminator(config.discriminator)
+            self.optimizers["discriminator"] = config.discriminator_optimizer
+        self.stft = MultiResolutionSTFTLoss(self.model.sample_rate, config.stft_windows, config.a_weighting)
+
+    def batch(self, step: int, rank: int, world: int) -> Tensor:
+        return self.crops.batch(step, self.batch_size, rank, world)
+
+    def step(self, batch: Tensor, step: int, update: Update) -> dict[str, Tensor]:
+        noise = torch.randn(len(batch), self.model.vae.latent_channels, self.config.crop_frames, device=batch.device)
+        output, mean, std = self.modules["vae"](batch, noise)
+        losses = self._reconstruction(output, batch)
+        if not self.config.freeze_encoder:
+            losses["kl/latent"] = Posterior(mean, std).kl()
+        if "discriminator" in self.modules and step >= self.config.discriminator_start:
+            losses |= self._adversarial(output.float(), batch, update)
+        total = self._total(losses)
+        update("vae", total)
+        return {"loss/total": total.detach()} | losses | {"latent/std": mean.detach().std()}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Reconstruction losses of the posterior mean on fixed held-out crops."""
+        if self.validation is None:
+            return {}
+        audio = self.validation.to(next(self.modules["vae"].parameters()).device)
+        noise = torch.zeros(len(audio), self.model.vae.latent_channels, self.config.crop_frames, device=audio.device)
+        output, _, _ = self.modules["vae"](audio, noise)
+        losses = self._reconstruction(output, audio)
+        error = (audio - output.float()).square().sum((1, 2))
+        snr = 10 * torch.log10(audio.square().sum((1, 2)).clamp_min(1e-8) / error.clamp_min(1e-8))
+        return {f"held_out/{k}": float(v) for k, v in losses.items()} | {"held_out/snr_db": float(snr.mean())}
+
+    def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        save_bundle(folder, self.model, {"vae": modules["vae"].state_dict()})
+
+    def _validation(self, samples: int) -> Tensor | None:
+        if self.config.held_out is None:
+            return None
+        crops = Crops(read_items(self.config.held_out), self.model.sample_rate, samples, seed=0)
+        return crops.batch(0, self.batch_size)
+
+    def _reconstruction(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(output.device.type, enabled=False):
+            return {f"stft/{k}": v for k, v in self.stft.to(output.device)(output, target).items()}
+
+    def _adversarial(self, output: Tensor, target: Tensor, update: Update) -> dict[str, Tensor]:
+        discriminator = self.modules["discriminator"]
+        update("discriminator", hinge := hinge_discriminator(discriminator(target), discriminator(output.detach())))
+        # The generator's gradient passes through the discriminator but must not stay in it.
+        discriminator.requires_grad_(False)
+        fake = discriminator(output)
+        with torch.no_grad():
+            real = discriminator(target)
+        losses = {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
+        discriminator.requires_grad_(True)
+        return losses | {"discriminator/hinge": hinge.detach()}
+
+    def _total(self, losses: dict[str, Tensor]) -> Tensor:
+        w = self.config.weights
+        weights: dict[str, Any] = {
+            "stft/sum": w.sum,
+            "stft/difference": w.difference,
+            "stft/left": w.left,
+            "stft/right": w.right,
+            "kl/latent": w.kl,
+            "adversarial/generator": w.adversarial,
+            "adversarial/features": w.features,
+        }
+        return torch.stack([weights[k] * v for k, v in losses.items() if k in weights]).sum()
+
+
+def run(config: TrainVAEConfig) -> Path:
+    """Train as configured; returns the bundle's folder."""
+    return fit(config.run, VAETask(config), config)
+
+
+if __name__ == "__main__":
+    main(__doc__, TrainVAEConfig, run)
