@@ -1,0 +1,96 @@
+"""What is installed is what pyproject.toml asks for, and names that other packages also use are ours."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
+USERS_PACKAGES = {
+    "torch": "torch",
+    "torchaudio": "torchaudio",
+    "transformers": "transformers",
+    "laion-clap": "laion_clap",
+    "k-diffusion": "k_diffusion",
+    "descript-audio-codec": "dac",
+    "accelerate": "accelerate",
+    "safetensors": "safetensors",
+}
+
+
+def imported_by(path: Path) -> set[str]:
+    """Top-level modules that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def run_elsewhere(code: str, folder: Path) -> str:
+    """Output of `python -c code` started in an unrelated folder without our PYTHONPATH."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
+def test_installed_version_lies_in_the_range_that_pyproject_gives(requirement):
+    version = importlib.metadata.version(requirement.name)
+    assert requirement.specifier.contains(version, prereleases=True), f"{requirement.name} {version}"
+
+
+@pytest.mark.parametrize("name", USERS_PACKAGES)
+def test_the_users_packages_are_required_as_ranges_and_installed(name):
+    (requirement,) = [r for r in REQUIREMENTS if r.name == name]
+    assert all(part.operator != "==" for part in requirement.specifier)
+    assert importlib.util.find_spec(USERS_PACKAGES[name]) is not None
+
+
+@pytest.mark.parametrize("module", ["training", "evaluation"])
+def test_names_that_other_packages_use_are_ours_here(module):
+    assert Path(importlib.util.find_spec(module).origin).parent == ROOT / module
+
+
+def test_training_stays_ours_when_laion_claps_folder_is_on_the_path(tmp_path):
+    # laion_clap puts its own folder, which holds another `training`, at the end of sys.path.
+    folder = Path(importlib.util.find_spec("laion_clap").origin).parent
+    code = f"import sys; sys.path.insert(1, {str(ROOT)!r}); sys.path.append({str(folder)!r}); "
+    assert Path(run_elsewhere(code + "import training; print(training.__file__)", tmp_path)).parent == ROOT / "training"
+
+
+@pytest.mark.parametrize("module", ["k_diffusion", "dac", "laion_clap"])
+def test_each_borrowed_package_is_touched_in_one_file_at_most(module):
+    files = [p.relative_to(ROOT) for p in (ROOT / "stable_audio_lite").rglob("*.py") if module in imported_by(p)]
+    assert len(files) <= 1, files
+
+
+def test_every_package_that_the_code_imports_is_required():
+    known = importlib.metadata.packages_distributions()
+    ours = {"stable_audio_lite", "training", "evaluation", "tests"}
+    extra = [Requirement(line) for line in PROJECT["optional-dependencies"]["train"]]
+    required = {r.name.lower().replace("_", "-") for r in REQUIREMENTS + extra}
+    for folder in ("stable_audio_lite", "training", "evaluation"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for module in imported_by(path) - ours - sys.stdlib_module_names:
+                owners = {name.lower().replace("_", "-") for name in known[module]}
+                assert owners & required, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml lacks"
+
+
+def test_command_and_licence_are_declared():
+    assert PROJECT["scripts"] == {"stable-audio-lite": "stable_audio_lite.cli:main"}
+    assert PROJECT["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
