@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.models.vae import VAE, VAEConfig, state_to_dac
+from stable_audio_lite.models.dac import state_to_dac
+from stable_audio_lite.models.vae import VAE, VAEConfig
 
 SAMPLE_RATE = 44100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, state_from_dac, state_to_dac
+from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
+from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
 from stable_audio_lite.nn.snake import Snake
 
-SMALL = VAEConfig(encoder_width=8, decoder_width=64)
+SMALL = VAEConfig(encoder_width=4, decoder_width=32)
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +39,10 @@ def test_same_output_as_descript_audio_codec() -> None:
     """One state in both gives the same output to 1e-5, encoder and decoder."""
     from dac.model.dac import Decoder, Encoder
 
-    mono = VAEConfig(audio_channels=1, encoder_width=8, decoder_width=64)
+    mono = VAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)
     vae = lively(VAE(mono))
-    encoder = Encoder(8, [4, 4, 8, 8], 128)
-    decoder = Decoder(64, 64, [8, 8, 4, 4])
+    encoder = Encoder(4, [4, 4, 8, 8], 64)
+    decoder = Decoder(64, 32, [8, 8, 4, 4])
     decoder.model[-1] = nn.Identity()  # DAC ends in tanh
     state = state_to_dac(vae)
     encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
@@ -57,7 +59,7 @@ def test_same_output_as_descript_audio_codec() -> None:
 
 def test_warm_start_widens_mono_to_stereo() -> None:
     """Equal channels through the widened VAE give the mono VAE's hidden features, and its output on both sides."""
-    mono = lively(VAE(VAEConfig(audio_channels=1, encoder_width=8, decoder_width=64)))
+    mono = lively(VAE(VAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)))
     stereo = VAE(SMALL)
     stereo.load_state_dict(state_from_dac(state_to_dac(mono), stereo))
     audio, latents = 0.1 * torch.randn(1, 1, 4096), torch.randn(1, 64, 4)
@@ -67,14 +69,26 @@ def test_warm_start_widens_mono_to_stereo() -> None:
         torch.testing.assert_close(stereo.decode(latents), mono.decode(latents).repeat(1, 2, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_dac_file_is_read_and_others_are_refused(tmp_path: Path) -> None:
+    """A file as descript-audio-codec saves it loads; code, other weights and a missing file are one-line errors."""
+    state = state_to_dac(VAE(SMALL))
+    torch.save({"state_dict": state, "metadata": {"kwargs": {"encoder_dim": 4}}}, tmp_path / "weights.pth")
+    assert read_dac(tmp_path / "weights.pth").keys() == state.keys()
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    torch.save({"state_dict": Path.cwd}, tmp_path / "code.pth")
+    for name, words in (("other.pth", "no DAC"), ("code.pth", "more than weights"), ("none.pth", "no such file")):
+        with pytest.raises(UserError, match=words):
+            read_dac(tmp_path / name)
+
+
 def test_dac_of_another_width_is_refused() -> None:
-    other = VAE(VAEConfig(encoder_width=16, decoder_width=64))
+    other = VAE(VAEConfig(encoder_width=16, decoder_width=32))
     with pytest.raises(UserError, match="encoder_width"):
         state_from_dac(state_to_dac(other), VAE(SMALL))
 
 
-@pytest.mark.parametrize("frames", [1, 37, 150])
-@pytest.mark.parametrize("chunk", [1, 8, 13])
+@pytest.mark.parametrize("frames", [1, 60])
+@pytest.mark.parametrize("chunk", [2, 3, 13])
 def test_pieces_equal_whole(frames: int, chunk: int) -> None:
     """In float64 nothing but the halo can differ: pieces and whole agree to rounding."""
     vae = lively(VAE(SMALL)).double()

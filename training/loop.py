@@ -25,6 +25,7 @@ from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint
 from training.ema import EMA
+from training.muon import Muon
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then exponential, cosine or no decay of the learning rate."""
+    """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then exponential, cosine or no decay."""
 
     lr: float
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -72,6 +73,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay: Literal["none", "exponential", "cosine"] = "none"
     gamma: float = 0.999996
+    muon_lr: float | None = None
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or len(self.betas) != 2:
@@ -79,10 +81,11 @@ class OptimizerConfig:
 
     def build(self, module: nn.Module) -> Optimizer:
         """The optimizer over the module's trainable parameters."""
+        betas = (self.betas[0], self.betas[1])
+        if self.muon_lr is not None:
+            return Muon(module, lr=self.lr, muon_lr=self.muon_lr, betas=betas, weight_decay=self.weight_decay)
         parameters = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=(self.betas[0], self.betas[1]), weight_decay=self.weight_decay
-        )
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of update `step` (from 0) of `steps`."""

@@ -39,6 +39,7 @@ class TrainClapConfig:
         held_out: folder of captioned audio for retrieval figures, or null.
         held_out_items: how many of those to use; 0 for all.
         gain_db: the level of each crop is changed by up to this many dB either way.
+        dropout: of hidden units in both towers; with few steps it drowns what the text tower learns from.
         masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
             crop.
     """
@@ -48,6 +49,7 @@ class TrainClapConfig:
     held_out: str | None = None
     held_out_items: int = 0
     batch_size: int = 64
+    dropout: float = 0.1
     gain_db: float = 6.0
     masked: float = 0.1
     run: RunConfig
@@ -56,8 +58,10 @@ class TrainClapConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2: a contrast needs two pairs, got {self.batch_size}")
-        if self.gain_db < 0 or not 0 <= self.masked < 1:
-            raise ValueError(f"gain_db must be at least 0 and masked in [0, 1), got {self.gain_db}, {self.masked}")
+        if self.gain_db < 0:
+            raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
+        if not (0 <= self.masked < 1 and 0 <= self.dropout < 1):
+            raise ValueError(f"masked and dropout must be in [0, 1), got {self.masked}, {self.dropout}")
 
 
 class Mels:
@@ -89,7 +93,9 @@ class ClapTask(Task):
         captions = (caption for item in self.items for caption in item.captions)
         self.tokenizer = train_tokenizer(captions, self.model.clap.vocab_size)
         torch.manual_seed(config.run.seed)
-        self.modules: dict[str, nn.Module] = {"clap": Clap(self.model.clap, self.tokenizer)}
+        clap = Clap(self.model.clap, self.tokenizer, config.dropout)
+        _unshrink(clap.model.text_model, self.model.clap.text_layers)
+        self.modules: dict[str, nn.Module] = {"clap": clap}
         self.optimizers = {"clap": config.optimizer}
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
@@ -192,6 +198,18 @@ def retrieval(text: Tensor, audio: Tensor) -> dict[str, float]:
         rank = (scores > scores.diag()[:, None]).sum(1)
         figures |= {f"{name}/R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 10)}
     return figures
+
+
+@torch.no_grad()
+def _unshrink(text_model: nn.Module, layers: int) -> None:
+    """Give a new text tower's matrices a standard deviation of width^-1/2.
+
+    transformers draws them sqrt(2 layers) times smaller. The pooled first token then sees so little of the text that
+    all embeddings agree for the first hundreds of steps.
+    """
+    for module in text_model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.mul_((2 * layers) ** 0.5)
 
 
 def _captioned(folder: str) -> list[Item]:

@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
 from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior
 from training.command import main
 from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
-from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
+from training.losses import (
+    MultiResolutionSTFTLoss,
+    WaveformLoss,
+    feature_matching,
+    hinge_discriminator,
+    hinge_generator,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """Weight of each loss term in the generator's sum."""
+    """Weight of each loss term in the generator's sum; the paper has no waveform term, and 0 leaves it out."""
 
+    waveform: float = 0.0
     sum: float = 1.0
     difference: float = 1.0
     left: float = 0.5
@@ -45,8 +53,9 @@ class TrainVAEConfig:
         held_out: folder of audio to evaluate on, or null.
         crop_frames: length of a crop in latent frames.
         stft_windows: window lengths of the reconstruction loss in samples.
-        discriminator_start: step at which the discriminator begins; its own updates begin 0 steps earlier.
-        initial: bundle whose VAE to start from, or null.
+        discriminator: shape of the discriminator, or null for none.
+        discriminator_start: step from which it learns and is heard.
+        initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
         freeze_encoder: keep encoder and bottleneck as they are.
     """
 
@@ -88,13 +97,14 @@ class VAETask(Task):
         torch.manual_seed(config.run.seed)
         vae = VAE(self.model.vae)
         if config.initial:
-            load_part(config.initial, "vae", vae)
+            _start_from(config.initial, vae)
         vae.encoder.requires_grad_(not config.freeze_encoder)
         self.modules: dict[str, nn.Module] = {"vae": vae}
         self.optimizers = {"vae": config.optimizer}
         if config.discriminator and config.discriminator_optimizer:
             self.modules["discriminator"] = Discriminator(config.discriminator)
             self.optimizers["discriminator"] = config.discriminator_optimizer
+        self.waveform = WaveformLoss(self.model.sample_rate)
         self.stft = MultiResolutionSTFTLoss(self.model.sample_rate, config.stft_windows, config.a_weighting)
 
     def batch(self, step: int, rank: int, world: int) -> Tensor:
@@ -135,7 +145,10 @@ class VAETask(Task):
 
     def _reconstruction(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         with torch.autocast(output.device.type, enabled=False):
-            return {f"stft/{k}": v for k, v in self.stft.to(output.device)(output, target).items()}
+            losses = {f"stft/{k}": v for k, v in self.stft.to(output.device)(output, target).items()}
+            if self.config.weights.waveform:
+                losses["waveform/relative"] = self.waveform.to(output.device)(output, target)
+            return losses
 
     def _adversarial(self, output: Tensor, target: Tensor, update: Update) -> dict[str, Tensor]:
         discriminator = self.modules["discriminator"]
@@ -152,6 +165,7 @@ class VAETask(Task):
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
         w = self.config.weights
         weights: dict[str, Any] = {
+            "waveform/relative": w.waveform,
             "stft/sum": w.sum,
             "stft/difference": w.difference,
             "stft/left": w.left,
@@ -161,6 +175,13 @@ class VAETask(Task):
             "adversarial/features": w.features,
         }
         return torch.stack([weights[k] * v for k, v in losses.items() if k in weights]).sum()
+
+
+def _start_from(source: str, vae: VAE) -> None:
+    if Path(source).suffix in (".pth", ".pt"):
+        vae.load_state_dict(state_from_dac(read_dac(source), vae))
+    else:
+        load_part(source, "vae", vae)
 
 
 def run(config: TrainVAEConfig) -> Path:

@@ -85,8 +85,8 @@ class ClapConfig:
         return self.audio_width * 2 ** (len(self.audio_depths) - 1)
 
 
-def transformers_config(config: ClapConfig) -> Any:
-    """The `transformers.ClapConfig` of the same network."""
+def transformers_config(config: ClapConfig, dropout: float = 0.1) -> Any:
+    """The `transformers.ClapConfig` of the same network; `dropout` matters to training alone."""
     from transformers import ClapConfig as HubConfig
 
     text = {
@@ -98,6 +98,8 @@ def transformers_config(config: ClapConfig) -> Any:
         "max_position_embeddings": config.text_positions,
         "layer_norm_eps": config.text_norm_eps,
         "pad_token_id": PAD_TOKEN,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
     }
     audio = {
         "patch_embeds_hidden_size": config.audio_width,
@@ -112,6 +114,7 @@ def transformers_config(config: ClapConfig) -> Any:
         "fusion_type": "aff_2d" if config.audio_fusion else None,
         "num_mel_bins": config.mel_bins,
         "spec_size": config.image_size,
+        "hidden_dropout_prob": dropout,
     }
     return HubConfig(text_config=text, audio_config=audio, projection_dim=config.embedding)
 
@@ -202,18 +205,15 @@ def clap_views(config: ClapConfig, mel: Tensor, starts: tuple[int, int, int] | N
 
 
 class Clap(nn.Module):
-    """Both towers with their tokenizer.
+    """Both towers with their tokenizer; `model` is transformers' `ClapModel`, embeddings are of unit length."""
 
-    `model` is transformers' `ClapModel`; embeddings are of unit length.
-    """
-
-    def __init__(self, config: ClapConfig, tokenizer: Tokenizer):
+    def __init__(self, config: ClapConfig, tokenizer: Tokenizer, dropout: float = 0.1):
         super().__init__()
         from transformers import ClapModel
 
         self.config = config
         self.tokenizer = tokenizer
-        self.model = ClapModel(transformers_config(config))
+        self.model = ClapModel(transformers_config(config, dropout))
 
     def forward(self, ids: Tensor, mask: Tensor, mels: Tensor, longer: Tensor) -> tuple[Tensor, Tensor]:
         """Text and audio embeddings (B, embedding).

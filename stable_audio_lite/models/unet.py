@@ -167,8 +167,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frames = x.shape[1]
         first, second = F.linear(x, self.weight).unflatten(-1, (2, self.factor, -1)).unbind(2)  # B, T, factor, C'
-        ends = (0, 0, 0, 0)
-        x = (F.pad(first, (*ends, 0, 1)) + F.pad(second, (*ends, 1, 0))).flatten(1, 2)
+        x = (F.pad(first, (0, 0, 0, 0, 0, 1)) + F.pad(second, (0, 0, 0, 0, 1, 0))).flatten(1, 2)
         start = self.factor - self.factor // 2
         return x[:, start : start + frames * self.factor] + self.bias
 
@@ -279,8 +278,7 @@ class Up(Level):
         skips = config.blocks[step] + (1 if config.attentions[step] else 0)
         super().__init__(config, step, mapping, context_width, blocks=skips, incoming=2 * channels)
         factor = config.factors[step]
-        up = factor > 1
-        self.resample = Upsample(channels, outer, factor) if up else Conv(channels, outer, kernel=3)
+        self.resample = Upsample(channels, outer, factor) if factor > 1 else Conv(channels, outer, kernel=3)
 
     def forward(self, x: Tensor, skips: list[Tensor], mapping: Tensor, layers: LayersMask, run: Run) -> Tensor:
         """(B, T, C) and its level's skips -> (B, T * factor, C')."""

@@ -7,16 +7,14 @@ bottleneck. Reads upward: residual unit, blocks, encoder and decoder, VAE.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_audio_lite.errors import UserError
 from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1d, channels_last
-from stable_audio_lite.nn.snake import Snake
+from stable_audio_lite.nn.snake import FoldedSnake, Snake
 
 _DILATIONS = (1, 3, 9)
 
@@ -106,13 +104,21 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         width = config.encoder_width
-        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3)]
+        # Music is quiet beside full scale: raise it to where Snake bends.
+        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3, gain=8.0)]
         for stride in config.strides:
             layers.append(Down(width, stride))
             width *= 2
         layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
         self.project = nn.Conv1d(width, 2 * config.latent_channels, 1)
+        # At first the noise must not drown the mean: unit gain for the mean, std = softplus(-3) = 0.05.
+        means, scales = self.project.weight.data.chunk(2)
+        nn.init.normal_(means, std=2 / math.sqrt(width))
+        nn.init.zeros_(scales)
+        bias = torch.zeros(2 * config.latent_channels)
+        bias[config.latent_channels :] = -3.0
+        self.project.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.layers(channels_last(x)))
@@ -241,10 +247,13 @@ class VAE(nn.Module):
         return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
 
     def prepare_for_inference(self) -> VAE:
-        """Fold weight norm and stop gradients; returns self."""
-        for module in self.modules():
+        """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
+        for module in list(self.modules()):
             if isinstance(module, WeightNormConv1d):
                 module.fold()
+        for module in list(self.modules()):
+            if isinstance(module, nn.Sequential):
+                _fold_snakes(module)
         return self.eval().requires_grad_(False)
 
     def _posterior(self, hidden: Tensor) -> Posterior:
@@ -255,6 +264,23 @@ class VAE(nn.Module):
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 3 or latents.shape[1] != self.config.latent_channels or latents.shape[2] == 0:
             raise ValueError(f"expected latents (B, {self.config.latent_channels}, F), got {tuple(latents.shape)}")
+
+
+def _fold_snakes(layers: nn.Sequential) -> None:
+    """Leave sin(u)^2 + u of every Snake; its frequency goes to the convolution before, its inverse to the one after."""
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Snake):
+            continue
+        before, after = layers[index - 1] if index else None, layers[index + 1]
+        assert isinstance(after, WeightNormConv1d)
+        alpha = layer.alpha.data.float().flatten()
+        alpha = torch.where(alpha.abs() < 1e-6, 1e-6, alpha)
+        after.scale(inputs=alpha.reciprocal())
+        if isinstance(before, WeightNormConv1d):
+            before.scale(outputs=alpha)
+            layers[index] = FoldedSnake(None)
+        else:
+            layers[index] = FoldedSnake(alpha.view(1, -1, 1).to(layer.alpha.dtype))
 
 
 def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
@@ -284,57 +310,3 @@ def _reach(layers: list[nn.Module]) -> int:
         else:
             reach = reach * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
     return reach
-
-
-def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
-    """Turn a descript-audio-codec state dict into one for `vae` of the same widths and strides.
-
-    DAC is mono: its first convolution is widened to `audio_channels` inputs (divided by their number, so that equal
-    channels give DAC's response) and its last to as many outputs. What DAC lacks (the posterior's projection) or has in
-    another width (the decoder's entrance from its quantizer) keeps `vae`'s present values.
-
-    Raises:
-        UserError: a tensor that both have differs in shape otherwise.
-    """
-    channels = vae.config.audio_channels
-    last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
-    state = dict(vae.state_dict())
-    for key, value in dac_state.items():
-        name = _our_name(key)
-        if name is None or name not in state:
-            continue
-        if channels > 1 and name == "encoder.layers.0.weight_v" and value.shape[1] == 1:
-            value = value.repeat(1, channels, 1)
-        elif channels > 1 and name == "encoder.layers.0.weight_g":
-            # |v| grew by sqrt(channels) with the copies and the response by channels: undo the latter.
-            value = value / math.sqrt(channels)
-        elif channels > 1 and name.startswith(last) and value.shape[0] == 1:
-            value = value.repeat(channels, *[1] * (value.ndim - 1))
-        if name.startswith("decoder.layers.0.") and value.shape != state[name].shape:
-            continue
-        if value.shape != state[name].shape:
-            raise UserError(
-                f"DAC tensor '{key}' has shape {tuple(value.shape)}, the VAE needs {tuple(state[name].shape)}: "
-                "set encoder_width, decoder_width and strides to the DAC file's"
-            )
-        state[name] = value
-    return state
-
-
-def state_to_dac(vae: VAE) -> dict[str, Tensor]:
-    """The VAE's encoder and decoder under descript-audio-codec's names, for blocks of the same shape."""
-    return {_dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
-
-
-def _our_name(key: str) -> str | None:
-    if key.startswith("encoder.block."):
-        return "encoder." + key.removeprefix("encoder.").replace("block.", "layers.")
-    if key.startswith("decoder.model."):
-        return "decoder.layers." + key.removeprefix("decoder.model.").replace("block.", "layers.")
-    return None
-
-
-def _dac_name(key: str) -> str:
-    part, rest = key.split(".layers.", 1)
-    top = "block" if part == "encoder" else "model"
-    return f"{part}.{top}." + rest.replace("layers.", "block.")

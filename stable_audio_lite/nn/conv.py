@@ -66,6 +66,18 @@ class WeightNormConv1d(nn.Module):
         del self.weight_g, self.weight_v
         self.folded = nn.Parameter(weight, requires_grad=False)
 
+    def scale(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
+        """Multiply the folded weight so that inputs come, or outputs leave, multiplied by (C,) factors."""
+        into, out = (0, 1) if self.transposed else (1, 0)
+        weight, bias = self.folded.data.float(), self.bias.data.float()
+        if inputs is not None:
+            weight = weight * inputs.view([-1 if axis == into else 1 for axis in range(3)])
+        if outputs is not None:
+            weight = weight * outputs.view([-1 if axis == out else 1 for axis in range(3)])
+            bias = bias * outputs
+        self.folded.data = channels_last(weight.to(self.folded.dtype))
+        self.bias.data = bias.to(self.bias.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, T) -> (B, out, T')."""
         y = F.conv2d(

@@ -25,6 +25,26 @@ class Snake(nn.Module):
         return torch.addcmul(x, wave, (self.alpha.float() + _EPS).reciprocal().to(x.dtype))
 
 
+class FoldedSnake(nn.Module):
+    """Snake for inference between convolutions that carry its factors: u + sin(u)^2, u = alpha x.
+
+    Snake is (u + sin(u)^2) / alpha: the division is the next convolution's, and the product is the previous one's or,
+    where x is used elsewhere too, done here with `frequency` (1, C, 1): two or three passes over memory, not four.
+    Without `frequency` the input is overwritten.
+    """
+
+    frequency: Tensor | None
+
+    def __init__(self, frequency: Tensor | None):
+        super().__init__()
+        self.register_buffer("frequency", frequency)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = x if self.frequency is None else x * self.frequency
+        wave = u.sin()
+        return u.addcmul_(wave, wave)
+
+
 class _RecomputingSnake(torch.autograd.Function):
     """Keeps only x for the backward pass and computes sin(2 alpha x) again, instead of four saved tensors."""
 

@@ -1,0 +1,86 @@
+"""Weights from and to descript-audio-codec (Kumar et al. 2023, arXiv 2306.06546), whose blocks the VAE shares."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.vae import VAE
+
+
+def read_dac(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a `weights.pth` that descript-audio-codec saved; only tensors and plain values are unpickled.
+
+    Raises:
+        UserError: the file is missing, damaged, holds code, or is no DAC.
+    """
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give a weights.pth of descript-audio-codec") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or holds more than weights; it was not loaded") from error
+    state = data.get("state_dict", data) if isinstance(data, dict) else {}
+    if not any(str(key).startswith("encoder.block.") for key in state):
+        raise UserError(f"{path}: holds no DAC encoder; give a weights.pth of descript-audio-codec")
+    return state
+
+
+def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
+    """Turn a descript-audio-codec state dict into one for `vae` of the same widths and strides.
+
+    DAC is mono: its first convolution is widened to `audio_channels` inputs (divided by their number, so that equal
+    channels give DAC's response) and its last to as many outputs. What DAC lacks (the posterior's projection) or has in
+    another width (the decoder's entrance from its quantizer) keeps `vae`'s present values.
+
+    Raises:
+        UserError: a tensor that both have differs in shape otherwise.
+    """
+    channels = vae.config.audio_channels
+    last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
+    state = dict(vae.state_dict())
+    for key, value in dac_state.items():
+        name = _our_name(key)
+        if name is None or name not in state:
+            continue
+        if channels > 1 and name == "encoder.layers.0.weight_v" and value.shape[1] == 1:
+            value = value.repeat(1, channels, 1)
+        elif channels > 1 and name == "encoder.layers.0.weight_g":
+            # |v| grew by sqrt(channels) with the copies and the response by channels: undo the latter.
+            value = value / math.sqrt(channels)
+        elif channels > 1 and name.startswith(last) and value.shape[0] == 1:
+            value = value.repeat(channels, *[1] * (value.ndim - 1))
+        if name.startswith("decoder.layers.0.") and value.shape != state[name].shape:
+            continue
+        if value.shape != state[name].shape:
+            raise UserError(
+                f"DAC tensor '{key}' has shape {tuple(value.shape)}, the VAE needs {tuple(state[name].shape)}: "
+                "set encoder_width, decoder_width and strides to the DAC file's"
+            )
+        state[name] = value
+    return state
+
+
+def state_to_dac(vae: VAE) -> dict[str, Tensor]:
+    """The VAE's encoder and decoder under descript-audio-codec's names, for blocks of the same shape."""
+    return {_dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
+
+
+def _our_name(key: str) -> str | None:
+    if key.startswith("encoder.block."):
+        return "encoder." + key.removeprefix("encoder.").replace("block.", "layers.")
+    if key.startswith("decoder.model."):
+        return "decoder.layers." + key.removeprefix("decoder.model.").replace("block.", "layers.")
+    return None
+
+
+def _dac_name(key: str) -> str:
+    part, rest = key.split(".layers.", 1)
+    top = "block" if part == "encoder" else "model"
+    return f"{part}.{top}." + rest.replace("layers.", "block.")

@@ -1,0 +1,66 @@
+"""Put a bundle to ship together: python -m training.assemble --config configs/stable_audio/assemble.yaml.
+
+Takes the U-Net and text encoder of one bundle and the VAE of another whose encoder is the same (its decoder may have
+been trained on), and stores all but the VAE in half the bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from stable_audio_lite.bundle import PARTS, TOKENIZER_FILE, load_model_config, part_path, read_part, save_bundle
+from stable_audio_lite.config import from_dict, to_dict
+from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.errors import UserError
+from training.command import main
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssembleConfig:
+    """What to put together.
+
+    Attributes:
+        bundle: complete bundle that training.train_diffusion wrote.
+        vae: bundle whose VAE replaces the bundle's, or null.
+        model: model YAML whose `generation` defaults the result gets, or null to keep the bundle's.
+        output: folder for the result; a README.md in it is kept.
+    """
+
+    bundle: str
+    vae: str | None = None
+    model: str | None = None
+    output: str
+
+
+def run(config: AssembleConfig) -> Path:
+    """Write the bundle; returns its folder.
+
+    Raises:
+        UserError: the two VAEs have different encoders, or a part is missing.
+    """
+    source, output = Path(config.bundle), Path(config.output)
+    model = load_model_config(source)
+    if config.model:
+        generation = to_dict(load_model_config(config.model))["generation"]
+        model = from_dict(type(model), to_dict(model) | {"generation": generation}, config.model)
+    parts = {name: read_part(source, name) for name in PARTS if part_path(source, name).is_file()}
+    if config.vae:
+        vae = read_part(config.vae, "vae")
+        if encoder_hash(vae) != encoder_hash(parts["vae"]):
+            raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")
+        parts["vae"] = vae
+    halved = {
+        name: {k: v if name == "vae" or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in state.items()}
+        for name, state in parts.items()
+    }
+    card = output / "README.md"
+    extra = {"README.md": card.read_bytes()} if card.is_file() else {}
+    save_bundle(output, model, halved, (source / TOKENIZER_FILE).read_text(encoding="utf-8"), extra)
+    return output
+
+
+if __name__ == "__main__":
+    main(__doc__, AssembleConfig, run)

@@ -1,0 +1,90 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices and convolutions, AdamW for the rest.
+
+The momentum of a weight, seen as a matrix of output rows, is replaced by the nearest orthogonal matrix, found by
+Newton-Schulz iteration: every direction of the update has the same size, so rare ones are learned as fast as common
+ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """A matrix with `matrix`'s singular vectors and singular values near 1 (0.7 to 1.2); same shape."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).float()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x
+
+
+class Muon(AdamW):
+    """AdamW in whose groups marked `muon` the update is orthogonalised momentum.
+
+    Args:
+        module: parameters of two or more axes are updated by Muon, all others by AdamW.
+        lr: of AdamW.
+        muon_lr: of Muon, in units of the matrix's spectral norm.
+        momentum: Nesterov momentum of Muon.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        muon_lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+    ):
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in parameters if _is_matrix(p)]
+        others = [p for p in parameters if not _is_matrix(p)]
+        groups = [
+            {"params": matrices, "muon": True, "scale": muon_lr / lr},
+            {"params": others, "muon": False, "scale": 1.0},
+        ]
+        self.momentum = momentum
+        super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+
+    @torch.no_grad()
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        """One update of all parameters."""
+        for group in self.param_groups:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._orthogonal_step(parameter, group)
+        # AdamW skips parameters without a gradient: hide those that were done.
+        done = [(p, p.grad) for g in self.param_groups if g["muon"] for p in g["params"]]
+        for parameter, _ in done:
+            parameter.grad = None
+        super().step(closure)
+        for parameter, grad in done:
+            parameter.grad = grad
+
+    def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+        update = parameter.grad.lerp(state["momentum"], self.momentum).flatten(1)
+        # Rows longer than columns would otherwise move less per entry (the usual shape factor).
+        shape_factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(orthogonalize(update).view_as(parameter), alpha=-group["lr"] * group["scale"] * shape_factor)
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether it has at least two axes longer than 1: gains, biases and Snake frequencies have one."""
+    return sum(size > 1 for size in parameter.shape) >= 2
