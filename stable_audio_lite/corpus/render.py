@@ -67,7 +67,10 @@ def find_soundfont(soundfont: str | os.PathLike[str] | None = None) -> Path:
 
 def to_midi(piece: Piece) -> bytes:
     """The piece as a standard MIDI file of one track, one tick a millisecond (so its tempo is nominal)."""
-    import mido
+    try:
+        import mido
+    except ModuleNotFoundError as error:
+        raise UserError("mido is missing; install it with: pip install -e '.[train]'") from error
 
     messages: list[tuple[int, int, mido.Message]] = []
     for number, part in enumerate(piece.parts):
