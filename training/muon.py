@@ -76,6 +76,7 @@ class Muon(AdamW):
     def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if "momentum" not in state:
+            state["step"] = torch.zeros(())  # AdamW expects to find one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
         update = parameter.grad.lerp(state["momentum"], self.momentum).flatten(1)

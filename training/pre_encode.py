@@ -54,9 +54,10 @@ def run(config: PreEncodeConfig) -> Path:
     vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
     items = read_items(config.data)
     cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae")))
-    todo = [i for i in range(len(items)) if not cache.path(i).exists()]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    for index in tqdm(mine, unit="item", disable=not accelerator.is_main_process):
+    # Items belong to a process by number, not by what is left: another one may already be writing.
+    mine = range(accelerator.process_index, len(items), accelerator.num_processes)
+    todo = [i for i in mine if not cache.path(i).exists()]
+    for index in tqdm(todo, unit="item", disable=not accelerator.is_main_process):
         write_latent(cache, index, items[index], encode_item(vae, items[index], model.sample_rate))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
