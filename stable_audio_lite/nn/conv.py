@@ -27,6 +27,7 @@ class WeightNormConv1d(nn.Module):
     """
 
     transposed = False
+    _axes = (1, 0)  # of inputs and outputs in the folded weight
 
     def __init__(
         self,
@@ -52,51 +53,70 @@ class WeightNormConv1d(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The normalised weight, (out, in, k), or (in, out, k) of a transposed convolution."""
-        folded = self._parameters.get("folded")
-        if folded is not None:
-            return folded
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether `fold` has been called."""
+        return "folded" in self._parameters
+
     def fold(self) -> None:
-        """Replace g and v by their product, channels-last; training can't go on after that."""
-        if "folded" in self._parameters:
+        """Replace g and v by one weight, laid out for speed; training can't go on after that."""
+        if self.is_folded:
             return
         weight = torch._weight_norm(self.weight_v.detach().float(), self.weight_g.detach().float(), 0)
-        weight = channels_last(weight.to(self.weight_v.dtype))
+        weight = self._arrange(weight.to(self.weight_v.dtype))
         del self.weight_g, self.weight_v
         self.folded = nn.Parameter(weight, requires_grad=False)
 
     def scale(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
         """Multiply the folded weight so that inputs come, or outputs leave, multiplied by (C,) factors."""
-        into, out = (0, 1) if self.transposed else (1, 0)
         weight, bias = self.folded.data.float(), self.bias.data.float()
-        if inputs is not None:
-            weight = weight * inputs.view([-1 if axis == into else 1 for axis in range(3)])
+        for factors, axis in zip((inputs, outputs), self._axes, strict=True):
+            if factors is not None:
+                weight = weight * factors.view([-1 if i == axis else 1 for i in range(weight.ndim)])
         if outputs is not None:
-            weight = weight * outputs.view([-1 if axis == out else 1 for axis in range(3)])
             bias = bias * outputs
-        self.folded.data = channels_last(weight.to(self.folded.dtype))
-        self.bias.data = bias.to(self.bias.dtype)
+        self.folded.data, self.bias.data = weight.to(self.folded.dtype), bias.to(self.bias.dtype)
+
+    def _arrange(self, weight: Tensor) -> Tensor:
+        return channels_last(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, T) -> (B, out, T')."""
+        # Element-wise layers may hand float32 over to folded bf16 weights.
+        weight, x = (self.folded, x.to(self.folded.dtype)) if self.is_folded else (self.weight, x)
         y = F.conv2d(
-            x.unsqueeze(2),
-            self.weight.unsqueeze(2),
-            self.bias,
-            (1, self.stride),
-            (0, self.padding),
-            (1, self.dilation),
+            x.unsqueeze(2), weight.unsqueeze(2), self.bias, (1, self.stride), (0, self.padding), (1, self.dilation)
         )
         return y.squeeze(2)
 
 
 class WeightNormConvTranspose1d(WeightNormConv1d):
-    """Transposed convolution; as in torch, the norm is taken per input channel."""
+    """Transposed convolution with kernel_size = 2 * stride; as in torch, the norm is taken per input channel."""
 
     transposed = True
+    _axes = (3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, T) -> (B, out, T * stride), for kernel_size = 2 * stride and padding = stride / 2."""
+        """(B, in, T) -> (B, out, T * stride), for padding = stride / 2."""
+        if self.is_folded:
+            return self._as_product(x.to(self.folded.dtype))
         y = F.conv_transpose2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, self.stride), (0, self.padding))
         return y.squeeze(2)
+
+    def _arrange(self, weight: Tensor) -> Tensor:
+        # (stride, out, 2, in): for each of `stride` outputs, the taps of the present input and of the one before.
+        return weight.unflatten(2, (2, self.stride)).permute(3, 1, 2, 0).contiguous()
+
+    def _as_product(self, x: Tensor) -> Tensor:
+        """The same as one matrix product: `stride` outputs depend on two neighbouring inputs.
+
+        Libraries take several times as long for the few long kernels of a decoder, most of it to rearrange weights.
+        """
+        length, stride = x.shape[2], self.stride
+        frames = F.pad(x.transpose(1, 2), (0, 0, 1, 1))  # B, T + 2, in
+        pairs = torch.cat((frames[:, 1:], frames[:, :-1]), -1)  # B, T + 1, now and before
+        y = F.linear(pairs, self.folded.flatten(2).flatten(0, 1), self.bias.repeat(stride))
+        y = y.unflatten(-1, (stride, -1)).flatten(1, 2)  # B, (T + 1) * stride, out
+        return y[:, self.padding : self.padding + length * stride].transpose(1, 2)

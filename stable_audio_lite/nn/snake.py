@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +32,7 @@ class FoldedSnake(nn.Module):
 
     Snake is (u + sin(u)^2) / alpha: the division is the next convolution's, and the product is the previous one's or,
     where x is used elsewhere too, done here with `frequency` (1, C, 1): two or three passes over memory, not four.
-    Without `frequency` the input is overwritten.
+    Without `frequency` the input is overwritten. `frequency` stays float32 whatever type the module is moved to.
     """
 
     frequency: Tensor | None
@@ -38,6 +40,13 @@ class FoldedSnake(nn.Module):
     def __init__(self, frequency: Tensor | None):
         super().__init__()
         self.register_buffer("frequency", frequency)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedSnake:
+        exact = self.frequency
+        super()._apply(fn, recurse)
+        if exact is not None and self.frequency is not None:
+            self.frequency = exact.to(self.frequency.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         u = x if self.frequency is None else x * self.frequency
