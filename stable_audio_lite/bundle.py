@@ -29,6 +29,7 @@ FORMAT = 1
 PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet")
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
+CARD_FILE = "README.md"
 STARTER = Path(__file__).parent / "starter"
 
 _TIMING_TOKENS = 2
@@ -212,7 +213,9 @@ def save_bundle(
         save_config(config, temporary / CONFIG_FILE)
         for name, state in parts.items():
             tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            save_file(tensors, temporary / f"{name}.safetensors", metadata={"format": "pt"})
+            path = part_path(temporary, name)
+            save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors makes files that their owner alone can read
         texts = dict(extra_files or {})
         if tokenizer_json is not None:
             texts[TOKENIZER_FILE] = tokenizer_json
@@ -221,14 +224,15 @@ def save_bundle(
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse to put a bundle in the place of anything but a bundle or an empty folder.
+    """Refuse to put a bundle in the place of anything but a bundle, its card alone or an empty folder.
 
     Raises:
         UserError: `folder` is a file or a folder with other contents.
     """
     path = Path(folder)
     if path.is_dir():
-        if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+        others = [file for file in path.iterdir() if file.name != CARD_FILE]
+        if others and not (path / CONFIG_FILE).is_file():
             raise UserError(f"{path}: holds other files, not a bundle; choose a new folder")
     elif path.exists():
         raise UserError(f"{path}: is a file; a bundle is written as a folder")

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from stable_audio_lite.bundle import PARTS, TOKENIZER_FILE, load_model_config, part_path, read_part, save_bundle
+from stable_audio_lite.bundle import (
+    CARD_FILE,
+    PARTS,
+    TOKENIZER_FILE,
+    load_model_config,
+    part_path,
+    read_part,
+    save_bundle,
+)
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.errors import UserError
@@ -56,8 +64,8 @@ def run(config: AssembleConfig) -> Path:
         name: {k: v if name == "vae" or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in state.items()}
         for name, state in parts.items()
     }
-    card = output / "README.md"
-    extra = {"README.md": card.read_bytes()} if card.is_file() else {}
+    card = output / CARD_FILE
+    extra = {CARD_FILE: card.read_bytes()} if card.is_file() else {}
     save_bundle(output, model, halved, (source / TOKENIZER_FILE).read_text(encoding="utf-8"), extra)
     return output
 
