@@ -323,3 +323,28 @@ def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path]
     config = pre_encode.PreEncodeConfig(vae=str(other), data=str(data), output=str(bundles["latents"]))
     with pytest.raises(UserError, match="another VAE"):
         pre_encode.run(config)
+
+
+def test_interrupted_pre_encoding_goes_on(
+    data: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after three items, the same command encodes the others only, and the cache is that of one whole run."""
+    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(data), output=str(tmp_path / "latents"))
+    encode, encoded = pre_encode.encode_item, []
+
+    def counting(vae: object, item: object, sample_rate: int) -> torch.Tensor:
+        if len(encoded) == 3:
+            raise InterruptedError
+        encoded.append(item)
+        return encode(vae, item, sample_rate)
+
+    monkeypatch.setattr(pre_encode, "encode_item", counting)
+    with pytest.raises(InterruptedError):
+        pre_encode.run(config)
+    assert not (tmp_path / "latents/latents.json").exists()
+    encoded.clear()
+    pre_encode.run(config)
+    assert len(encoded) == 3  # of six
+    assert_same_weights(bundles["latents"], tmp_path / "latents")
+    whole, parts = (json.loads((f / "latents.json").read_text()) for f in (bundles["latents"], tmp_path / "latents"))
+    assert whole == parts
