@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
-from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
+from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, smooth
 from stable_audio_lite.nn.snake import Snake
 
 SMALL = VAEConfig(encoder_width=4, decoder_width=32)
@@ -89,9 +90,10 @@ def test_dac_of_another_width_is_refused() -> None:
 
 @pytest.mark.parametrize("frames", [1, 60])
 @pytest.mark.parametrize("chunk", [2, 3, 13])
-def test_pieces_equal_whole(frames: int, chunk: int) -> None:
+@pytest.mark.parametrize("slow", [0, 16])
+def test_pieces_equal_whole(frames: int, chunk: int, slow: int) -> None:
     """In float64 nothing but the halo can differ: pieces and whole agree to rounding."""
-    vae = lively(VAE(SMALL)).double()
+    vae = lively(VAE(replace(SMALL, slow_channels=slow))).double()
     latents = torch.randn(1, 64, frames, dtype=torch.float64)
     audio = torch.randn(1, 2, frames * 1024 - 100, dtype=torch.float64)
     with torch.no_grad():
@@ -100,6 +102,29 @@ def test_pieces_equal_whole(frames: int, chunk: int) -> None:
         one, many = vae.encode(audio), vae.encode_chunked(audio, chunk)
         torch.testing.assert_close(many.mean, one.mean, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(many.std, one.std, atol=1e-5, rtol=1e-5)
+
+
+def test_slow_channels_carry_only_slow_changes() -> None:
+    """Of noise they keep under 1 % of what is above 0.25 cycles per frame; the other channels are as before."""
+    plain = lively(VAE(SMALL))
+    slow = VAE(replace(SMALL, slow_channels=16))
+    slow.load_state_dict(plain.state_dict())
+    audio = torch.randn(1, 2, 200 * 1024)
+    with torch.no_grad():
+        before, after = plain.encode(audio).mean, slow.encode(audio).mean
+    torch.testing.assert_close(after[:, 16:], before[:, 16:])
+
+    def fast_share(latents: torch.Tensor) -> float:
+        spectrum = torch.fft.rfft((latents - latents.mean(2, keepdim=True)) * torch.hann_window(200)).abs().square()
+        return float(spectrum[:, :, 50:].sum() / spectrum.sum())
+
+    assert fast_share(after[:, :16]) < 0.01
+    assert fast_share(before[:, :16]) > 0.1
+
+
+def test_smoothing_keeps_what_is_constant() -> None:
+    """A constant passes unchanged, up to both ends."""
+    torch.testing.assert_close(smooth(torch.full((1, 3, 5), 0.7)), torch.full((1, 3, 5), 0.7))
 
 
 def test_folding_changes_nothing() -> None:
@@ -160,4 +185,6 @@ def test_config_refuses_what_cannot_be_built() -> None:
         VAEConfig(strides=(3, 4))
     with pytest.raises(ValueError, match="decoder_width"):
         VAEConfig(decoder_width=100)
+    with pytest.raises(ValueError, match="slow_channels"):
+        VAEConfig(slow_channels=65)
     assert math.prod(VAEConfig().strides) == VAEConfig().hop == 1024

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1d, channels_last
 from stable_audio_lite.nn.snake import FoldedSnake, Snake
 
+SLOW_REACH = 4
+"""Latent frames on each side of a frame that the encoder's smoothing of `slow_channels` sees."""
+
 _DILATIONS = (1, 3, 9)
 
 
@@ -29,6 +32,9 @@ class VAEConfig:
         decoder_width: channels after the decoder's first convolution; they halve at each stride.
         strides: time factors of the encoder's blocks, all even; the decoder takes them backwards.
         latent_channels: channels of the latent.
+        slow_channels: how many of them, the first ones, the encoder smooths over time (by a binomial filter of
+            `2 * SLOW_REACH + 1` frames). Phase can't pass there, so they come to carry loudness, timbre and the like,
+            which a prompt says something about; the paper has none.
     """
 
     audio_channels: int = 2
@@ -36,12 +42,15 @@ class VAEConfig:
     decoder_width: int = 1536
     strides: tuple[int, ...] = (4, 4, 8, 8)
     latent_channels: int = 64
+    slow_channels: int = 0
 
     def __post_init__(self) -> None:
         if not self.strides or any(s < 2 or s % 2 for s in self.strides):
             raise ValueError(f"strides must be even and at least 2, got {self.strides}")
         if min(self.audio_channels, self.encoder_width, self.latent_channels) < 1:
             raise ValueError("audio_channels, encoder_width and latent_channels must be at least 1")
+        if not 0 <= self.slow_channels <= self.latent_channels:
+            raise ValueError(f"slow_channels must lie in 0..{self.latent_channels}, got {self.slow_channels}")
         if self.decoder_width < 1 or self.decoder_width % 2 ** len(self.strides):
             raise ValueError(f"decoder_width must be a multiple of {2 ** len(self.strides)}, got {self.decoder_width}")
 
@@ -247,7 +256,8 @@ class VAE(nn.Module):
     @property
     def encoder_halo(self) -> int:
         """Latent frames on each side that an encoded frame's samples reach into."""
-        return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
+        smoothing = SLOW_REACH if self.config.slow_channels else 0
+        return math.ceil(_reach(list(self.encoder.layers)) / self.hop) + smoothing
 
     def prepare_for_inference(self) -> VAE:
         """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
@@ -262,11 +272,22 @@ class VAE(nn.Module):
     def _posterior(self, hidden: Tensor) -> Posterior:
         # softplus and the KL's logarithm lose too much in bf16
         mean, scale = hidden.float().chunk(2, dim=1)
+        if slow := self.config.slow_channels:
+            mean = torch.cat((smooth(mean[:, :slow]), mean[:, slow:]), 1)
         return Posterior(mean, F.softplus(scale) + 1e-4)
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.ndim != 3 or latents.shape[1] != self.config.latent_channels or latents.shape[2] == 0:
             raise ValueError(f"expected latents (B, {self.config.latent_channels}, F), got {tuple(latents.shape)}")
+
+
+def smooth(x: Tensor) -> Tensor:
+    """Low-pass (B, C, F) over time: -3 dB at 0.09, -24 dB at 0.25 and nothing left at 0.5 cycles per frame."""
+    size = 2 * SLOW_REACH
+    taps = torch.tensor([math.comb(size, k) / 2**size for k in range(size + 1)], dtype=x.dtype, device=x.device)
+    channels = x.shape[1]
+    padded = F.pad(x, (SLOW_REACH, SLOW_REACH), mode="replicate")
+    return F.conv1d(padded, taps.expand(channels, 1, -1), groups=channels)
 
 
 def _fold_snakes(layers: nn.Sequential) -> None:
