@@ -52,7 +52,10 @@ class TrainVAEConfig:
         data: folder of audio to train on.
         held_out: folder of audio to evaluate on, or null.
         crop_frames: length of a crop in latent frames.
+        endings: share of the crops that lie across the end of their item: a decoder has to know silence, with which
+            the U-Net's windows end.
         stft_windows: window lengths of the reconstruction loss in samples.
+        stft_floor: smallest magnitude that its logarithm hears, relative to a full-scale sine's peak.
         discriminator: shape of the discriminator, or null for none.
         discriminator_start: step from which it learns and is heard.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
@@ -63,11 +66,13 @@ class TrainVAEConfig:
     data: str
     held_out: str | None = None
     crop_frames: int = 64
+    endings: float = 0.0
     batch_size: int = 8
     run: RunConfig
     optimizer: OptimizerConfig
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     stft_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64, 32)
+    stft_floor: float = 1e-4
     a_weighting: bool = True
     discriminator: DiscriminatorConfig | None = None
     discriminator_optimizer: OptimizerConfig | None = None
@@ -80,6 +85,10 @@ class TrainVAEConfig:
             raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
         if min(self.crop_frames, self.batch_size) < 1:
             raise ValueError("crop_frames and batch_size must be at least 1")
+        if not 0 <= self.endings <= 1 or self.stft_floor <= 0:
+            raise ValueError(
+                f"endings must lie in 0..1 and stft_floor above 0, got {self.endings} and {self.stft_floor}"
+            )
 
 
 class VAETask(Task):
@@ -92,7 +101,7 @@ class VAETask(Task):
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         samples = config.crop_frames * self.model.vae.hop
-        self.crops = Crops(read_items(config.data), self.model.sample_rate, samples, config.run.seed)
+        self.crops = Crops(read_items(config.data), self.model.sample_rate, samples, config.run.seed, config.endings)
         self.validation = self._validation(samples)
         torch.manual_seed(config.run.seed)
         vae = VAE(self.model.vae)
@@ -105,7 +114,9 @@ class VAETask(Task):
             self.modules["discriminator"] = Discriminator(config.discriminator)
             self.optimizers["discriminator"] = config.discriminator_optimizer
         self.waveform = WaveformLoss(self.model.sample_rate)
-        self.stft = MultiResolutionSTFTLoss(self.model.sample_rate, config.stft_windows, config.a_weighting)
+        self.stft = MultiResolutionSTFTLoss(
+            self.model.sample_rate, config.stft_windows, config.a_weighting, config.stft_floor
+        )
 
     def batch(self, step: int, rank: int, world: int) -> Tensor:
         return self.crops.batch(step, self.batch_size, rank, world)

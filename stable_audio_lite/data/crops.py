@@ -27,10 +27,14 @@ class Crops:
     """Crops of `samples` samples at `sample_rate`, silence-padded where the file ends before.
 
     Batches are functions of (seed, step, process), so that a resumed run sees the same ones.
+
+    Args:
+        endings: share of the crops that lie across an item's end, where half a crop on average is silence.
     """
 
-    def __init__(self, items: list[Item], sample_rate: int, samples: int, seed: int):
+    def __init__(self, items: list[Item], sample_rate: int, samples: int, seed: int, endings: float = 0.0):
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
+        self.endings = endings
 
     def draw(self, step: int, batch_size: int, rank: int, world: int) -> list[tuple[Item, random.Random]]:
         """The items of one step's batch on process `rank`, each with the generator of its own random choices.
@@ -46,14 +50,17 @@ class Crops:
         return torch.stack([self.crop(item, rng).audio for item, rng in self.draw(step, batch_size, rank, world)])
 
     def crop(self, item: Item, rng: random.Random) -> Crop:
-        """A uniformly placed crop of an item.
+        """A uniformly placed crop of an item, or of the stretch around its end.
 
         Raises:
             UserError: the file can't be read.
         """
         seconds = self.samples / self.sample_rate
         total = audio_info(item.path).seconds
-        start = rng.uniform(0, max(total - seconds, 0))
+        first, last = 0.0, max(total - seconds, 0.0)
+        if self.endings and rng.random() < self.endings:
+            first, last = last, max(total - seconds / 16, 0.0)  # some of the item is left
+        start = rng.uniform(first, last)
         audio = read_audio(item.path, self.sample_rate, start, seconds)[:, : self.samples]
         return Crop(F.pad(audio, (0, self.samples - audio.shape[1])), start, total)
 
