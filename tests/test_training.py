@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,8 @@ from safetensors.torch import load_file
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.config import load_config
+from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.errors import UserError
 from training import pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
@@ -31,6 +36,7 @@ from training.muon import Muon, orthogonalize
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs/stable_audio/tiny.yaml"
 TOLERANCE = 1e-6
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -129,23 +135,27 @@ def diffusion_settings(bundles: dict[str, Path], output: Path, steps: int, **mor
     }
 
 
+Settings = Callable[..., dict[str, object]]
+
+
+def trainer_of(name: str, data: Path, bundles: dict[str, Path]) -> tuple[object, type, Settings]:
+    """A trainer's module, its config's class and (output, steps, ...) -> settings."""
+    return {
+        "vae": (train_vae, train_vae.TrainVAEConfig, partial(vae_settings, data)),
+        "clap": (train_clap, train_clap.TrainClapConfig, partial(clap_settings, data)),
+        "diffusion": (train_diffusion, train_diffusion.TrainDiffusionConfig, partial(diffusion_settings, bundles)),
+    }[name]
+
+
 @pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
 def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """Stopped at step 10 and started again, the next 20 steps' losses and the final weights are the same."""
-    trainer, cls, settings = {
-        "vae": (train_vae, train_vae.TrainVAEConfig, lambda out: vae_settings(data, out, 30)),
-        "clap": (train_clap, train_clap.TrainClapConfig, lambda out: clap_settings(data, out, 30)),
-        "diffusion": (
-            train_diffusion,
-            train_diffusion.TrainDiffusionConfig,
-            lambda out: diffusion_settings(bundles, out, 30),
-        ),
-    }[name]
+    trainer, cls, settings = trainer_of(name, data, bundles)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    trainer.run(load(cls, settings(whole), tmp_path))
-    stop_after(load(cls, settings(parts), tmp_path), trainer, step=13)
+    trainer.run(load(cls, settings(whole, 30), tmp_path))
+    stop_after(load(cls, settings(parts, 30), tmp_path), trainer, step=13)
     assert [p.name for p in checkpoints(parts / "checkpoints")] == ["step_00000010"]
-    trainer.run(load(cls, settings(parts), tmp_path))
+    trainer.run(load(cls, settings(parts, 30), tmp_path))
     assert_same_curve(whole, parts, 10, 30)
     assert_same_weights(whole / "bundle", parts / "bundle")
 
@@ -173,30 +183,60 @@ def stop_after(config: object, trainer: object, step: int) -> None:
         trainer.fit = original
 
 
-def test_killed_process_goes_on(data: Path, tmp_path: Path) -> None:
-    """SIGKILL at a random moment leaves whole checkpoints only; the same command finishes with the same weights."""
-    settings = vae_settings(data, tmp_path / "killed", 30, checkpoint_every=5)
-    config = tmp_path / "vae.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "training.train_vae", "--config", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not checkpoints(tmp_path / "killed/checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(random.random() * 0.5)
+def kill(command: list[str], begun: Callable[[], bool], within: float) -> None:
+    """Start a command and send it SIGKILL at a random moment of the `within` seconds after it has `begun`."""
+    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not begun() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(random.random() * within)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert checkpoints(tmp_path / "killed/checkpoints")
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    whole = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "whole", 30), tmp_path)
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+
+
+@pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
+def test_killed_trainer_goes_on(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL at a random moment leaves whole checkpoints only; the same command ends as an uninterrupted run does."""
+    trainer, cls, settings = trainer_of(name, data, bundles)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(settings(killed, 60, checkpoint_every=5)))
+    command = [sys.executable, "-m", trainer.__name__, "--config", str(config)]
+    kill(command, lambda: bool(checkpoints(killed / "checkpoints")), within=0.5)
+    saved = [p.name for p in checkpoints(killed / "checkpoints")]
+    assert saved and not (killed / "bundle").exists()
+    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train_vae.run(whole)
+        trainer.run(load(cls, settings(whole, 60), tmp_path))
     finally:
         torch.set_num_threads(threads)
-    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "killed/bundle")
+    assert_same_curve(whole, killed, 0, 60)
+    assert_same_weights(whole / "bundle", killed / "bundle")
+
+
+def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL at a random moment leaves whole latents only; the same command ends with the cache of one whole run."""
+    many, cache = tmp_path / "many", tmp_path / "latents"
+    many.mkdir()
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for copy in range(10):  # long enough to be killed in the middle
+        for row in rows:
+            (many / f"{copy}-{row['file_name']}").symlink_to(data / row["file_name"])
+    copies = [row | {"file_name": f"{copy}-{row['file_name']}"} for copy in range(10) for row in rows]
+    (many / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in copies))
+    config = tmp_path / "pre_encode.yaml"
+    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(cache)}))
+    command = [sys.executable, "-m", "training.pre_encode", "--config", str(config)]
+    kill(command, lambda: any(cache.glob("*.safetensors")), within=0.1)
+    before = {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
+    assert 0 < len(before) < 60 and not (cache / "latents.json").exists()
+    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert all(p.stat().st_mtime_ns == changed for p, changed in before.items())  # those were whole: not encoded again
+    whole = pre_encode.run(pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(many), output=str(many / "z")))
+    assert_same_weights(whole, cache)
+    assert len(json.loads((cache / "latents.json").read_text())["mean"]) == 64
 
 
 def test_vae_learns(data: Path, tmp_path: Path) -> None:
@@ -220,13 +260,85 @@ def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tm
         assert same == key.startswith("encoder."), key
 
 
-def test_nan_stops_with_step_and_checkpoint(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 15), tmp_path)
+def test_crops_of_endings_hold_sound_then_silence(data: Path) -> None:
+    """Only as many as asked for; each begins with sound, ends in digital silence, and says where it begins."""
+    items = read_items(data)
+    samples = 22050
+
+    def padded(endings: float) -> list[int]:
+        crops = Crops(items, 44100, samples, seed=0, endings=endings)
+        drawn = [crops.crop(*pair) for pair in crops.draw(0, 200, 0, 1)]
+        assert all(bool(c.audio[:, :1000].any()) for c in drawn)
+        assert all(0 <= c.seconds_start < c.seconds_total for c in drawn)
+        return [int((c.audio == 0).all(0).sum()) for c in drawn]
+
+    assert max(padded(0.0)) < 100
+    assert 30 < sum(p > 100 for p in padded(0.25)) < 70
+    assert 0.3 < sum(padded(1.0)) / (200 * samples) < 0.6
+
+
+def vae_task_with_nans(config: object, bad: Callable[[int], bool]) -> train_vae.VAETask:
+    """The task of `config`, whose total loss is NaN in its calls number 0, 1, ... for which `bad` is true."""
     task = train_vae.VAETask(config)
-    total = task._total
-    calls = iter(range(100))
-    monkeypatch.setattr(task, "_total", lambda x: total(x) * (float("nan") if next(calls) == 12 else 1.0))
-    with pytest.raises(UserError, match=r"not finite at step 12; last good checkpoint: .*step_00000010"):
+    total, calls = task._total, itertools.count()
+    task._total = lambda losses: total(losses) * (float("nan") if bad(next(calls)) else 1.0)
+    return task
+
+
+def test_bad_steps_are_skipped_and_counted(data: Path, tmp_path: Path) -> None:
+    """The update of a step with NaN leaves the weights alone; the run goes on and ends."""
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 15), tmp_path)
+    task = vae_task_with_nans(config, lambda call: call in (6, 7, 12))
+    before = {}
+    step = task.step
+
+    def watched(batch: object, number: int, update: object) -> dict[str, torch.Tensor]:
+        before[number] = {k: v.clone() for k, v in task.modules["vae"].state_dict().items()}
+        return step(batch, number, update)
+
+    task.step = watched
+    train_vae.fit(config.run, task, config)
+    for number in (6, 7, 12):
+        assert all(torch.equal(v, before[number + 1][k]) for k, v in before[number].items())
+    assert any(not torch.equal(v, before[9][k]) for k, v in before[8].items())
+    curve = losses(tmp_path / "run")
+    assert [curve[s]["updates/skipped"] for s in (5, 7, 14)] == [0, 2, 3]
+    assert curve[14]["updates/returns"] == 0
+
+
+def test_many_bad_steps_return_to_the_checkpoint_at_half_rate(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Five NaN in a row: back to the checkpoint of step 10, half the rate, which a resumed run keeps."""
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 30), tmp_path)
+    task = vae_task_with_nans(config, lambda call: 12 <= call < 17)
+    train_vae.fit(config.run, task, config)
+    curve = losses(tmp_path / "run")
+    assert curve[29]["updates/skipped"] == 5
+    assert curve[29]["updates/returns"] == 1
+    assert "back to" in capsys.readouterr().err
+    state = json.loads((checkpoints(tmp_path / "run/checkpoints")[-1] / "state.json").read_text())
+    assert state["health"] == {"skipped": 5, "in_a_row": 0, "returns": 1}
+    longer = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 31), tmp_path)
+    task = train_vae.VAETask(longer)
+    rates = []
+    step = task.step
+
+    def watched(batch: object, number: int, update: object) -> dict[str, torch.Tensor]:
+        result = step(batch, number, update)
+        rates.append(update.optimizers["vae"].param_groups[1]["lr"])
+        return result
+
+    task.step = watched
+    train_vae.fit(longer.run, task, longer)
+    assert rates == pytest.approx([0.5 * longer.optimizer.lr])
+
+
+def test_endless_nan_ends_with_the_checkpoint_named(data: Path, tmp_path: Path) -> None:
+    settings = vae_settings(data, tmp_path / "run", 30, max_returns=1)
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = vae_task_with_nans(config, lambda call: call >= 12)
+    with pytest.raises(UserError, match=r"not finite in the 5 steps up to \d+; last good checkpoint: .*step_00000010"):
         train_vae.fit(config.run, task, config)
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ class RunConfig:
         compile: torch.compile the modules; needs a C++ compiler on a CPU.
         ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        max_bad_steps: an update whose loss or gradient is not finite is skipped; after this many such steps in a row
+            the run returns to its newest checkpoint and goes on from there at half the learning rates.
+        max_returns: after that many returns the run gives up.
         evaluate_every: steps between evaluations; 0 for none.
     """
 
@@ -49,6 +53,8 @@ class RunConfig:
     compile: bool = False
     ema_decay: float = 0.9999
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 5
+    max_returns: int = 5
     log_every: int = 10
     checkpoint_every: int = 500
     keep_last: int = 2
@@ -56,7 +62,7 @@ class RunConfig:
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_last"):
+        for name in ("steps", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -129,33 +135,62 @@ class Task(ABC):
         return {}
 
 
+@dataclass
+class Health:
+    """What has gone wrong so far; part of a checkpoint.
+
+    Attributes:
+        skipped: updates left out because a loss or a gradient was not finite.
+        in_a_row: steps up to now in which that happened, without one in between in which it didn't.
+        returns: how often the run went back to a checkpoint; each halves the learning rates.
+    """
+
+    skipped: int = 0
+    in_a_row: int = 0
+    returns: int = 0
+
+
 class Update:
     """Backward, clip, optimizer step; one call per optimizer and step."""
 
     def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Any]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
-        self.step = 0
-        self.last_checkpoint: Path | None = None
+        self.health = Health()
         self.grad_norms: dict[str, Tensor] = {}
+        self.step, self.bad = 0, False
+
+    def begin(self, step: int) -> None:
+        """Start `step` (from 0)."""
+        self.step, self.bad = step, False
 
     def __call__(self, name: str, loss: Tensor) -> None:
-        """Update module `name` on `loss` (a scalar).
-
-        Raises:
-            UserError: the loss is not finite; names the step and the last good checkpoint.
-        """
-        if not bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
-            good = self.last_checkpoint or "none was written"
-            raise UserError(f"the loss of '{name}' is not finite at step {self.step}; last good checkpoint: {good}")
+        """Update module `name` on `loss` (a scalar), or skip and count it where loss or gradient is not finite."""
         optimizer = self.optimizers[name]
+        if not bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
+            self._skip(optimizer)
+            return
         for group in optimizer.param_groups:
-            group["lr"] = self.task.optimizers[name].rate(self.step, self.run.steps)
+            group["lr"] = self.task.optimizers[name].rate(self.step, self.run.steps) * 0.5**self.health.returns
         self.accelerator.backward(loss)
-        if self.run.max_grad_norm:
-            parameters = self.task.modules[name].parameters()
-            self.grad_norms[f"grad_norm/{name}"] = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm)
+        parameters = self.task.modules[name].parameters()
+        norm = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf)
+        self.grad_norms[f"grad_norm/{name}"] = norm
+        # In fp16 a gradient may overflow now and then: the loss scaler skips that step itself and lowers its scale.
+        if self.run.precision != "fp16" and not bool(torch.isfinite(norm)):
+            self._skip(optimizer)
+            return
         optimizer.step()
         optimizer.zero_grad()
+
+    def end(self) -> bool:
+        """Close the step; whether too many in a row were bad."""
+        self.health.in_a_row = self.health.in_a_row + 1 if self.bad else 0
+        return self.health.in_a_row >= self.run.max_bad_steps
+
+    def _skip(self, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        self.health.skipped += 1
+        self.bad = True
 
 
 def fit(run: RunConfig, task: Task, config: Any) -> Path:
@@ -164,7 +199,7 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     `config` is the whole configuration (a dataclass), saved beside the checkpoints. Returns the bundle's folder.
 
     Raises:
-        UserError: the output can't be written, its newest checkpoint doesn't fit, or the loss is not finite.
+        UserError: the output can't be written, its newest checkpoint doesn't fit, or losses stay not finite.
     """
     output = Path(run.output)
     accelerator = _accelerator(run, output)
@@ -172,8 +207,6 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
     state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()})
-    done = checkpoints(output / "checkpoints")
-    start = load_checkpoint(done[-1], state)["step"] if done else 0
     if accelerator.is_main_process:
         save_config(config, output / "config.yaml")
     if run.compile:
@@ -181,27 +214,59 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
             module.compile(dynamic=False)
     task.modules = {n: accelerator.prepare_model(m) for n, m in plain.items()}
     update = Update(accelerator, run, task, {n: accelerator.prepare_optimizer(o) for n, o in optimizers.items()})
-    update.last_checkpoint = done[-1] if done else None
+    start = _resume(output, state, update.health)
     with _Monitor(accelerator, run, task.batch_size, start) as monitor:
-        for step, batch in _batches(task, accelerator, start, run.steps):
-            torch.manual_seed(_mix(run.seed, step, accelerator.process_index))
-            update.step = step
-            with accelerator.autocast():
-                losses = task.step(_to(batch, accelerator.device), step, update)
-            for name, ema in averages.items():
-                ema.update(plain[name], step)
-            if _due(run.evaluate_every, step, run.steps):
-                with _Averaged(plain, averages), torch.no_grad():
-                    monitor.write(step, task.evaluate(step))
-            monitor.show(step, losses | update.grad_norms)
-            if _due(run.checkpoint_every, step, run.steps):
-                update.last_checkpoint = _checkpoint(run, accelerator, step + 1, state)
+        while start < run.steps:
+            for step, batch in _batches(task, accelerator, start, run.steps):
+                torch.manual_seed(_mix(run.seed, step, accelerator.process_index))
+                update.begin(step)
+                with accelerator.autocast():
+                    losses = task.step(_to(batch, accelerator.device), step, update)
+                start = step + 1
+                if update.end():
+                    start = _return(output, step, state, update)
+                    monitor.restart(start)
+                    break
+                for name, ema in averages.items():
+                    ema.update(plain[name], step)
+                if _due(run.evaluate_every, step, run.steps):
+                    with _Averaged(plain, averages), torch.no_grad():
+                        monitor.write(step, task.evaluate(step))
+                monitor.show(step, losses | update.grad_norms, update.health)
+                if _due(run.checkpoint_every, step, run.steps) and not update.bad:
+                    _checkpoint(run, accelerator, start, state, update.health)
     bundle = output / "bundle"
     if accelerator.is_main_process:
         with _Averaged(plain, averages):
             task.export(bundle, plain)
     accelerator.end_training()
     return bundle
+
+
+def _resume(output: Path, state: Resumable, health: Health) -> int:
+    """Load the newest checkpoint, if there is one; returns the step to go on with."""
+    done = checkpoints(output / "checkpoints")
+    if not done:
+        return 0
+    info = load_checkpoint(done[-1], state)
+    for key, value in info["health"].items():
+        setattr(health, key, value)
+    return info["step"]
+
+
+def _return(output: Path, step: int, state: Resumable, update: Update) -> int:
+    """Go back to the newest checkpoint at half the rates; returns its step."""
+    skipped, returns = update.health.skipped, update.health.returns + 1
+    done = checkpoints(output / "checkpoints")
+    good = str(done[-1]) if done else "none was written"
+    row = f"losses or gradients were not finite in the {update.run.max_bad_steps} steps up to {step}"
+    if not done or returns > update.run.max_returns:
+        raise UserError(f"{row}; last good checkpoint: {good}. Lower the learning rates or max_grad_norm")
+    start = _resume(output, state, update.health)
+    update.health.skipped, update.health.returns, update.health.in_a_row = skipped, returns, 0
+    if update.accelerator.is_main_process:
+        print(f"\n{row}: back to {good}, learning rates times {0.5**returns:g}", file=sys.stderr, flush=True)
+    return start
 
 
 def _due(every: int, step: int, steps: int) -> bool:
@@ -252,13 +317,19 @@ class _Monitor:
     def __exit__(self, *exc: object) -> None:
         self.bar.close()
 
-    def show(self, step: int, losses: dict[str, Tensor]) -> None:
+    def restart(self, start: int) -> None:
+        """Go on counting from `start`."""
+        self.bar.n, self.last = start, (time.monotonic(), start)
+        self.bar.refresh()
+
+    def show(self, step: int, losses: dict[str, Tensor], health: Health) -> None:
         """Advance the bar; every `log_every` steps also average the losses over processes and write them."""
         self.bar.update()
         if step % self.run.log_every and step + 1 != self.run.steps:
             return
         figures = {k: float(self.accelerator.reduce(v.detach().float(), "mean")) for k, v in losses.items()}
         now, (then, last) = time.monotonic(), self.last
+        figures |= {"updates/skipped": health.skipped, "updates/returns": health.returns}
         figures["items_per_second"] = (step + 1 - last) * self.items_per_step / max(now - then, 1e-9)
         self.last = (now, step + 1)
         name, value = next(iter(figures.items()))
@@ -291,13 +362,12 @@ class _Averaged:
             self.modules[name].load_state_dict(raw)
 
 
-def _checkpoint(run: RunConfig, accelerator: Accelerator, step: int, state: Resumable) -> Path:
+def _checkpoint(run: RunConfig, accelerator: Accelerator, step: int, state: Resumable, health: Health) -> None:
     folder = Path(run.output) / "checkpoints"
     if accelerator.is_main_process:
-        save_checkpoint(folder, step, state, {"seed": run.seed})
+        save_checkpoint(folder, step, state, {"seed": run.seed, "health": asdict(health)})
         prune(folder, run.keep_last)
     accelerator.wait_for_everyone()
-    return folder / f"step_{step:08d}"
 
 
 def _to(batch: Any, device: torch.device) -> Any:
