@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, info, corpus.
+"""The `stable-audio-lite` command: generate, info, corpus, validate-dataset.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -38,8 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     warnings.filterwarnings("ignore")
     try:
-        args.run(args)
-        return 0
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -65,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_info(commands)
     _add_corpus(commands)
+    _add_validate_dataset(commands)
     return parser
 
 
@@ -302,6 +302,29 @@ def _corpus(args: argparse.Namespace) -> None:
     )
     hours = report.seconds / 3600
     print(f"{args.output}: {report.rendered} pieces rendered, {report.kept} kept, {hours:.2f} h in all")
+
+
+def _add_validate_dataset(commands: Any) -> None:
+    parser = commands.add_parser(
+        "validate-dataset",
+        help="what is in a data set, and what is wrong with it",
+        description="Read every file of a data set: hours, rates, channels; broken, silent, clipped or uncaptioned "
+        "files. The exit status is 1 if a file is broken.",
+    )
+    parser.set_defaults(run=_validate_dataset)
+    parser.add_argument("path", metavar="PATH", type=Path, help="a folder of audio, or one with a manifest")
+    parser.add_argument("--workers", type=int, default=4, help="files read at once (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print JSON with every faulty file")
+
+
+def _validate_dataset(args: argparse.Namespace) -> int:
+    from stable_audio_lite.data.validate import validate
+
+    if args.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {args.workers}")
+    report = validate(args.path, args.workers)
+    print(json.dumps(report.as_json(), indent=2) if args.json else report.as_text())
+    return 1 if "broken" in report.faults else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ With `freeze_encoder` and `initial` it is the second phase: the decoder learns o
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
 from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.files import replacing
 from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior
 from training.command import main
-from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+from training.loop import OptimizerConfig, RunConfig, Task, Update, fit, unwrap
 from training.losses import (
+    Maps,
     MultiResolutionSTFTLoss,
     WaveformLoss,
     feature_matching,
     hinge_discriminator,
     hinge_generator,
 )
+from training.noise import item_noise, item_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,10 @@ class TrainVAEConfig:
         crop_frames: length of a crop in latent frames.
         endings: share of the crops that lie across the end of their item: a decoder has to know silence, with which
             the U-Net's windows end.
+        gain_db: the level of each crop is changed by up to this many dB either way.
+        inverted: share of the crops whose polarity is inverted.
+        max_unreadable: share of the data's files that may be unreadable; they are skipped and listed in
+            `unreadable.jsonl` beside the checkpoints.
         stft_windows: window lengths of the reconstruction loss in samples.
         stft_floor: smallest magnitude that its logarithm hears, relative to a full-scale sine's peak.
         discriminator: shape of the discriminator, or null for none.
@@ -67,6 +75,9 @@ class TrainVAEConfig:
     held_out: str | None = None
     crop_frames: int = 64
     endings: float = 0.0
+    gain_db: float = 0.0
+    inverted: float = 0.0
+    max_unreadable: float = 0.01
     batch_size: int = 8
     run: RunConfig
     optimizer: OptimizerConfig
@@ -85,10 +96,11 @@ class TrainVAEConfig:
             raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
         if min(self.crop_frames, self.batch_size) < 1:
             raise ValueError("crop_frames and batch_size must be at least 1")
-        if not 0 <= self.endings <= 1 or self.stft_floor <= 0:
-            raise ValueError(
-                f"endings must lie in 0..1 and stft_floor above 0, got {self.endings} and {self.stft_floor}"
-            )
+        for name in ("endings", "inverted", "max_unreadable"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.stft_floor <= 0 or self.gain_db < 0:
+            raise ValueError(f"stft_floor must be above 0, gain_db not below, got {self.stft_floor}, {self.gain_db}")
 
 
 class VAETask(Task):
@@ -101,7 +113,16 @@ class VAETask(Task):
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         samples = config.crop_frames * self.model.vae.hop
-        self.crops = Crops(read_items(config.data), self.model.sample_rate, samples, config.run.seed, config.endings)
+        self.crops = Crops(
+            read_items(config.data),
+            self.model.sample_rate,
+            samples,
+            config.run.seed,
+            endings=config.endings,
+            gain_db=config.gain_db,
+            inverted=config.inverted,
+            max_unreadable=config.max_unreadable,
+        )
         self.validation = self._validation(samples)
         torch.manual_seed(config.run.seed)
         vae = VAE(self.model.vae)
@@ -118,20 +139,28 @@ class VAETask(Task):
             self.model.sample_rate, config.stft_windows, config.a_weighting, config.stft_floor
         )
 
-    def batch(self, step: int, rank: int, world: int) -> Tensor:
-        return self.crops.batch(step, self.batch_size, rank, world)
+    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        numbers = item_numbers(step, rank, world, self.batch_size)
+        shape = (self.model.vae.latent_channels, self.config.crop_frames)
+        noise = item_noise(self.config.run.seed, numbers, shape)
+        listed = len(self.crops.unreadable)
+        audio = self.crops.batch(step, self.batch_size, rank, world)
+        if len(self.crops.unreadable) > listed:
+            self._list_unreadable(rank)
+        return {"audio": audio, "noise": noise}
 
-    def step(self, batch: Tensor, step: int, update: Update) -> dict[str, Tensor]:
-        noise = torch.randn(len(batch), self.model.vae.latent_channels, self.config.crop_frames, device=batch.device)
-        output, mean, std = self.modules["vae"](batch, noise)
-        losses = self._reconstruction(output, batch)
+    def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
+        audio = batch["audio"]
+        output, mean, std = self.modules["vae"](audio, batch["noise"])
+        losses = self._reconstruction(output, audio)
         if not self.config.freeze_encoder:
             losses["kl/latent"] = Posterior(mean, std).kl()
         if "discriminator" in self.modules and step >= self.config.discriminator_start:
-            losses |= self._adversarial(output.float(), batch, update)
+            losses |= self._adversarial(output.float(), audio, update)
         total = self._total(losses)
         update("vae", total)
-        return {"loss/total": total.detach()} | losses | {"latent/std": mean.detach().std()}
+        figures = {"latent/std": mean.detach().std(), "data/unreadable": torch.tensor(len(self.crops.unreadable))}
+        return {"loss/total": total.detach()} | losses | figures
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Reconstruction losses of the posterior mean on fixed held-out crops."""
@@ -148,10 +177,16 @@ class VAETask(Task):
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         save_bundle(folder, self.model, {"vae": modules["vae"].state_dict()})
 
+    def _list_unreadable(self, rank: int) -> None:
+        name = f"unreadable_{rank}.jsonl" if rank else "unreadable.jsonl"
+        rows = [json.dumps({"file": str(p), "error": error}) for p, error in self.crops.unreadable.items()]
+        with replacing(Path(self.config.run.output) / name) as temporary:
+            temporary.write_text("".join(f"{row}\n" for row in rows))
+
     def _validation(self, samples: int) -> Tensor | None:
         if self.config.held_out is None:
             return None
-        crops = Crops(read_items(self.config.held_out), self.model.sample_rate, samples, seed=0)
+        crops = Crops(read_items(self.config.held_out), self.model.sample_rate, samples, seed=0, max_unreadable=1.0)
         return crops.batch(0, self.batch_size)
 
     def _reconstruction(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -163,14 +198,17 @@ class VAETask(Task):
 
     def _adversarial(self, output: Tensor, target: Tensor, update: Update) -> dict[str, Tensor]:
         discriminator = self.modules["discriminator"]
-        update("discriminator", hinge := hinge_discriminator(discriminator(target), discriminator(output.detach())))
-        # The generator's gradient passes through the discriminator but must not stay in it.
-        discriminator.requires_grad_(False)
-        fake = discriminator(output)
+        # One forward for both: DDP wants a backward after each.
+        real, fake = halves(discriminator(torch.cat((target, output.detach()))))
+        update("discriminator", hinge := hinge_discriminator(real, fake))
+        # The generator's gradient passes through the discriminator but must not stay in it, nor be averaged by DDP.
+        plain = unwrap(discriminator)
+        plain.requires_grad_(False)
+        fake = plain(output)
         with torch.no_grad():
-            real = discriminator(target)
+            real = plain(target)
         losses = {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
-        discriminator.requires_grad_(True)
+        plain.requires_grad_(True)
         return losses | {"discriminator/hinge": hinge.detach()}
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
@@ -186,6 +224,13 @@ class VAETask(Task):
             "adversarial/features": w.features,
         }
         return torch.stack([weights[k] * v for k, v in losses.items() if k in weights]).sum()
+
+
+def halves(maps: Maps) -> tuple[Maps, Maps]:
+    """The discriminator's maps of the first and of the second half of a batch."""
+    split = [(score.chunk(2), [f.chunk(2) for f in features]) for score, features in maps]
+    first, second = ([(score[i], [f[i] for f in features]) for score, features in split] for i in (0, 1))
+    return first, second
 
 
 def _start_from(source: str, vae: VAE) -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,17 @@ def read_audio(
     skip = round((first - begin) * sample_rate / rate)
     stretch = samples[:, skip : skip + round(wanted * sample_rate)]
     return torch.from_numpy(np.ascontiguousarray(stretch))
+
+
+def audio_blocks(path: str | Path, frames: int = 1 << 18) -> Iterator[np.ndarray]:
+    """A whole file at its own rate as successive (C, <= frames) float32 arrays, with all its channels.
+
+    Raises:
+        UserError: as `read_audio`, when the reading comes to what is wrong.
+    """
+    with _open(path) as file:
+        for begin in range(0, file.frames, frames):
+            yield _read(file, path, begin, min(begin + frames, file.frames))
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

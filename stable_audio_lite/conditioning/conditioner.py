@@ -15,24 +15,18 @@ from torch import Tensor, nn
 from stable_audio_lite.nn.attention import Condition
 
 
-def drop(
-    condition: Condition, null: Condition, probability: float, generator: torch.Generator | None = None
-) -> Condition:
-    """Replace each item's whole condition by `null`'s with `probability`, for classifier-free guidance.
+def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
+    """Replace whole conditions by `null`'s, for classifier-free guidance.
 
     Args:
         condition: of B items.
         null: of B items or of one, with the same S and D; gradients reach it.
-        probability: 0..1, per item and independent.
-        generator: source of the draw, on the CPU, so that every device draws alike.
+        dropped: (B,) bool, which items lose theirs.
     """
-    if not 0.0 <= probability <= 1.0:
-        raise ValueError(f"the dropout probability must lie in 0..1, got {probability}")
     expected, got = tuple(condition.tokens.shape[1:]), tuple(null.tokens.shape[1:])
     if got != expected:
         raise ValueError(f"the null condition should be {expected} like the condition, got {got}")
-    dropped = torch.rand(len(condition.tokens), 1, generator=generator) < probability  # rand < 1 always
-    dropped = dropped.to(condition.tokens.device)
+    dropped = dropped[:, None]
     tokens = torch.where(dropped[..., None], null.tokens.to(condition.tokens.dtype), condition.tokens)
     return Condition(tokens, torch.where(dropped, null.mask, condition.mask))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stable_audio_lite.audio.io import audio_info, read_audio
 from stable_audio_lite.data.manifest import Item
+from stable_audio_lite.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,35 +28,63 @@ class Crop:
 class Crops:
     """Crops of `samples` samples at `sample_rate`, silence-padded where the file ends before.
 
-    Batches are functions of (seed, step, process), so that a resumed run sees the same ones.
+    Batches are functions of (seed, step, process), so that a resumed run sees the same ones. In the place of a file
+    that can't be read comes the next one.
 
     Args:
         endings: share of the crops that lie across an item's end, where half a crop on average is silence.
+        gain_db: the level of each crop is changed by up to this many dB either way.
+        inverted: share of the crops whose polarity is inverted.
+        max_unreadable: share of the items that may be unreadable.
+
+    Attributes:
+        unreadable: the items met so far that can't be read, and why.
     """
 
-    def __init__(self, items: list[Item], sample_rate: int, samples: int, seed: int, endings: float = 0.0):
+    def __init__(
+        self,
+        items: list[Item],
+        sample_rate: int,
+        samples: int,
+        seed: int,
+        *,
+        endings: float = 0.0,
+        gain_db: float = 0.0,
+        inverted: float = 0.0,
+        max_unreadable: float = 0.0,
+    ):
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
-        self.endings = endings
+        self.endings, self.gain_db, self.inverted = endings, gain_db, inverted
+        self.max_unreadable = max_unreadable
+        self.unreadable: dict[Path, str] = {}
 
-    def draw(self, step: int, batch_size: int, rank: int, world: int) -> list[tuple[Item, random.Random]]:
-        """The items of one step's batch on process `rank`, each with the generator of its own random choices.
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Audio (batch_size, 2, samples) of one step.
 
         Each epoch goes through all items in a new order. The batch of a step over all processes depends on
         batch_size * world only, so one process with a doubled batch sees what two see.
-        """
-        first = (step * world + rank) * batch_size
-        return [self._drawn(first + i) for i in range(batch_size)]
-
-    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Audio (batch_size, 2, samples) of one step."""
-        return torch.stack([self.crop(item, rng).audio for item, rng in self.draw(step, batch_size, rank, world)])
-
-    def crop(self, item: Item, rng: random.Random) -> Crop:
-        """A uniformly placed crop of an item, or of the stretch around its end.
 
         Raises:
-            UserError: the file can't be read.
+            UserError: more than `max_unreadable` of the items can't be read.
         """
+        first = (step * world + rank) * batch_size
+        return torch.stack([self.crop(first + i).audio for i in range(batch_size)])
+
+    def crop(self, number: int) -> Crop:
+        """The `number`-th crop of the run."""
+        index = epoch_index(number, len(self.items), self.seed)
+        for other in range(len(self.items)):
+            item = self.items[(index + other) % len(self.items)]
+            if item.path in self.unreadable:
+                continue
+            try:
+                return self._cut(item, random.Random(f"{self.seed}/{number}"))
+            except UserError as error:
+                self._note(item, error)
+        raise UserError(f"none of the {len(self.items)} files can be read")
+
+    def _cut(self, item: Item, rng: random.Random) -> Crop:
+        """A uniformly placed crop of an item, or of the stretch around its end."""
         seconds = self.samples / self.sample_rate
         total = audio_info(item.path).seconds
         first, last = 0.0, max(total - seconds, 0.0)
@@ -62,11 +92,18 @@ class Crops:
             first, last = last, max(total - seconds / 16, 0.0)  # some of the item is left
         start = rng.uniform(first, last)
         audio = read_audio(item.path, self.sample_rate, start, seconds)[:, : self.samples]
-        return Crop(F.pad(audio, (0, self.samples - audio.shape[1])), start, total)
+        gain = 10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20) if self.gain_db else 1.0
+        if self.inverted and rng.random() < self.inverted:
+            gain = -gain
+        return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total)
 
-    def _drawn(self, number: int) -> tuple[Item, random.Random]:
-        index = epoch_index(number, len(self.items), self.seed)
-        return self.items[index], random.Random(f"{self.seed}/{number}")
+    def _note(self, item: Item, error: UserError) -> None:
+        self.unreadable[item.path] = str(error)
+        if len(self.unreadable) > self.max_unreadable * len(self.items):
+            raise UserError(
+                f"{error} ({len(self.unreadable)} of {len(self.items)} files can't be read, max_unreadable allows "
+                f"{self.max_unreadable:.2%}; stable-audio-lite validate-dataset lists them)"
+            ) from error
 
 
 @lru_cache(maxsize=4)

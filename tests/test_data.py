@@ -1,0 +1,147 @@
+"""Data sets: manifests, crops, and what validate-dataset finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stable_audio_lite import cli
+from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.data.validate import validate
+from stable_audio_lite.errors import UserError
+
+SAMPLES = 22050
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three files of 1 to 3 s whose samples say where they are: a rising ramp, positive throughout."""
+    folder = tmp_path_factory.mktemp("data")
+    for index in range(3):
+        ramp = np.linspace(0.1, 0.5, (index + 1) * 44100)
+        write_audio(folder / f"{index}.wav", np.stack((ramp, ramp)), 44100)
+    return folder
+
+
+def write_manifest(folder: Path, text: str, name: str) -> Path:
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
+    csv = write_manifest(tmp_path, 'file_name,text\na.wav,"slow, warm piano"\nsub/b.wav,\n', "metadata.csv")
+    from_csv = [(i.path, i.captions) for i in read_items(csv)]
+    rows = [{"file_name": "a.wav", "text": "slow, warm piano"}, {"file_name": "sub/b.wav"}]
+    jsonl = write_manifest(tmp_path, "\n".join(map(json.dumps, rows)), "metadata.jsonl")
+    assert [(i.path, i.captions) for i in read_items(jsonl)] == from_csv
+    assert from_csv == [(tmp_path / "a.wav", ("slow, warm piano",)), (tmp_path / "sub/b.wav", ())]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("metadata.csv", "path,text\na.wav,b\n", "no column 'file_name'"),
+        ("metadata.csv", "file_name,text\n,b\n", "line 2 is not an object with 'file_name'"),
+        ("metadata.jsonl", '{"file_name": "a.wav"}\n{oops\n', "line 2 is not a JSON object"),
+        ("metadata.jsonl", '["a.wav"]\n', "line 1 is not an object"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "captions": "b"}\n', "line 1: 'text' should be"),
+        ("metadata.jsonl", "", "holds no audio"),
+    ],
+)
+def test_bad_manifests_name_file_and_line(tmp_path: Path, name: str, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        read_items(write_manifest(tmp_path, text, name))
+    assert str(tmp_path) in str(caught.value)
+
+
+def crops(folder: Path, **more: float) -> Crops:
+    return Crops(read_items(folder), 44100, SAMPLES, seed=0, **more)
+
+
+def test_crops_of_endings_hold_sound_then_silence(folder: Path) -> None:
+    """Only as many as asked for; each begins with sound, ends in digital silence, and says where it begins."""
+
+    def padded(endings: float) -> list[int]:
+        drawn = [crops(folder, endings=endings).crop(n) for n in range(200)]
+        assert all(bool(c.audio[:, :1000].all()) for c in drawn)
+        assert all(0 <= c.seconds_start < c.seconds_total for c in drawn)
+        return [int((c.audio == 0).all(0).sum()) for c in drawn]
+
+    assert max(padded(0.0)) < 2
+    assert 30 < sum(p > 2 for p in padded(0.25)) < 70
+    assert 0.3 < sum(padded(1.0)) / (200 * SAMPLES) < 0.6
+
+
+def test_gain_and_polarity_vary_only_where_asked_for(folder: Path) -> None:
+    plain, varied = crops(folder), crops(folder, gain_db=6.0, inverted=0.5)
+    ratios = [
+        float(varied.crop(n).audio.abs().max() / plain.crop(n).audio.abs().max()) for n in range(60)
+    ]  # crops differ where the draws do, by at most the ramp's 14 dB
+    signs = [float(varied.crop(n).audio.sum()) < 0 for n in range(60)]
+    assert not any(float(plain.crop(n).audio.sum()) < 0 for n in range(60))
+    assert 15 < sum(signs) < 45
+    assert len({round(r, 3) for r in ratios}) > 30
+
+
+def test_a_batch_does_not_depend_on_the_number_of_processes(folder: Path) -> None:
+    whole = crops(folder).batch(3, 4)
+    halves = [crops(folder).batch(3, 2, rank, 2) for rank in (0, 1)]
+    assert np.array_equal(whole, np.concatenate(halves))
+
+
+def test_each_epoch_visits_every_file(folder: Path) -> None:
+    all_crops = crops(folder)
+    for epoch in range(5):
+        lengths = sorted(round(all_crops.crop(3 * epoch + n).seconds_total) for n in range(3))
+        assert lengths == [1, 2, 3]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    """One good mono file of 2 s at 48 kHz, one of each fault, and a missing one."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal((2, 44100))
+    clipped = np.clip(20 * noise, -0.9999, 0.9999)
+    straddling = 0.5 * np.ones((1, (1 << 18) + 10))
+    straddling[:, (1 << 18) - 1 : (1 << 18) + 2] = 0.9999
+    write_audio(tmp_path / "good.wav", noise[:1].repeat(2, 1)[:, : 2 * 44100], 44100)
+    write_audio(tmp_path / "silent.flac", 0 * noise, 48000)
+    write_audio(tmp_path / "clipped.wav", clipped, 44100)
+    write_audio(tmp_path / "straddling.wav", straddling, 44100)
+    write_audio(tmp_path / "uncaptioned.wav", noise, 44100)
+    (tmp_path / "broken.wav").write_bytes((tmp_path / "good.wav").read_bytes()[:9999])
+    names = ["good.wav", "silent.flac", "clipped.wav", "straddling.wav", "broken.wav", "missing.wav"]
+    rows = [{"file_name": n, "text": "a sound"} for n in names] + [{"file_name": "uncaptioned.wav", "text": " "}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_validation_counts_and_names_every_fault(faulty: Path) -> None:
+    report = validate(faulty)
+    found = {fault: sorted(p.name for p in paths) for fault, paths in report.faults.items()}
+    assert found == {
+        "broken": ["broken.wav", "missing.wav"],
+        "silent": ["silent.flac"],
+        "clipped": ["clipped.wav", "straddling.wav"],
+        "without caption": ["uncaptioned.wav"],
+    }
+    assert report.files == 7
+    assert dict(report.rates) == {44100: 4, 48000: 1}
+    assert dict(report.channels) == {1: 2, 2: 3}
+    lengths = [2.0, 44100 / 48000, 1.0, ((1 << 18) + 10) / 44100, 1.0]
+    assert report.seconds == pytest.approx(sum(lengths))
+    assert (report.shortest, report.longest) == pytest.approx((min(lengths), max(lengths)))
+
+
+def test_validate_dataset_command(faulty: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Broken files give exit status 1, a data set that is not there one line and 2."""
+    assert cli.main(["validate-dataset", str(faulty), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["files"] == 7
+    assert cli.main(["validate-dataset", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "without caption  3" in out and "44100 Hz: 3" in out
+    assert cli.main(["validate-dataset", str(folder / "nowhere")]) == 2
