@@ -221,23 +221,21 @@ def test_seconds_outside_the_table_are_refused(seconds):
         conditioner(condition(), torch.zeros(3), torch.tensor([1.0, seconds, 2.0]))
 
 
-def test_dropout_takes_none_all_or_whole_conditions():
-    given, null = condition(400), condition(1)
-    assert torch.equal(drop(given, null, 0.0).tokens, given.tokens)
-    everything = drop(given, null, 1.0)
-    assert torch.equal(everything.tokens, null.tokens.expand(400, -1, -1))
-    assert torch.equal(everything.mask, null.mask.expand(400, -1))
-    some = drop(given, null, 0.5, torch.Generator().manual_seed(0))
-    dropped = (some.tokens == null.tokens).all(2).all(1)
-    kept = (some.tokens == given.tokens).all(2).all(1)
-    assert (dropped ^ kept).all() and 150 < dropped.sum() < 250
-    with pytest.raises(ValueError, match="probability"):
-        drop(given, null, 1.5)
+def test_dropped_items_have_the_null_and_the_others_their_own():
+    given, null = condition(4), condition(1)
+    dropped = torch.tensor([False, True, False, True])
+    some = drop(given, null, dropped)
+    assert torch.equal(some.tokens[~dropped], given.tokens[~dropped])
+    assert torch.equal(some.mask[~dropped], given.mask[~dropped])
+    assert torch.equal(some.tokens[dropped], null.tokens.expand(2, -1, -1))
+    assert torch.equal(some.mask[dropped], null.mask.expand(2, -1))
+    with pytest.raises(ValueError, match="null condition"):
+        drop(given, condition(1, 3, 2), dropped)
 
 
 def test_the_null_learns_only_from_dropped_items():
     null = Condition(torch.zeros(1, 4, 2, requires_grad=True), torch.ones(1, 4, dtype=torch.bool))
-    drop(condition(8, 4, 2), null, 0.0).tokens.sum().backward()
+    drop(condition(8, 4, 2), null, torch.zeros(8, dtype=torch.bool)).tokens.sum().backward()
     assert not null.tokens.grad.any()
-    drop(condition(8, 4, 2), null, 1.0).tokens.sum().backward()
+    drop(condition(8, 4, 2), null, torch.ones(8, dtype=torch.bool)).tokens.sum().backward()
     assert (null.tokens.grad == 8).all()

@@ -370,6 +370,11 @@ def _checkpoint(run: RunConfig, accelerator: Accelerator, step: int, state: Resu
     accelerator.wait_for_everyone()
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module itself, without DDP around it."""
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
 def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)

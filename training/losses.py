@@ -127,9 +127,12 @@ def hinge_generator(fake: Maps) -> Tensor:
 
 
 def feature_matching(real: Maps, fake: Maps) -> Tensor:
-    """Mean over scales and layers of the L1 distance relative to the real features' mean size (EnCodec, eq. 2)."""
+    """Mean over scales and layers of the L1 distance relative to the real features' mean size (EnCodec, eq. 2).
+
+    Relative per item, so that the mean over a batch is the mean over its parts.
+    """
     terms = [
-        (r.detach() - f).abs().mean() / r.detach().abs().mean().clamp_min(1e-5)
+        ((r.detach() - f).abs().flatten(1).mean(1) / r.detach().abs().flatten(1).mean(1).clamp_min(1e-5)).mean()
         for (_, reals), (_, fakes) in zip(real, fake, strict=True)
         for r, f in zip(reals, fakes, strict=True)
     ]

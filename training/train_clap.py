@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
 from training.command import main
-from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+from training.loop import OptimizerConfig, RunConfig, Task, Update, fit, unwrap
+from training.noise import generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +106,13 @@ class ClapTask(Task):
                 f"{len(self.items)}"
             )
         # One permutation for all processes, so that no item meets itself as a negative.
-        seed = self.config.run.seed * 1_000_003 + step
-        order = torch.randperm(len(self.items), generator=torch.Generator().manual_seed(seed)).tolist()
+        seed = self.config.run.seed
+        order = torch.randperm(len(self.items), generator=generator(seed, step)).tolist()
         chosen = order[rank * self.batch_size : (rank + 1) * self.batch_size]
-        own = torch.Generator().manual_seed(seed * 4_099 + rank)
-        captions = [_pick(self.items[i].captions, own) for i in chosen]
+        own = [generator(seed, step, index) for index in chosen]
+        captions = [_pick(self.items[i].captions, g) for i, g in zip(chosen, own, strict=True)]
         mels = [self.mels(i) for i in chosen]
-        views = torch.stack([self._augment(self._views(mel, own), own) for mel in mels])
+        views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
         longer = self._longer(mels)
         if self.model.clap.audio_fusion and longer.sum() < 2:
@@ -121,7 +122,7 @@ class ClapTask(Task):
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         text, audio = self.modules["clap"](batch["ids"], batch["mask"], batch["mels"], batch["longer"])
         text, audio = _gather(text), _gather(audio)
-        clap = _plain(self.modules["clap"])
+        clap = self._plain
         loss = clap.loss(text, audio)
         update("clap", loss)
         matched = (audio.float() @ text.float().T).argmax(1) == torch.arange(len(text), device=text.device)
@@ -133,7 +134,7 @@ class ClapTask(Task):
         """Recall at 1 and 10 among the held-out items, both ways, as percentages."""
         if self.config.held_out is None:
             return {}
-        clap = _plain(self.modules["clap"])
+        clap = self._plain
         clap.eval()
         text, audio = [], []
         for part in self._held_out:
@@ -152,6 +153,10 @@ class ClapTask(Task):
         save_bundle(folder, self.model, split_clap(clap), self.tokenizer.to_str())
         clap.save(folder.parent / "transformers")
 
+    @property
+    def _plain(self) -> Clap:
+        return cast("Clap", unwrap(self.modules["clap"]))
+
     @cached_property
     def _held_out(self) -> list[dict[str, Tensor]]:
         assert self.config.held_out is not None
@@ -169,24 +174,24 @@ class ClapTask(Task):
         """Which of B spectrograms a fusion model takes in several views: (B,) bool."""
         return torch.tensor([self.model.clap.audio_fusion and len(mel) > CLIP_FRAMES for mel in mels])
 
-    def _views(self, mel: Tensor, generator: torch.Generator) -> Tensor:
+    def _views(self, mel: Tensor, own: torch.Generator) -> Tensor:
         """Random 10 s of (frames, bins), or for a fusion model one crop from each third -> (1 or 4, frames, bins)."""
         spare = len(mel) - CLIP_FRAMES
         if not self.model.clap.audio_fusion:
-            start = _integer(spare + 1, generator)
+            start = _integer(spare + 1, own)
             return mel[None, start : start + CLIP_FRAMES]
         edges = [third * spare // 3 for third in range(4)]
-        first, middle, last = (a + _integer(b - a + 1, generator) for a, b in pairwise(edges))
+        first, middle, last = (a + _integer(b - a + 1, own) for a, b in pairwise(edges))
         return clap_views(self.model.clap, mel, (first, middle, last))
 
-    def _augment(self, views: Tensor, generator: torch.Generator) -> Tensor:
+    def _augment(self, views: Tensor, own: torch.Generator) -> Tensor:
         """The views (V, frames, bins) at another level, with stripes in time and frequency silenced."""
-        views = views + (2 * float(torch.rand((), generator=generator)) - 1) * self.config.gain_db
+        views = views + (2 * float(torch.rand((), generator=own)) - 1) * self.config.gain_db
         floor = views.min()
         for axis in (1, 1, 2, 2):
             size = views.shape[axis]
-            width = _integer(int(self.config.masked * size) + 1, generator)
-            views.narrow(axis, _integer(size - width + 1, generator), width).fill_(floor)
+            width = _integer(int(self.config.masked * size) + 1, own)
+            views.narrow(axis, _integer(size - width + 1, own), width).fill_(floor)
         return views
 
 
@@ -219,12 +224,12 @@ def _captioned(folder: str) -> list[Item]:
     return items
 
 
-def _pick(captions: tuple[str, ...], generator: torch.Generator) -> str:
-    return captions[_integer(len(captions), generator)]
+def _pick(captions: tuple[str, ...], own: torch.Generator) -> str:
+    return captions[_integer(len(captions), own)]
 
 
-def _integer(below: int, generator: torch.Generator) -> int:
-    return int(torch.randint(below, (), generator=generator))
+def _integer(below: int, own: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=own))
 
 
 def _tokens(tokenizer: Any, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
@@ -241,12 +246,6 @@ def _gather(vectors: Tensor) -> Tensor:
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(list(all_gather(vectors)))
-
-
-def _plain(module: nn.Module) -> Clap:
-    plain = module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
-    assert isinstance(plain, Clap)
-    return plain
 
 
 def run(config: TrainClapConfig) -> Path:

@@ -26,6 +26,7 @@ from stable_audio_lite.nn.attention import Condition
 from training.command import main
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
+from training.noise import generator, item_noise, item_numbers
 
 _LEVELS = 4  # noise-level bins of the logged loss
 
@@ -75,9 +76,9 @@ class ConditionedUNet(nn.Module):
             context_tokens=model.context_tokens,
         )
 
-    def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropout: float) -> Tensor:
-        """Noisy latents (B, C, T), times (B,), text features and (start, total) seconds (B,) -> v (B, C, T)."""
-        condition = drop(self.conditioner(text, *timing), self.unet.null_condition(len(x)), dropout)
+    def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Tensor:
+        """Noisy latents (B, C, T), times, text features, (start, total) seconds, dropped (B,) bool -> v (B, C, T)."""
+        condition = drop(self.conditioner(text, *timing), self.unet.null_condition(len(x)), dropped)
         return self.unet(x, t, self.unet.context(condition))
 
 
@@ -103,33 +104,37 @@ class DiffusionTask(Task):
         self.optimizers = {"model": config.optimizer}
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
-        first = (step * world + rank) * self.batch_size
-        return self._batch(self.windows, range(first, first + self.batch_size), self.config.run.seed)
+        seed, size = self.config.run.seed, self.batch_size
+        numbers = item_numbers(step, rank, world, size)
+        batch = self._batch(self.windows, numbers, seed)
+        own = slice(rank * size, (rank + 1) * size)
+        draws = generator(seed, step)
+        return batch | {
+            "eps": item_noise(seed, numbers, tuple(batch["latents"].shape[1:])),
+            "t": stratified_times(world * size, draws)[own],
+            "dropped": (torch.rand(world * size, generator=draws) < self.config.condition_dropout)[own],
+        }
 
     def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
-        x0 = batch["latents"]
-        eps = torch.randn_like(x0)
-        t = stratified_times(len(x0)).to(x0.device)
-        errors = self._errors(batch, eps, t, self.config.condition_dropout)
+        errors = self._errors(batch)
         loss = errors.mean()
         update("model", loss)
-        return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), t)
+        return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), batch["t"])
 
     def evaluate(self, step: int) -> dict[str, float]:
         """v-loss on held-out windows with fixed times and noise."""
         if self.validation is None:
             return {}
         count = min(len(self.validation), 4 * self.batch_size)
-        generator = torch.Generator().manual_seed(0)
+        device = next(self.modules["model"].parameters()).device
         errors = []
         for first in range(0, count, self.batch_size):
-            batch = self._batch(self.validation, range(first, min(first + self.batch_size, count)), seed=0)
-            x0 = batch["latents"]
-            eps = torch.randn(x0.shape, generator=generator)
-            t = (torch.arange(len(x0)) + 0.5) / len(x0)
-            device = next(self.modules["model"].parameters()).device
-            batch["latents"] = x0.to(device)
-            errors.append(self._errors(batch, eps.to(device), t.to(device), 0.0))
+            numbers = range(first, min(first + self.batch_size, count))
+            batch = self._batch(self.validation, numbers, seed=0)
+            batch["eps"] = item_noise(0, numbers, tuple(batch["latents"].shape[1:]))
+            batch["t"] = (torch.arange(len(numbers)) + 0.5) / len(numbers)
+            batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
+            errors.append(self._errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
         return {"held_out/v": float(torch.cat(errors).mean())}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
@@ -139,12 +144,12 @@ class DiffusionTask(Task):
         parts["unet"] = model.unet.state_dict()  # type: ignore[operator, union-attr]
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
-    def _errors(self, batch: dict[str, Any], eps: Tensor, t: Tensor, dropout: float) -> Tensor:
+    def _errors(self, batch: dict[str, Any]) -> Tensor:
         """Mean squared error of v per item, (B,)."""
-        x0 = batch["latents"]
+        x0, eps, t = batch["latents"], batch["eps"], batch["t"]
         text = self.clap.text.to(x0.device).encode(batch["captions"])
         timing = (batch["seconds_start"], batch["seconds_total"])
-        v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, dropout)
+        v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, batch["dropped"])
         return (v.float() - v_target(x0, eps, t)).square().mean((1, 2))
 
     def _batch(self, windows: LatentWindows, numbers: range, seed: int) -> dict[str, Any]:
@@ -165,9 +170,10 @@ class DiffusionTask(Task):
         return vae.encode_chunked(audio).mean[0]
 
 
-def stratified_times(batch: int) -> Tensor:
+def stratified_times(batch: int, draws: torch.Generator) -> Tensor:
     """One uniform time in each of `batch` equal parts of [0, 1], in random order: lower variance, same law."""
-    return ((torch.arange(batch) + torch.rand(batch)) / batch)[torch.randperm(batch)]
+    times = (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
+    return times[torch.randperm(batch, generator=draws)]
 
 
 def loss_by_level(errors: Tensor, t: Tensor) -> dict[str, Tensor]:
