@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.config import load_config
+from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.errors import UserError
 from training import pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
@@ -465,6 +466,14 @@ def test_two_processes_equal_one_with_the_doubled_batch(
         for key, value in load_file(path).items():
             if key.endswith("/exp_avg"):
                 assert float((value - other[key]).norm()) <= 1e-2 * float(value.norm()) + 1e-6, (path.name, key)
+
+
+def test_smoothing_is_part_of_the_latent_space(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """The same weights with slow channels make other latents, so the cache is another."""
+    state = load_file(bundles["vae"] / "vae.safetensors")
+    assert len({encoder_hash(state, slow) for slow in (0, 8, 16)}) == 3
+    decoder = {k: v + 1 if k.startswith("decoder.") else v for k, v in state.items()}
+    assert encoder_hash(decoder, 8) == encoder_hash(state, 8)
 
 
 def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def run(config: AssembleConfig) -> Path:
     parts = {name: read_part(source, name) for name in PARTS if part_path(source, name).is_file()}
     if config.vae:
         vae = read_part(config.vae, "vae")
-        if encoder_hash(vae) != encoder_hash(parts["vae"]):
+        theirs = load_model_config(config.vae).vae.slow_channels
+        if encoder_hash(vae, theirs) != encoder_hash(parts["vae"], model.vae.slow_channels):
             raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")
         parts["vae"] = vae
     halved = {

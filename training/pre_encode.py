@@ -53,7 +53,7 @@ def run(config: PreEncodeConfig) -> Path:
     load_part(config.vae, "vae", vae)
     vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
     items = read_items(config.data)
-    cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae")))
+    cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels))
     # Items belong to a process by number, not by what is left: another one may already be writing.
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
     todo = [i for i in mine if not cache.path(i).exists()]

@@ -158,7 +158,7 @@ class DiffusionTask(Task):
 
     def _windows(self, folder: str) -> LatentWindows:
         seconds = self.model.hop / self.model.sample_rate
-        encoder = encoder_hash(read_part(self.config.vae, "vae"))
+        encoder = encoder_hash(read_part(self.config.vae, "vae"), self.model.vae.slow_channels)
         return LatentWindows(folder, self.model.latent_frames, self.silence, encoder, seconds)
 
     @torch.no_grad()

@@ -62,6 +62,8 @@ class TrainVAEConfig:
         inverted: share of the crops whose polarity is inverted.
         max_unreadable: share of the data's files that may be unreadable; they are skipped and listed in
             `unreadable.jsonl` beside the checkpoints.
+        noise: how much of the posterior's noise the decoder hears; below 1 it learns to be exact, above to be robust,
+            which the second phase may want.
         stft_windows: window lengths of the reconstruction loss in samples.
         stft_floor: smallest magnitude that its logarithm hears, relative to a full-scale sine's peak.
         discriminator: shape of the discriminator, or null for none.
@@ -75,6 +77,7 @@ class TrainVAEConfig:
     held_out: str | None = None
     crop_frames: int = 64
     endings: float = 0.0
+    noise: float = 1.0
     gain_db: float = 0.0
     inverted: float = 0.0
     max_unreadable: float = 0.01
@@ -99,8 +102,8 @@ class TrainVAEConfig:
         for name in ("endings", "inverted", "max_unreadable"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        if self.stft_floor <= 0 or self.gain_db < 0:
-            raise ValueError(f"stft_floor must be above 0, gain_db not below, got {self.stft_floor}, {self.gain_db}")
+        if self.stft_floor <= 0 or min(self.gain_db, self.noise) < 0:
+            raise ValueError("stft_floor must be above 0, gain_db and noise at least 0")
 
 
 class VAETask(Task):
@@ -142,7 +145,7 @@ class VAETask(Task):
     def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
         numbers = item_numbers(step, rank, world, self.batch_size)
         shape = (self.model.vae.latent_channels, self.config.crop_frames)
-        noise = item_noise(self.config.run.seed, numbers, shape)
+        noise = self.config.noise * item_noise(self.config.run.seed, numbers, shape)
         listed = len(self.crops.unreadable)
         audio = self.crops.batch(step, self.batch_size, rank, world)
         if len(self.crops.unreadable) > listed:
