@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.config import load_config
@@ -484,6 +485,25 @@ def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path]
     config = pre_encode.PreEncodeConfig(vae=str(other), data=str(data), output=str(bundles["latents"]))
     with pytest.raises(UserError, match="another VAE"):
         pre_encode.run(config)
+
+
+def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """It starts with the bundle's U-Net and statistics; another VAE's or text encoder's bundle is refused."""
+    cls = train_diffusion.TrainDiffusionConfig
+    first = train_diffusion.run(load(cls, diffusion_settings(bundles, tmp_path / "first", 3), tmp_path))
+    again = diffusion_settings(bundles, tmp_path / "again", 3) | {"initial": str(first)}
+    task = train_diffusion.DiffusionTask(load(cls, again, tmp_path))
+    trained = load_file(first / "unet.safetensors")
+    for key, value in task.modules["model"].unet.state_dict().items():
+        assert torch.equal(value, trained[key]), key
+    assert torch.equal(task.windows.mean, trained["latent_mean"])
+    other = tmp_path / "other"
+    for part, words in (("vae", "another VAE"), ("text_encoder", "another text encoder")):
+        shutil.copytree(first, other, dirs_exist_ok=True)
+        state = load_file(first / f"{part}.safetensors")
+        save_file({k: v + 0.1 for k, v in state.items()}, other / f"{part}.safetensors")
+        with pytest.raises(UserError, match=words):
+            train_diffusion.DiffusionTask(load(cls, again | {"initial": str(other)}, tmp_path))
 
 
 def test_interrupted_pre_encoding_goes_on(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stable_audio_lite.conditioning.conditioner import Conditioner, drop
 from stable_audio_lite.data.crops import epoch_index
 from stable_audio_lite.data.latents import LatentWindows, encoder_hash, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.nn.attention import Condition
@@ -41,6 +43,8 @@ class TrainDiffusionConfig:
         held_out: another such folder for the validation loss, or null.
         vae: bundle with the VAE that made the latents.
         clap: bundle with the text encoder, or a pretrained CLAP: transformers folder, hub id or LAION `.pt`.
+        initial: bundle whose U-Net and timing embeddings to go on from, or null; its VAE's encoder and its text encoder
+            have to be those of `vae` and `clap`.
         condition_dropout: share of items trained without their condition.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
     """
@@ -50,6 +54,7 @@ class TrainDiffusionConfig:
     held_out: str | None = None
     vae: str
     clap: str
+    initial: str | None = None
     batch_size: int = 16
     condition_dropout: float = 0.1
     gradient_checkpointing: bool = False
@@ -92,15 +97,17 @@ class DiffusionTask(Task):
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         self.silence = self._silence()
-        self.windows = self._windows(config.latents)
-        self.validation = self._windows(config.held_out) if config.held_out else None
-        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
         torch.manual_seed(config.run.seed)
-        self.modules: dict[str, nn.Module] = {"model": ConditionedUNet(self.model)}
-        unet = self.modules["model"].unet
-        unet.gradient_checkpointing = config.gradient_checkpointing  # type: ignore[union-attr, assignment]
-        unet.latent_mean.copy_(self.windows.mean)  # type: ignore[operator, union-attr]
-        unet.latent_std.copy_(self.windows.std)  # type: ignore[operator, union-attr]
+        model = ConditionedUNet(self.model)
+        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
+        statistics = self._go_on_from(config.initial, model) if config.initial else None
+        self.windows = self._windows(config.latents, statistics)
+        shared = (self.windows.mean, self.windows.std)
+        self.validation = self._windows(config.held_out, shared) if config.held_out else None
+        model.unet.gradient_checkpointing = config.gradient_checkpointing
+        model.unet.latent_mean.copy_(self.windows.mean)
+        model.unet.latent_std.copy_(self.windows.std)
+        self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
 
     def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
@@ -156,10 +163,29 @@ class DiffusionTask(Task):
         drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]
         return stack(drawn)
 
-    def _windows(self, folder: str) -> LatentWindows:
+    def _go_on_from(self, bundle: str, model: ConditionedUNet) -> tuple[Tensor, Tensor]:
+        """Load the bundle's U-Net and timing embeddings; returns the statistics that it normalises latents by."""
+        slow = load_model_config(bundle).vae.slow_channels
+        if encoder_hash(read_part(bundle, "vae"), slow) != self._encoder:
+            raise UserError(f"initial: the U-Net of {bundle} knows the latents of another VAE than {self.config.vae}")
+        theirs, ours = read_part(bundle, "text_encoder"), self.clap.parts["text_encoder"]
+        # A shipped bundle stores its text encoder in bfloat16.
+        if theirs.keys() != ours.keys() or not all(
+            v.shape == ours[k].shape and torch.allclose(v.float(), ours[k].float(), rtol=1e-2, atol=1e-3)
+            for k, v in theirs.items()
+        ):
+            raise UserError(f"initial: {bundle} was trained with another text encoder than that of {self.config.clap}")
+        load_part(bundle, "unet", model.unet)
+        load_part(bundle, "conditioner", model.conditioner)
+        return model.unet.latent_mean.float().clone(), model.unet.latent_std.float().clone()
+
+    def _windows(self, folder: str, statistics: tuple[Tensor, Tensor] | None) -> LatentWindows:
         seconds = self.model.hop / self.model.sample_rate
-        encoder = encoder_hash(read_part(self.config.vae, "vae"), self.model.vae.slow_channels)
-        return LatentWindows(folder, self.model.latent_frames, self.silence, encoder, seconds)
+        return LatentWindows(folder, self.model.latent_frames, self.silence, self._encoder, seconds, statistics)
+
+    @cached_property
+    def _encoder(self) -> str:
+        return encoder_hash(read_part(self.config.vae, "vae"), self.model.vae.slow_channels)
 
     @torch.no_grad()
     def _silence(self) -> Tensor:

@@ -97,19 +97,28 @@ class LatentWindows:
         silence: latent (C, window) of silence, not normalised.
         encoder: hash of the VAE encoder whose decoder generation will use.
         frame_seconds: seconds per latent frame.
+        statistics: mean and standard deviation (C,) to normalise by; the cache's own where None.
 
     Raises:
         UserError: the cache is unfinished or of another VAE.
     """
 
-    def __init__(self, folder: str | Path, frames: int, silence: Tensor, encoder: str, frame_seconds: float):
+    def __init__(
+        self,
+        folder: str | Path,
+        frames: int,
+        silence: Tensor,
+        encoder: str,
+        frame_seconds: float,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ):
         folder = Path(folder)
         if not (folder / _INDEX).exists():
             raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
         index = json.loads((folder / _INDEX).read_text())
         if index["encoder"] != encoder:
             raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
-        self.mean, self.std = torch.tensor(index["mean"]), torch.tensor(index["std"])
+        self.mean, self.std = statistics or (torch.tensor(index["mean"]), torch.tensor(index["std"]))
         self.frames, self.frame_seconds, self.silence = frames, frame_seconds, self._normal(silence)
         self.entries = [_load(folder / f"{i:08d}.safetensors") for i in range(index["items"])]
 
