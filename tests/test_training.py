@@ -234,8 +234,10 @@ def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_p
     assert 0 < len(before) < 60 and not (cache / "latents.json").exists()
     subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
     assert all(p.stat().st_mtime_ns == changed for p, changed in before.items())  # those were whole: not encoded again
-    whole = pre_encode.run(pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(many), output=str(many / "z")))
-    assert_same_weights(whole, cache)
+    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(many / "whole")}))
+    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert len(list((many / "whole").glob("*.safetensors"))) == 60
+    assert_same_weights(many / "whole", cache)
     assert len(json.loads((cache / "latents.json").read_text())["mean"]) == 64
 
 
@@ -464,9 +466,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     # Adam's first moments are averages of the gradients, the discriminator's among them.
     for path in (tmp_path / "one/checkpoints/step_00000008").glob("optimizer_*.safetensors"):
         other = load_file(tmp_path / "two/checkpoints/step_00000008" / path.name)
-        for key, value in load_file(path).items():
-            if key.endswith("/exp_avg"):
-                assert float((value - other[key]).norm()) <= 1e-2 * float(value.norm()) + 1e-6, (path.name, key)
+        moments = {k: v for k, v in load_file(path).items() if k.endswith("/exp_avg")}
+        assert moments
+        size = torch.cat([v.flatten() for v in moments.values()]).norm()
+        error = torch.cat([(v - other[k]).flatten() for k, v in moments.items()]).norm()
+        assert float(error) < 0.01 * float(size), path.name
 
 
 def test_smoothing_is_part_of_the_latent_space(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
