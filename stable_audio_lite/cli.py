@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, info, corpus, validate-dataset.
+"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="stable-audio-lite", description="Text to music and sound.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_generate(commands)
+    _add_encode(commands)
+    _add_decode(commands)
     _add_info(commands)
     _add_corpus(commands)
     _add_validate_dataset(commands)
@@ -82,9 +84,7 @@ def _add_generate(commands: Any) -> None:
     add("--count", type=int, default=1, help="items per prompt (default: 1)")
     add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
     add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
-    add("--model", default="starter", help="'starter', a bundle's folder or a hub id (default: starter)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
+    _add_model(parser)
     add(
         "-o",
         "--output",
@@ -92,6 +92,32 @@ def _add_generate(commands: Any) -> None:
         help="a .wav or .flac file (several items: numbered), or a folder (default: named after prompt and seed)",
     )
     add("--plot", action="store_true", help="also write a spectrogram as .png beside each sound")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="starter", help="'starter', a bundle's folder or a hub id (default: starter)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
+
+
+def _add_encode(commands: Any) -> None:
+    about = "Encode audio files of any length to latents, in constant memory."
+    parser = commands.add_parser("encode", help="audio files to latents", description=about)
+    parser.set_defaults(run=_encode)
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="audio files")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for NAME.safetensors")
+    _add_model(parser)
+
+
+def _add_decode(commands: Any) -> None:
+    about = "Decode latents of any length to sound, in constant memory."
+    parser = commands.add_parser("decode", help="latents to audio files", description=about)
+    parser.set_defaults(run=_decode)
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what encode wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the sounds")
+    parser.add_argument("--format", default="wav", choices=("wav", "flac"), help="of the sounds (default: wav)")
+    _add_model(parser)
 
 
 def _add_info(commands: Any) -> None:
@@ -236,6 +262,39 @@ class _Progress:
         if self._bar is not None:
             self._bar.clear()
         print(text, flush=True)
+
+
+def _encode(args: argparse.Namespace) -> None:
+    outputs = _renamed(args.files, args.output, ".safetensors")
+    from stable_audio_lite.codec import Codec
+
+    codec = Codec.from_pretrained(args.model, args.device, args.dtype)
+    for path, output in zip(args.files, outputs, strict=True):
+        made = codec.encode_file(path, output)
+        print(f"{output}: {made.channels} channels x {made.frames} frames, {made.seconds:.2f} s", flush=True)
+
+
+def _decode(args: argparse.Namespace) -> None:
+    outputs = _renamed(args.files, args.output, f".{args.format}")
+    from stable_audio_lite.codec import Codec
+
+    codec = Codec.from_pretrained(args.model, args.device, args.dtype)
+    for path, output in zip(args.files, outputs, strict=True):
+        gain = codec.decode_file(path, output)
+        print(f"{output}{f': attenuated to {gain:.3f}' if gain < 1 else ''}", flush=True)
+
+
+def _renamed(files: list[Path], folder: Path, suffix: str) -> list[Path]:
+    """A path in `folder` for each file; two files of one name would overwrite each other."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; -o is the folder to write to")
+    if missing := [path for path in files if not path.is_file()]:
+        raise UserError(f"{missing[0]}: no such file")
+    outputs = [folder / f"{path.stem}{suffix}" for path in files]
+    if len(set(outputs)) < len(outputs):
+        twice = next(path for path in outputs if outputs.count(path) > 1)
+        raise UserError(f"two of the files would become {twice}; rename one or run the command twice")
+    return outputs
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
-from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, smooth
+from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, fourier_basis, smooth
 from stable_audio_lite.nn.snake import Snake
 
 SMALL = VAEConfig(encoder_width=4, decoder_width=32)
@@ -90,10 +90,10 @@ def test_dac_of_another_width_is_refused() -> None:
 
 @pytest.mark.parametrize("frames", [1, 60])
 @pytest.mark.parametrize("chunk", [2, 3, 13])
-@pytest.mark.parametrize("slow", [0, 16])
-def test_pieces_equal_whole(frames: int, chunk: int, slow: int) -> None:
+@pytest.mark.parametrize(("slow", "clock"), [(0, 1), (16, 6)])
+def test_pieces_equal_whole(frames: int, chunk: int, slow: int, clock: int) -> None:
     """In float64 nothing but the halo can differ: pieces and whole agree to rounding."""
-    vae = lively(VAE(replace(SMALL, slow_channels=slow))).double()
+    vae = lively(VAE(replace(SMALL, slow_channels=slow, clock=clock))).double()
     latents = torch.randn(1, 64, frames, dtype=torch.float64)
     audio = torch.randn(1, 2, frames * 1024 - 100, dtype=torch.float64)
     with torch.no_grad():
@@ -102,6 +102,9 @@ def test_pieces_equal_whole(frames: int, chunk: int, slow: int) -> None:
         one, many = vae.encode(audio), vae.encode_chunked(audio, chunk)
         torch.testing.assert_close(many.mean, one.mean, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(many.std, one.std, atol=1e-5, rtol=1e-5)
+        streamed = list(vae.encode_stream(audio.split(1500, 2), chunk))
+        assert {p.mean.shape[2] for p in streamed[:-1]} <= {chunk}
+        torch.testing.assert_close(torch.cat([p.mean for p in streamed], 2), one.mean, atol=1e-5, rtol=1e-5)
 
 
 def test_slow_channels_carry_only_slow_changes() -> None:
@@ -127,8 +130,28 @@ def test_smoothing_keeps_what_is_constant() -> None:
     torch.testing.assert_close(smooth(torch.full((1, 3, 5), 0.7)), torch.full((1, 3, 5), 0.7))
 
 
-def test_folding_changes_nothing() -> None:
-    vae = lively(VAE(SMALL))
+@pytest.mark.parametrize("clock", [1, 2, 6])
+def test_constant_latents_repeat_with_the_clock(clock: int) -> None:
+    """Away from the ends the sound has a period of `clock` frames, and none that is shorter."""
+    vae = lively(VAE(replace(SMALL, clock=clock))).double()
+    with torch.no_grad():
+        audio = vae.decode(torch.randn(1, 64, 1, dtype=torch.float64).expand(1, 64, 44))[:, :, 12 * 1024 : -12 * 1024]
+    size = float(audio.square().mean())
+    errors = [float((audio[:, :, n * 1024 :] - audio[:, :, : -n * 1024]).square().mean()) for n in range(1, clock + 1)]
+    assert errors[-1] < 1e-20 * size
+    assert all(error > 1e-6 * size for error in errors[:-1])
+
+
+@pytest.mark.parametrize("period", [2, 6, 16])
+def test_clock_is_an_orthogonal_basis(period: int) -> None:
+    """The functions are orthogonal, each of mean square 1: none of them reaches the decoder louder than another."""
+    basis = fourier_basis(period, 4 * period)
+    torch.testing.assert_close(basis @ basis.T / (4 * period), torch.eye(period), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("clock", [1, 6])
+def test_folding_changes_nothing(clock: int) -> None:
+    vae = lively(VAE(replace(SMALL, clock=clock)))
     latents, audio = torch.randn(1, 64, 5), torch.randn(1, 2, 3000)
     with torch.no_grad():
         before, mean = vae.decode(latents), vae.encode(audio).mean
@@ -187,4 +210,7 @@ def test_config_refuses_what_cannot_be_built() -> None:
         VAEConfig(decoder_width=100)
     with pytest.raises(ValueError, match="slow_channels"):
         VAEConfig(slow_channels=65)
+    for clock in (0, 3):
+        with pytest.raises(ValueError, match="clock"):
+            VAEConfig(clock=clock)
     assert math.prod(VAEConfig().strides) == VAEConfig().hop == 1024

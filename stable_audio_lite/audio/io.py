@@ -14,7 +14,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,30 @@ def audio_blocks(path: str | Path, frames: int = 1 << 18) -> Iterator[np.ndarray
             yield _read(file, path, begin, min(begin + frames, file.frames))
 
 
+def stereo_blocks(path: str | Path, sample_rate: int, frames: int = 1 << 18) -> Iterator[torch.Tensor]:
+    """What `read_audio` gives of a whole file, as successive (2, T) pieces; the memory does not grow with the file.
+
+    Raises:
+        UserError: as `read_audio`, when the reading comes to what is wrong.
+    """
+    import torch
+
+    rate = audio_info(path).sample_rate
+    blocks = (_stereo(block) for block in audio_blocks(path, frames))
+    for block in blocks if rate == sample_rate else _resampled(blocks, rate, sample_rate):
+        if block.shape[1]:
+            yield torch.from_numpy(np.ascontiguousarray(block))
+
+
+def _resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int) -> Iterator[np.ndarray]:
+    import soxr
+
+    stream = soxr.ResampleStream(rate, new_rate, 2, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(np.ascontiguousarray(block.T)).T
+    yield stream.resample_chunk(np.zeros((0, 2), np.float32), last=True).T
+
+
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Change the rate of (C, T) samples from `rate` to `new_rate` Hz with soxr's high-quality setting."""
     if rate == new_rate:
@@ -171,6 +196,41 @@ def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict
         encoded = _encode(values * gain, sample_rate, "FLAC", _tags(metadata))
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
+    return gain
+
+
+def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int) -> float:
+    """As `write_audio` of all (2, T) blocks together, without holding them: they wait on the disk for the peak.
+
+    Returns:
+        The gain applied: 1.0, or less where the peak would have clipped.
+
+    Raises:
+        UserError: as `write_audio`.
+    """
+    import soundfile
+
+    path = Path(path)
+    check_writable(path)
+    container = path.suffix[1:].upper()
+    peak = 0.0
+    try:
+        with replacing(path) as final, tempfile.TemporaryFile(dir=final.parent) as raw:
+            for block in blocks:
+                values = np.asarray(block, dtype=np.float32)
+                if not np.isfinite(values).all():
+                    raise UserError(
+                        f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)"
+                    )
+                peak = max(peak, float(np.abs(values).max()))
+                raw.write(values.T.tobytes())
+            gain = 1.0 / peak if peak > 1.0 else 1.0
+            raw.seek(0)
+            with soundfile.SoundFile(str(final), "w", sample_rate, 2, format=container, subtype="PCM_24") as file:
+                while data := raw.read(1 << 20):
+                    file.write(np.frombuffer(data, np.float32).reshape(-1, 2) * gain)
+    except soundfile.SoundFileError as error:
+        raise UserError(f"{path}: can't be written ({error}); free some space, or choose .flac beyond 4 GB") from error
     return gain
 
 

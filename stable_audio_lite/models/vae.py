@@ -7,6 +7,7 @@ bottleneck. Reads upward: residual unit, blocks, encoder and decoder, VAE.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class VAEConfig:
         slow_channels: how many of them, the first ones, the encoder smooths over time (by a binomial filter of
             `2 * SLOW_REACH + 1` frames). Phase can't pass there, so they come to carry loudness, timbre and the like,
             which a prompt says something about; the paper has none.
+        clock: the decoder's first convolution has weights that turn with this period in latent frames; 1 for weights
+            that stay, as in the paper. What is constant in constant latents repeats at every frame, so without a clock
+            steady slow channels can only sound at multiples of the frame rate (43 Hz); with it at multiples of a
+            `clock`th of that.
     """
 
     audio_channels: int = 2
@@ -43,6 +48,7 @@ class VAEConfig:
     strides: tuple[int, ...] = (4, 4, 8, 8)
     latent_channels: int = 64
     slow_channels: int = 0
+    clock: int = 1
 
     def __post_init__(self) -> None:
         if not self.strides or any(s < 2 or s % 2 for s in self.strides):
@@ -51,6 +57,8 @@ class VAEConfig:
             raise ValueError("audio_channels, encoder_width and latent_channels must be at least 1")
         if not 0 <= self.slow_channels <= self.latent_channels:
             raise ValueError(f"slow_channels must lie in 0..{self.latent_channels}, got {self.slow_channels}")
+        if self.clock < 1 or (self.clock > 1 and self.clock % 2):
+            raise ValueError(f"clock must be 1 or even, got {self.clock}")
         if self.decoder_width < 1 or self.decoder_width % 2 ** len(self.strides):
             raise ValueError(f"decoder_width must be a multiple of {2 ** len(self.strides)}, got {self.decoder_width}")
 
@@ -142,7 +150,8 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         width = config.decoder_width
-        layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
+        self.clock = config.clock
+        layers: list[nn.Module] = [WeightNormConv1d(config.clock * config.latent_channels, width, 7, padding=3)]
         for stride in reversed(config.strides):
             layers.append(Up(width, stride))
             width //= 2
@@ -151,7 +160,29 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(channels_last(z))
+        return self.layers(channels_last(self.turn(z)))
+
+    def turn(self, z: Tensor, start: int = 0) -> Tensor:
+        """(B, C, F) -> (B, clock * C, F): z times each function of the real Fourier basis of period `clock` frames.
+
+        A convolution over that is one whose weights turn with the frame's number; z begins with number `start`.
+        """
+        if self.clock == 1:
+            return z
+        basis = fourier_basis(self.clock, z.shape[2], start).to(z)
+        return (basis[:, None] * z[:, None]).flatten(1, 2)
+
+
+def fourier_basis(period: int, frames: int, start: int = 0) -> Tensor:
+    """(period, frames), from frame `start`: 1, then sqrt(2) cos and sin of 1, 2... turns in `period`, an even number.
+
+    The last is the cosine of `period / 2` turns, +1 and -1 in turn.
+    """
+    number = torch.arange(start, start + frames) % period
+    turns = torch.arange(1, period // 2 + 1)[:, None] * number * (2 * math.pi / period)
+    waves = math.sqrt(2) * torch.stack((turns.cos(), turns.sin()), 1).flatten(0, 1)[:-1]
+    waves[-1] /= math.sqrt(2)
+    return torch.cat((torch.ones(1, frames), waves))
 
 
 @dataclass(frozen=True)
@@ -186,8 +217,15 @@ class VAE(nn.Module):
         """Samples per latent frame."""
         return self.config.hop
 
-    def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: audio (B, audio_channels, T) and noise (B, latent_channels, T / hop) -> output, mean, std."""
+    def forward(
+        self, audio: Tensor, noise: Tensor, latents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Training pass: audio (B, audio_channels, T) and noise (B, latent_channels, T / hop) -> output, mean, std.
+
+        Where `latents` are given they are decoded, and mean and std are None.
+        """
+        if latents is not None:
+            return self.decode(latents), None, None
         posterior = self.encode(audio)
         return self.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.std
 
@@ -212,46 +250,76 @@ class VAE(nn.Module):
         return self.decoder(latents.to(self.encoder.project.weight.dtype))
 
     def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
-        """As `encode`, a piece of `chunk_frames` latent frames at a time; the overlap makes it equal."""
-        audio = F.pad(audio, (0, -audio.shape[2] % self.hop))
-        total = audio.shape[2] // self.hop
+        """As `encode`, in pieces of `chunk_frames` latent frames."""
+        pieces = list(self.encode_stream([audio], chunk_frames))
+        return Posterior(torch.cat([p.mean for p in pieces], 2), torch.cat([p.std for p in pieces], 2))
+
+    def encode_stream(self, blocks: Iterable[Tensor], chunk_frames: int = 128) -> Iterator[Posterior]:
+        """Posteriors of up to `chunk_frames` frames each of audio that comes in (B, audio_channels, any) blocks.
+
+        Each is computed from as much of the sound before and after as it depends on, so together they equal `encode` of
+        the whole; no more than that and a block is held.
+
+        Raises:
+            ValueError: the blocks' shape is not (B, audio_channels, T), or all are empty.
+        """
         halo = self.encoder_halo
-        means, stds = [], []
-        for start in range(0, total, chunk_frames):
-            stop = min(start + chunk_frames, total)
-            left, right = max(start - halo, 0), min(stop + halo, total)
-            piece = self.encode(audio[:, :, left * self.hop : right * self.hop])
-            means.append(piece.mean[:, :, start - left : stop - left])
-            stds.append(piece.std[:, :, start - left : stop - left])
-        return Posterior(torch.cat(means, 2), torch.cat(stds, 2))
+        held: Tensor | None = None
+        left = start = 0  # frames: of the first sample held, and of the next posterior
+        for block in blocks:
+            held = block if held is None else torch.cat((held, block), 2)
+            while (left + held.shape[2] // self.hop) >= start + chunk_frames + halo:
+                yield self._encode_part(held, left, start, start + chunk_frames)
+                start += chunk_frames
+                held, left = held[:, :, max(start - halo - left, 0) * self.hop :], max(start - halo, left)
+        if held is None:
+            raise ValueError("expected audio, got no blocks")
+        total = left + math.ceil(held.shape[2] / self.hop)
+        for begin in range(start, max(total, 1), chunk_frames):
+            yield self._encode_part(held, left, begin, min(begin + chunk_frames, total))
+
+    def _encode_part(self, held: Tensor, left: int, start: int, stop: int) -> Posterior:
+        """Frames start..stop of sound whose samples from frame `left` on are held."""
+        first = max(start - self.encoder_halo, left)
+        part = self.encode(held[:, :, (first - left) * self.hop : (stop + self.encoder_halo - left) * self.hop])
+        own = slice(start - first, stop - first)
+        return Posterior(part.mean[:, :, own], part.std[:, :, own])
 
     def decode_chunked(self, latents: Tensor, chunk_frames: int = 32) -> Tensor:
-        """As `decode`, in pieces that stay in the processor's cache; the overlap makes it equal.
+        """As `decode`, in pieces of `chunk_frames` latent frames that stay in the processor's cache."""
+        return torch.cat(list(self.decode_stream(latents, chunk_frames)), 2)
+
+    def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
+        """Successive pieces (B, audio_channels, chunk_frames * hop) of what `decode` gives, in float32.
 
         The layers of the lowest rate, whose reach counts in whole frames, run over long pieces; the rest, whose reach
-        is a fraction of a frame but whose activations are large, over pieces of `chunk_frames` frames.
+        is a fraction of a frame but whose activations are large, over pieces of `chunk_frames` frames. Each sees as
+        much around it as it depends on, so the pieces equal the whole.
+
+        Raises:
+            ValueError: the shape is not (B, latent_channels, F) with F > 0.
         """
         self._check_latents(latents)
-        x = channels_last(latents.to(self.encoder.project.weight.dtype))
+        x = latents.to(self.encoder.project.weight.dtype)
         layers = list(self.decoder.layers)
         low, high = layers[:2], layers[2:]
         rate = self.config.strides[-1]
         halo_low, halo_high = _reach(low), _reach(high)
         outer = 16 * chunk_frames
-        pieces = []
         for start in range(0, x.shape[2], outer):
             stop = min(start + outer, x.shape[2])
             # Rate-`rate` context that the second stage will need on both sides of this piece.
             first = max(start * rate - halo_high, 0)
             last = min(stop * rate + halo_high, x.shape[2] * rate)
-            hidden = _run_piece(low, x, first, last, rate, halo_low)
+            left, right = max(first // rate - halo_low, 0), min(-(-last // rate) + halo_low, x.shape[2])
+            hidden = _run(low, channels_last(self.decoder.turn(x[:, :, left:right], left)))
+            hidden = hidden[:, :, first - left * rate : last - left * rate]
             for inner in range(start * rate, stop * rate, chunk_frames * rate):
                 end = min(inner + chunk_frames * rate, stop * rate)
                 left, right = max(inner - halo_high, first), min(end + halo_high, last)
                 y = _run(high, channels_last(hidden[:, :, left - first : right - first]))
                 scale = self.hop // rate
-                pieces.append(y[:, :, (inner - left) * scale : (end - left) * scale].float())
-        return torch.cat(pieces, 2)
+                yield y[:, :, (inner - left) * scale : (end - left) * scale].float()
 
     @property
     def encoder_halo(self) -> int:
@@ -311,14 +379,6 @@ def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def _run_piece(layers: list[nn.Module], x: Tensor, first: int, last: int, rate: int, halo: int) -> Tensor:
-    """Output samples first..last of `layers` over x, computed from only the input they depend on."""
-    left = max(first // rate - halo, 0)
-    right = min(-(-last // rate) + halo, x.shape[2])
-    y = _run(layers, channels_last(x[:, :, left:right]))
-    return y[:, :, first - left * rate : last - left * rate]
 
 
 def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:

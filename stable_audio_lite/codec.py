@@ -1,0 +1,121 @@
+"""Audio files to latent files and back, in memory that does not grow with their length.
+
+codec = Codec.from_pretrained("starter")
+codec.encode_file("song.flac", "song.safetensors")
+codec.decode_file("song.safetensors", "again.wav")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stable_audio_lite import bundle
+from stable_audio_lite.audio.io import stereo_blocks, write_audio_blocks
+from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.devices import choose_device, choose_dtype
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+from stable_audio_lite.models.vae import VAE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What `encode_file` wrote: latent `channels` and `frames`, for `seconds` of sound."""
+
+    channels: int
+    frames: int
+    seconds: float
+
+
+class Codec:
+    """A bundle's VAE over files; build it with `from_pretrained`."""
+
+    def __init__(self, vae: VAE, sample_rate: int, encoder: str):
+        """Take a VAE prepared for inference; `encoder` is the hash that names its latents."""
+        self.vae, self.sample_rate, self.encoder = vae, sample_rate, encoder
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> Codec:
+        """Load the VAE of a bundle; the arguments are those of `StableAudio.from_pretrained`.
+
+        Raises:
+            UserError: there is no such bundle or device, or a file is damaged or doesn't fit its config.
+        """
+        folder = bundle.resolve(name)
+        config = bundle.load_model_config(folder)
+        where = choose_device(device)
+        vae = VAE(config.vae)
+        bundle.load_part(folder, "vae", vae)
+        encoder = encoder_hash(bundle.read_part(folder, "vae"), config.vae.slow_channels)
+        return cls(vae.prepare_for_inference().to(where, choose_dtype(dtype, where)), config.sample_rate, encoder)
+
+    @torch.inference_mode()
+    def encode_file(self, path: str | Path, output: str | Path) -> Encoded:
+        """Write the posterior mean of an audio file as safetensors: "latent" (C, F) float32.
+
+        Raises:
+            UserError: the audio can't be read or the latents can't be written.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        samples = 0
+
+        def blocks() -> Iterator[Tensor]:
+            nonlocal samples
+            for block in stereo_blocks(path, self.sample_rate):
+                samples += block.shape[1]
+                yield block[None].to(self._device)
+
+        latent = torch.cat([piece.mean[0].float().cpu() for piece in self.vae.encode_stream(blocks())], 1)
+        about = {"encoder": self.encoder, "samples": str(samples), "sample_rate": str(self.sample_rate)}
+        with replacing(output) as temporary:
+            try:
+                save_file({"latent": latent}, temporary, metadata=about)
+            except SafetensorError as error:
+                raise UserError(f"{output}: can't be written ({error}); free some space") from error
+        return Encoded(latent.shape[0], latent.shape[1], samples / self.sample_rate)
+
+    @torch.inference_mode()
+    def decode_file(self, path: str | Path, output: str | Path) -> float:
+        """Write the sound of a latent file as 24-bit WAV or FLAC; returns the gain applied (1 unless it clipped).
+
+        Raises:
+            UserError: the file is no latent of this VAE, or the audio can't be written.
+        """
+        latent, samples = self._read(path)
+        return write_audio_blocks(output, self._sound(latent, samples), self.sample_rate)
+
+    def _sound(self, latent: Tensor, samples: int) -> Iterator[Tensor]:
+        left = samples
+        for piece in self.vae.decode_stream(latent[None].to(self._device)):
+            if left > 0:
+                yield piece[0, :, :left].cpu()
+            left -= piece.shape[2]
+
+    def _read(self, path: str | Path) -> tuple[Tensor, int]:
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such latent file")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about, latent = file.metadata() or {}, file.get_tensor("latent")
+            encoder, samples = about["encoder"], int(about["samples"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path}: no latents of stable-audio-lite encode, or damaged; encode the sound again"
+            ) from error
+        channels = self.vae.config.latent_channels
+        if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
+            raise UserError(f"{path}: latents of another VAE; give the model that encoded them with --model")
+        return latent, samples
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.vae.parameters()).device

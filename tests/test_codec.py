@@ -1,0 +1,103 @@
+"""Audio files to latents and back, in pieces: equal to the whole, and one clear line for each mistake."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
+from stable_audio_lite.bundle import load_model_config, save_bundle
+from stable_audio_lite.cli import main
+from stable_audio_lite.codec import Codec
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.vae import VAE
+
+TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    config = load_model_config(TINY)
+    folder = tmp_path_factory.mktemp("bundle") / "vae"
+    save_bundle(folder, config, {"vae": VAE(config.vae).state_dict()})
+    return folder
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    """Some seconds of noise in mono at 32 kHz, of no round length."""
+    path = tmp_path / "sound.wav"
+    write_audio(path, 0.1 * np.random.default_rng(0).standard_normal((1, 200_003)), 32000)
+    return path
+
+
+@pytest.mark.parametrize("frames", [999, 100_000, 1 << 20])
+def test_blocks_equal_the_whole_file(frames: int, sound: Path) -> None:
+    """However the file is cut up, resampling included."""
+    blocks = torch.cat(list(stereo_blocks(sound, 44100, frames)), 1)
+    torch.testing.assert_close(blocks, read_audio(sound, 44100), atol=1e-5, rtol=0)
+
+
+def test_files_equal_the_whole_in_memory(bundle: Path, sound: Path, tmp_path: Path) -> None:
+    codec = Codec.from_pretrained(bundle, "cpu", "float32")
+    made = codec.encode_file(sound, tmp_path / "a.safetensors")
+    assert made.seconds == pytest.approx(audio_info(sound).seconds, abs=1e-4)
+    audio = read_audio(sound, 44100)[None]
+    with torch.no_grad():
+        latent = codec.vae.encode(audio).mean
+        again = codec.vae.decode(latent)[0, :, : audio.shape[2]]
+    torch.testing.assert_close(load_file(tmp_path / "a.safetensors")["latent"], latent[0], atol=1e-5, rtol=1e-5)
+    gain = codec.decode_file(tmp_path / "a.safetensors", tmp_path / "again.flac")
+    torch.testing.assert_close(read_audio(tmp_path / "again.flac"), gain * again, atol=1e-5, rtol=0)
+
+
+def test_loud_blocks_are_attenuated_together(tmp_path: Path) -> None:
+    """The peak comes late, and still no block clips."""
+    blocks = [np.full((2, 5), 0.5, np.float32), np.full((2, 3), -2.0, np.float32)]
+    assert write_audio_blocks(tmp_path / "a.wav", blocks, 8000) == 0.5
+    expected = 0.5 * torch.from_numpy(np.concatenate(blocks, 1))
+    torch.testing.assert_close(read_audio(tmp_path / "a.wav", 8000), expected, atol=1e-6, rtol=0)
+
+
+def test_nothing_is_left_of_a_failed_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="NaN"):
+        write_audio_blocks(tmp_path / "a.wav", [np.full((2, 5), np.nan, np.float32)], 8000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(bundle)]
+    assert main(["encode", str(sound), "-o", str(tmp_path / "latents"), *model]) == 0
+    assert main(["decode", str(tmp_path / "latents/sound.safetensors"), "-o", str(tmp_path / "out"), *model]) == 0
+    assert audio_info(tmp_path / "out/sound.wav").frames == round(200_003 * 44100 / 32000)
+    assert "sound.safetensors: 64 channels" in capsys.readouterr().out
+
+
+def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each ends with one line that names the file, a status other than 0, and nothing written."""
+    config = load_model_config(TINY)
+    torch.manual_seed(1)
+    save_bundle(tmp_path / "other", config, {"vae": VAE(config.vae).state_dict()})
+    Codec.from_pretrained(tmp_path / "other").encode_file(sound, tmp_path / "foreign.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "no_latent.safetensors")
+    (tmp_path / "twin").mkdir()
+    shutil.copy(sound, tmp_path / "twin/sound.wav")
+    cases = [
+        (["decode", str(tmp_path / "foreign.safetensors")], "another VAE"),
+        (["decode", str(tmp_path / "no_latent.safetensors")], "no latents"),
+        (["decode", str(sound)], "no latents"),
+        (["encode", str(tmp_path / "none.wav")], "no such file"),
+        (["encode", str(tmp_path / "no_latent.safetensors")], "can't be read as audio"),
+        (["encode", str(sound), str(tmp_path / "twin/sound.wav")], "two of the files"),
+    ]
+    for command, words in cases:
+        assert main([*command, "-o", str(tmp_path / "out"), "--model", str(bundle)]) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, command
+    assert not list(tmp_path.glob("out/*"))
