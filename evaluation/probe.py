@@ -183,7 +183,7 @@ def load_examples(items: list[Item], config: ProbeConfig, per_class: int | None 
     return examples
 
 
-def train(examples: list[Example], config: ProbeConfig, *, steps: int = 600, batch: int = 48, seed: int = 0) -> Probe:
+def train(examples: list[Example], config: ProbeConfig, *, steps: int = 1000, batch: int = 48, seed: int = 0) -> Probe:
     """Train a probe; classes are drawn equally often."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -268,7 +268,7 @@ def load_probe(folder: str | Path) -> Probe:
     return probe.eval()
 
 
-def train_on_corpus(corpus: Path, *, steps: int = 600, per_class: int | None = 80, seed: int = 0) -> Probe:
+def train_on_corpus(corpus: Path, *, steps: int = 1000, per_class: int | None = 80, seed: int = 0) -> Probe:
     """Train on `corpus`/train.
 
     Raises:
@@ -342,11 +342,23 @@ def _augment(power: Tensor, generator: torch.Generator) -> Tensor:
     # Roughness: every cell is off a little.
     gain = gain + draw(0, 4) * torch.randn(power.shape, generator=generator)
     power = power * 10 ** (gain / 10)
-    # A noise floor, tilted, with the exponential distribution of noise power.
+    # A noise floor, tilted.
     tilt = draw(-0.4, 0.1) * (band - mels / 2)
     level = power.amax((1, 2), keepdim=True) * 10 ** ((draw(-65, -22) + tilt) / 10)
-    noise = -torch.rand(power.shape, generator=generator).clamp_min(1e-6).log() * level
-    return torch.where(some(0.7), power + noise, power)
+    power = torch.where(some(0.7), power + _noise(level, power.shape, generator), power)
+    # A steady hiss of random colour.
+    colour = F.interpolate(8 * torch.randn(size, 1, 6, generator=generator), mels, mode="linear", align_corners=True)
+    level = power.amax((1, 2), keepdim=True) * 10 ** ((draw(-60, -15) + colour.transpose(1, 2)) / 10)
+    power = torch.where(some(0.6), power + _noise(level, power.shape, generator), power)
+    # Noise that follows the sound: its own spectrum, smeared over the bands, between its partials.
+    smeared = F.avg_pool2d(power, (9, 1), stride=1, padding=(4, 0), count_include_pad=False)
+    level = smeared * 10 ** (draw(-25, -3) / 10)
+    return torch.where(some(0.6), power + _noise(level, power.shape, generator), power)
+
+
+def _noise(level: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Power of noise of mean `level`: exponentially distributed."""
+    return -torch.rand(shape, generator=generator).clamp_min(1e-6).log() * level
 
 
 def report(name: str, result: Accuracy) -> str:
@@ -362,7 +374,7 @@ def main() -> None:
     training = commands.add_parser("train", help="train on CORPUS/train, test on CORPUS/held_out")
     training.add_argument("corpus", type=Path)
     training.add_argument("-o", "--output", type=Path, default=Path("probe"))
-    training.add_argument("--steps", type=int, default=600)
+    training.add_argument("--steps", type=int, default=1000)
     training.add_argument("--per-class", type=int, default=80, help="pieces for each instrument at most")
     training.add_argument("--seed", type=int, default=0)
     testing = commands.add_parser("test", help="accuracy on CORPUS/held_out")
