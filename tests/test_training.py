@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -24,13 +25,13 @@ from safetensors.torch import load_file, save_file
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.config import load_config
-from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.data.latents import encoder_hash, read_latents
 from stable_audio_lite.errors import UserError
-from training import pre_encode, train_clap, train_diffusion, train_vae
+from training import pre_encode, regenerate, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
 from training.ema import EMA
 from training.loop import OptimizerConfig
-from training.losses import MultiResolutionSTFTLoss, a_weighting_fir, convolve
+from training.losses import MultiResolutionSTFTLoss, a_weighting_fir, convolve, mel_bands
 from training.muon import Muon, orthogonalize
 
 ROOT = Path(__file__).parent.parent
@@ -194,25 +195,28 @@ def kill(command: list[str], begun: Callable[[], bool], within: float) -> None:
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
 
 
-@pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
-def test_killed_trainer_goes_on(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """SIGKILL at a random moment leaves whole checkpoints only; the same command ends as an uninterrupted run does."""
+@pytest.mark.parametrize(("name", "kills", "steps"), [("vae", 10, 150), ("clap", 1, 60), ("diffusion", 1, 60)])
+def test_killed_trainer_goes_on(
+    name: str, kills: int, steps: int, data: Path, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """SIGKILL at random moments leaves whole checkpoints only; the same command ends as an uninterrupted run does."""
     trainer, cls, settings = trainer_of(name, data, bundles)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     config = tmp_path / "killed.yaml"
-    config.write_text(yaml.safe_dump(settings(killed, 60, checkpoint_every=5)))
+    config.write_text(yaml.safe_dump(settings(killed, steps, checkpoint_every=5)))
     command = [sys.executable, "-m", trainer.__name__, "--config", str(config)]
-    kill(command, lambda: bool(checkpoints(killed / "checkpoints")), within=0.5)
-    saved = [p.name for p in checkpoints(killed / "checkpoints")]
-    assert saved and not (killed / "bundle").exists()
+    for _ in range(kills):
+        before = checkpoints(killed / "checkpoints")[-1:]
+        kill(command, lambda before=before: checkpoints(killed / "checkpoints")[-1:] != before, within=0.5)
+    assert checkpoints(killed / "checkpoints") and not (killed / "bundle").exists()
     subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer.run(load(cls, settings(whole, 60), tmp_path))
+        trainer.run(load(cls, settings(whole, steps), tmp_path))
     finally:
         torch.set_num_threads(threads)
-    assert_same_curve(whole, killed, 0, 60)
+    assert_same_curve(whole, killed, 0, steps)
     assert_same_weights(whole / "bundle", killed / "bundle")
 
 
@@ -243,7 +247,7 @@ def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_p
 
 def test_vae_learns(data: Path, tmp_path: Path) -> None:
     """Muon and the waveform term bring the loss down at once, as they must on six tones."""
-    settings = vae_settings(data, tmp_path / "run", 40)
+    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": {"waveform": 1.0, "mel": 1.0}}
     for key in ("discriminator", "discriminator_optimizer"):
         settings.pop(key)
     train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
@@ -321,7 +325,7 @@ def test_many_bad_steps_return_to_the_checkpoint_at_half_rate(
     assert curve[29]["updates/returns"] == 1
     assert "back to" in capsys.readouterr().err
     state = json.loads((checkpoints(tmp_path / "run/checkpoints")[-1] / "state.json").read_text())
-    assert state["health"] == {"skipped": 5, "in_a_row": 0, "returns": 1}
+    assert state["health"] == {"skipped": 5, "in_a_row": 0, "returns": 1, "best": None}
     longer = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 31), tmp_path)
     task = train_vae.VAETask(longer)
     rates = []
@@ -343,6 +347,45 @@ def test_endless_nan_ends_with_the_checkpoint_named(data: Path, tmp_path: Path) 
     task = vae_task_with_nans(config, lambda call: call >= 12)
     with pytest.raises(UserError, match=r"not finite in the 5 steps up to \d+; last good checkpoint: .*step_00000010"):
         train_vae.fit(config.run, task, config)
+
+
+def test_accumulated_gradients_equal_a_larger_batch(data: Path, tmp_path: Path) -> None:
+    """Two batches of 2 for each update, discriminator included: the same curve and weights as with batches of 4."""
+    few = {"discriminator_optimizer": {"lr": 1e-6}}  # Adam's first updates are signs, which rounding flips
+    one = vae_settings(data, tmp_path / "one", 6) | few | {"batch_size": 4}
+    two = vae_settings(data, tmp_path / "two", 6, accumulate=2) | few
+    for settings in (one, two):
+        train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    ours, theirs = losses(tmp_path / "one"), losses(tmp_path / "two")
+    for step in range(6):
+        for key in (k for k in ours[step] if not k.startswith("latent/")):
+            assert ours[step][key] == pytest.approx(theirs[step][key], rel=1e-3, abs=1e-4), (step, key)
+    one_vae, two_vae = (load_file(tmp_path / name / "bundle/vae.safetensors") for name in ("one", "two"))
+    for key, value in one_vae.items():
+        torch.testing.assert_close(value, two_vae[key], rtol=1e-3, atol=1e-4)
+
+
+def test_one_bad_batch_spoils_its_update(data: Path, tmp_path: Path) -> None:
+    """NaN in the first of two accumulated batches: no weight moves, one update is counted."""
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 1, accumulate=2), tmp_path)
+    task = vae_task_with_nans(config, lambda call: call == 0)
+    before = {k: v.clone() for k, v in task.modules["vae"].state_dict().items()}
+    train_vae.fit(config.run, task, config)
+    assert all(torch.equal(v, before[k]) for k, v in task.modules["vae"].state_dict().items())
+    assert losses(tmp_path / "run")[0]["updates/skipped"] == 1
+
+
+def test_best_weights_are_kept(data: Path, tmp_path: Path) -> None:
+    """The bundle `best` holds the averaged weights of the best evaluation, over a restart too."""
+    for steps in (10, 20):
+        settings = vae_settings(data, tmp_path / "run", steps, evaluate_every=5, checkpoint_every=5, keep_last=9)
+        config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+        task = train_vae.VAETask(config)
+        task.evaluate = lambda step: {"held_out/stft/sum": {4: 3.0, 9: 1.0, 14: 2.0, 19: float("nan")}[step]}
+        train_vae.fit(config.run, task, config)
+    best = load_file(tmp_path / "run/best/vae.safetensors")
+    average = load_file(tmp_path / "run/checkpoints/step_00000010/ema_vae.safetensors")
+    assert all(torch.equal(value, average[key]) for key, value in best.items())
 
 
 def test_muon_moves_every_direction_alike() -> None:
@@ -380,6 +423,21 @@ def test_stft_loss_is_zero_for_equals_and_finite_for_silence() -> None:
         (gradient,) = torch.autograd.grad(total, output)
         assert float(total.detach()) < 20
         assert gradient.isfinite().all()
+
+
+def test_mel_distance_hears_low_bands_as_much_as_high_ones() -> None:
+    """Bands take means of bins; a missing tone at 500 Hz costs several times what it does among linear bins."""
+    torch.manual_seed(0)
+    bands = mel_bands(44100, 2048)
+    torch.testing.assert_close(bands.sum(1), torch.ones(len(bands)))
+    assert 200 < len(bands) <= 320
+    time = torch.arange(32768) / 44100
+    noise, tone = 0.01 * torch.randn(1, 2, 32768), 0.3 * torch.sin(2 * math.pi * 500 * time).expand(1, 2, -1)
+    loss = MultiResolutionSTFTLoss(44100, (2048, 512), a_weighting=False, mel=True)
+    without = loss(noise, noise + tone)
+    assert float(loss(noise, noise)["mel"]) == 0
+    # The log part of "left" is at most all of it.
+    assert float(without["mel"]) > 2 * (float(without["left"]) - 1)
 
 
 def test_a_weighting_is_flat_at_1_khz_and_deaf_below() -> None:
@@ -508,6 +566,60 @@ def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tm
         save_file({k: v + 0.1 for k, v in state.items()}, other / f"{part}.safetensors")
         with pytest.raises(UserError, match=words):
             train_diffusion.DiffusionTask(load(cls, again | {"initial": str(other)}, tmp_path))
+
+
+def test_decoder_learns_on_regenerated_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Little noise gives back nearly the cached latents, much does not; the decoder's crops lie where audio's do."""
+    settings = diffusion_settings(bundles, tmp_path / "unet", 2)
+    bundle = train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    encoder = encoder_hash(load_file(bundle / "vae.safetensors"), 0)
+    cached, errors = read_latents(bundles["latents"], encoder), []
+    for name, level in (("little", 0.05), ("much", 20.0)):
+        made = regenerate.run(
+            regenerate.RegenerateConfig(
+                bundle=str(bundle),
+                latents=str(bundles["latents"]),
+                output=str(tmp_path / name),
+                lowest=level,
+                highest=level,
+                steps=2,
+                batch_size=4,
+            )
+        )
+        again = read_latents(made, encoder)
+        assert len(again) == len(cached) and len({z.shape for z in again}) == 1  # whole windows
+        pairs = [(z[:, : y.shape[1]].float(), y[:, : z.shape[1]].float()) for z, y in zip(again, cached, strict=True)]
+        errors.append(float(sum((a - b).square().mean() / b.var() for a, b in pairs) / len(pairs)))
+    assert errors[0] < 0.05 < 0.5 < errors[1]
+
+    frozen = {"initial": str(bundle), "freeze_encoder": True, "latents": str(tmp_path / "little")}
+    settings = vae_settings(data, tmp_path / "decoder", 2) | frozen
+    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    batch = task.batch(0, 0, 1)
+    with torch.no_grad():
+        inner = task.modules["vae"].encode(batch["audio"]).mean[:, :, 2:-2]
+    assert float((inner - batch["latents"][:, :, 2:-2]).square().mean()) < 0.1 * float(inner.var())
+    decoder = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    before, after = load_file(bundle / "vae.safetensors"), load_file(decoder / "vae.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+
+
+def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Decoding cached latents needs a finished encoder, and as many items as the data has."""
+    wrong = vae_settings(data, tmp_path / "a", 1) | {"latents": str(bundles["latents"])}
+    with pytest.raises(UserError, match="latents needs freeze_encoder"):
+        load(train_vae.TrainVAEConfig, wrong, tmp_path)
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    shutil.copy(data / "0.wav", fewer)
+    settings = vae_settings(fewer, tmp_path / "b", 1) | {
+        "initial": str(bundles["vae"]),
+        "freeze_encoder": True,
+        "latents": str(bundles["latents"]),
+    }
+    with pytest.raises(UserError, match="6 items, the data has 1"):
+        train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
 
 
 def test_interrupted_pre_encoding_goes_on(

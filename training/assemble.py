@@ -6,7 +6,7 @@ been trained on), and stores all but the VAE in half the bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,10 +57,10 @@ def run(config: AssembleConfig) -> Path:
     parts = {name: read_part(source, name) for name in PARTS if part_path(source, name).is_file()}
     if config.vae:
         vae = read_part(config.vae, "vae")
-        theirs = load_model_config(config.vae).vae.slow_channels
-        if encoder_hash(vae, theirs) != encoder_hash(parts["vae"], model.vae.slow_channels):
+        theirs = load_model_config(config.vae).vae
+        if encoder_hash(vae, theirs.slow_channels) != encoder_hash(parts["vae"], model.vae.slow_channels):
             raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")
-        parts["vae"] = vae
+        parts["vae"], model = vae, replace(model, vae=theirs)
     halved = {
         name: {k: v if name == "vae" or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in state.items()}
         for name, state in parts.items()

@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +40,12 @@ class RunConfig:
         precision: "no" (float32), "bf16" or "fp16" autocast.
         compile: torch.compile the modules; needs a C++ compiler on a CPU.
         ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
+        accumulate: batches whose gradients are averaged into one update.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         max_bad_steps: an update whose loss or gradient is not finite is skipped; after this many such steps in a row
             the run returns to its newest checkpoint and goes on from there at half the learning rates.
         max_returns: after that many returns the run gives up.
-        evaluate_every: steps between evaluations; 0 for none.
+        evaluate_every: steps between evaluations; 0 for none. The weights that did best are in the bundle `best`.
     """
 
     output: str
@@ -52,6 +54,7 @@ class RunConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     ema_decay: float = 0.9999
+    accumulate: int = 1
     max_grad_norm: float = 1.0
     max_bad_steps: int = 5
     max_returns: int = 5
@@ -62,7 +65,7 @@ class RunConfig:
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
+        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
@@ -110,17 +113,19 @@ class Task(ABC):
         modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
-        batch_size: items per process and step.
+        batch_size: items per process and batch.
+        criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
     """
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, OptimizerConfig]
     averaged: tuple[str, ...]
     batch_size: int
+    criterion: str = ""
 
     @abstractmethod
-    def batch(self, step: int, rank: int, world: int) -> Any:
-        """Batch of process `rank` for `step`, on the CPU: a pure function of its arguments and the seed."""
+    def batch(self, number: int, rank: int, world: int) -> Any:
+        """The `number`-th batch of process `rank`, on the CPU: a pure function of its arguments and the seed."""
 
     @abstractmethod
     def step(self, batch: Any, step: int, update: Update) -> dict[str, Tensor]:
@@ -137,17 +142,26 @@ class Task(ABC):
 
 @dataclass
 class Health:
-    """What has gone wrong so far; part of a checkpoint.
+    """What has gone wrong so far, and how well it went; part of a checkpoint.
 
     Attributes:
         skipped: updates left out because a loss or a gradient was not finite.
         in_a_row: steps up to now in which that happened, without one in between in which it didn't.
         returns: how often the run went back to a checkpoint; each halves the learning rates.
+        best: the smallest value of the task's criterion.
     """
 
     skipped: int = 0
     in_a_row: int = 0
     returns: int = 0
+    best: float | None = None
+
+    def improved(self, figure: float | None) -> bool:
+        """Whether `figure` is the smallest so far; remembers it then."""
+        if figure is None or not math.isfinite(figure) or (self.best is not None and figure >= self.best):
+            return False
+        self.best = figure
+        return True
 
 
 class Update:
@@ -157,21 +171,32 @@ class Update:
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
         self.health = Health()
         self.grad_norms: dict[str, Tensor] = {}
-        self.step, self.bad = 0, False
+        self.step, self.bad, self.last = 0, False, True
+        self.spoiled: set[str] = set()  # modules of which a loss in this step was not finite
 
     def begin(self, step: int) -> None:
         """Start `step` (from 0)."""
-        self.step, self.bad = step, False
+        self.step, self.bad, self.spoiled = step, False, set()
 
     def __call__(self, name: str, loss: Tensor) -> None:
-        """Update module `name` on `loss` (a scalar), or skip and count it where loss or gradient is not finite."""
+        """Add the gradient of `loss` (a scalar) for module `name` and, with the step's last batch, update it.
+
+        Where a loss or the gradient is not finite, the update is left out and counted.
+        """
+        if bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
+            self.accelerator.backward(loss / self.run.accumulate)
+        else:
+            self.spoiled.add(name)
+        if self.last:
+            self._update(name)
+
+    def _update(self, name: str) -> None:
         optimizer = self.optimizers[name]
-        if not bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
+        if name in self.spoiled:
             self._skip(optimizer)
             return
         for group in optimizer.param_groups:
             group["lr"] = self.task.optimizers[name].rate(self.step, self.run.steps) * 0.5**self.health.returns
-        self.accelerator.backward(loss)
         parameters = self.task.modules[name].parameters()
         norm = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf)
         self.grad_norms[f"grad_norm/{name}"] = norm
@@ -217,11 +242,8 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     start = _resume(output, state, update.health)
     with _Monitor(accelerator, run, task.batch_size, start) as monitor:
         while start < run.steps:
-            for step, batch in _batches(task, accelerator, start, run.steps):
-                torch.manual_seed(_mix(run.seed, step, accelerator.process_index))
-                update.begin(step)
-                with accelerator.autocast():
-                    losses = task.step(_to(batch, accelerator.device), step, update)
+            for step, batches in _batches(task, accelerator, start, run):
+                losses = _step(task, batches, step, update)
                 start = step + 1
                 if update.end():
                     start = _return(output, step, state, update)
@@ -231,7 +253,9 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
                     ema.update(plain[name], step)
                 if _due(run.evaluate_every, step, run.steps):
                     with _Averaged(plain, averages), torch.no_grad():
-                        monitor.write(step, task.evaluate(step))
+                        monitor.write(step, figures := task.evaluate(step))
+                        if update.health.improved(figures.get(task.criterion)) and accelerator.is_main_process:
+                            task.export(output / "best", plain)
                 monitor.show(step, losses | update.grad_norms, update.health)
                 if _due(run.checkpoint_every, step, run.steps) and not update.bad:
                     _checkpoint(run, accelerator, start, state, update.health)
@@ -284,19 +308,42 @@ def _accelerator(run: RunConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def _mix(seed: int, step: int, rank: int) -> int:
-    return (seed * 1_000_003 + step) * 4_099 + rank
+def _mix(seed: int, number: int, rank: int) -> int:
+    return (seed * 1_000_003 + number) * 4_099 + rank
 
 
-def _batches(task: Task, accelerator: Accelerator, start: int, steps: int) -> Iterator[tuple[int, Any]]:
-    """(step, batch) pairs; the next batch is read while this one is used."""
+def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -> Iterator[tuple[int, Iterator[Any]]]:
+    """(step, its batches) pairs; the next batch is read while one is used."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    last = run.steps * run.accumulate - 1
     with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(task.batch, start, rank, world)
-        for step in range(start, steps):
+        ahead = pool.submit(task.batch, start * run.accumulate, rank, world)
+
+        def take(number: int) -> Any:
+            nonlocal ahead
             batch = ahead.result()
-            ahead = pool.submit(task.batch, min(step + 1, steps - 1), rank, world)
-            yield step, batch
+            ahead = pool.submit(task.batch, min(number + 1, last), rank, world)
+            return batch
+
+        for step in range(start, run.steps):
+            yield step, (take(number) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
+
+
+def _step(task: Task, batches: Iterator[Any], step: int, update: Update) -> dict[str, Tensor]:
+    """One update of everything; returns the losses, averaged over the batches."""
+    accelerator, count = update.accelerator, update.run.accumulate
+    update.begin(step)
+    rows = []
+    for index, batch in enumerate(batches):
+        torch.manual_seed(_mix(update.run.seed, step * count + index, accelerator.process_index))
+        update.last = index + 1 == count
+        with ExitStack() as stack:
+            if not update.last:  # processes share gradients once, with the last batch
+                for module in task.modules.values():
+                    stack.enter_context(accelerator.no_sync(module))
+            stack.enter_context(accelerator.autocast())
+            rows.append(task.step(_to(batch, accelerator.device), step, update))
+    return {k: torch.stack([row[k].float() for row in rows if k in row]).mean() for row in rows for k in row}
 
 
 class _Monitor:
@@ -306,7 +353,7 @@ class _Monitor:
         from tqdm import tqdm
 
         self.accelerator, self.run = accelerator, run
-        self.items_per_step = batch_size * accelerator.num_processes
+        self.items_per_step = batch_size * accelerator.num_processes * run.accumulate
         main = accelerator.is_main_process
         self.bar = tqdm(total=run.steps, initial=start, unit="step", disable=not main, mininterval=1.0, smoothing=0.05)
         self.last = (time.monotonic(), start)

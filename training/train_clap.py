@@ -99,7 +99,7 @@ class ClapTask(Task):
         self.modules: dict[str, nn.Module] = {"clap": clap}
         self.optimizers = {"clap": config.optimizer}
 
-    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
+    def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         if len(self.items) < self.batch_size * world:
             raise UserError(
                 f"batch_size: {self.batch_size} on {world} processes needs that many items, {self.config.data} has "
@@ -107,16 +107,16 @@ class ClapTask(Task):
             )
         # One permutation for all processes, so that no item meets itself as a negative.
         seed = self.config.run.seed
-        order = torch.randperm(len(self.items), generator=generator(seed, step)).tolist()
+        order = torch.randperm(len(self.items), generator=generator(seed, number)).tolist()
         chosen = order[rank * self.batch_size : (rank + 1) * self.batch_size]
-        own = [generator(seed, step, index) for index in chosen]
+        own = [generator(seed, number, index) for index in chosen]
         captions = [_pick(self.items[i].captions, g) for i, g in zip(chosen, own, strict=True)]
         mels = [self.mels(i) for i in chosen]
         views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
         longer = self._longer(mels)
         if self.model.clap.audio_fusion and longer.sum() < 2:
-            longer[:2] = True  # the fusion weights need a gradient in every step, and their batch norm two items
+            longer[:2] = True  # the fusion weights need a gradient in every number, and their batch norm two items
         return {"ids": ids, "mask": mask, "mels": views, "longer": longer}
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:

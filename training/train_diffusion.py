@@ -91,12 +91,13 @@ class DiffusionTask(Task):
     """v-prediction on windows of cached latents."""
 
     averaged = ("model",)
+    criterion = "held_out/v"
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
-        self.silence = self._silence()
+        self.silence = silence_latent(config.vae)
         torch.manual_seed(config.run.seed)
         model = ConditionedUNet(self.model)
         self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
@@ -110,12 +111,12 @@ class DiffusionTask(Task):
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
 
-    def batch(self, step: int, rank: int, world: int) -> dict[str, Any]:
+    def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
         seed, size = self.config.run.seed, self.batch_size
-        numbers = item_numbers(step, rank, world, size)
+        numbers = item_numbers(number, rank, world, size)
         batch = self._batch(self.windows, numbers, seed)
         own = slice(rank * size, (rank + 1) * size)
-        draws = generator(seed, step)
+        draws = generator(seed, number)
         return batch | {
             "eps": item_noise(seed, numbers, tuple(batch["latents"].shape[1:])),
             "t": stratified_times(world * size, draws)[own],
@@ -187,13 +188,15 @@ class DiffusionTask(Task):
     def _encoder(self) -> str:
         return encoder_hash(read_part(self.config.vae, "vae"), self.model.vae.slow_channels)
 
-    @torch.no_grad()
-    def _silence(self) -> Tensor:
-        vae = VAE(self.model.vae)
-        load_part(self.config.vae, "vae", vae)
-        vae.prepare_for_inference()
-        audio = torch.zeros(1, self.model.vae.audio_channels, self.model.window_samples)
-        return vae.encode_chunked(audio).mean[0]
+
+@torch.no_grad()
+def silence_latent(bundle: str) -> Tensor:
+    """Latent (C, window) that a bundle's VAE gives for digital silence."""
+    model = load_model_config(bundle)
+    vae = VAE(model.vae)
+    load_part(bundle, "vae", vae)
+    vae.prepare_for_inference()
+    return vae.encode_chunked(torch.zeros(1, model.vae.audio_channels, model.window_samples)).mean[0]
 
 
 def stratified_times(batch: int, draws: torch.Generator) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
-from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.crops import Crops, LatentCrops
+from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.files import replacing
 from stable_audio_lite.models.dac import read_dac, state_from_dac
@@ -35,9 +36,10 @@ from training.noise import item_noise, item_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """Weight of each loss term in the generator's sum; the paper has no waveform term, and 0 leaves it out."""
+    """Weight of each loss term in the generator's sum; the paper has no waveform or mel term, and 0 leaves it out."""
 
     waveform: float = 0.0
+    mel: float = 0.0
     sum: float = 1.0
     difference: float = 1.0
     left: float = 0.5
@@ -70,6 +72,8 @@ class TrainVAEConfig:
         discriminator_start: step from which it learns and is heard.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
         freeze_encoder: keep encoder and bottleneck as they are.
+        latents: folder of latents of `data` that the decoder hears in place of the encoder's, as training.regenerate
+            writes them, or null; with `freeze_encoder` and `initial`.
     """
 
     model: str
@@ -93,8 +97,13 @@ class TrainVAEConfig:
     discriminator_start: int = 0
     initial: str | None = None
     freeze_encoder: bool = False
+    latents: str | None = None
 
     def __post_init__(self) -> None:
+        if self.latents and not (self.freeze_encoder and self.initial):
+            raise ValueError(
+                "latents needs freeze_encoder and initial: it is the decoder of a finished encoder that learns"
+            )
         if (self.discriminator is None) != (self.discriminator_optimizer is None):
             raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
         if min(self.crop_frames, self.batch_size) < 1:
@@ -110,6 +119,7 @@ class VAETask(Task):
     """Joint training, or of the decoder alone."""
 
     averaged = ("vae",)
+    criterion = "held_out/stft/sum"
 
     def __init__(self, config: TrainVAEConfig):
         self.config = config
@@ -137,32 +147,47 @@ class VAETask(Task):
         if config.discriminator and config.discriminator_optimizer:
             self.modules["discriminator"] = Discriminator(config.discriminator)
             self.optimizers["discriminator"] = config.discriminator_optimizer
+        self.pairs = self._pairs(config, vae) if config.latents else None
         self.waveform = WaveformLoss(self.model.sample_rate)
         self.stft = MultiResolutionSTFTLoss(
-            self.model.sample_rate, config.stft_windows, config.a_weighting, config.stft_floor
+            self.model.sample_rate,
+            config.stft_windows,
+            config.a_weighting,
+            config.stft_floor,
+            mel=config.weights.mel > 0,
         )
 
-    def batch(self, step: int, rank: int, world: int) -> dict[str, Tensor]:
-        numbers = item_numbers(step, rank, world, self.batch_size)
+    def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
+        if self.pairs:
+            audio, latents = self.pairs.batch(number, self.batch_size, rank, world)
+            return {"audio": audio, "latents": latents}
+        numbers = item_numbers(number, rank, world, self.batch_size)
         shape = (self.model.vae.latent_channels, self.config.crop_frames)
         noise = self.config.noise * item_noise(self.config.run.seed, numbers, shape)
         listed = len(self.crops.unreadable)
-        audio = self.crops.batch(step, self.batch_size, rank, world)
+        audio = self.crops.batch(number, self.batch_size, rank, world)
         if len(self.crops.unreadable) > listed:
             self._list_unreadable(rank)
         return {"audio": audio, "noise": noise}
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         audio = batch["audio"]
-        output, mean, std = self.modules["vae"](audio, batch["noise"])
+        output, mean, std = self.modules["vae"](audio, batch.get("noise"), batch.get("latents"))
         losses = self._reconstruction(output, audio)
         if not self.config.freeze_encoder:
             losses["kl/latent"] = Posterior(mean, std).kl()
-        if "discriminator" in self.modules and step >= self.config.discriminator_start:
-            losses |= self._adversarial(output.float(), audio, update)
+        judged = "discriminator" in self.modules and step >= self.config.discriminator_start
+        if judged:
+            losses |= self._as_judged(output.float(), audio)
         total = self._total(losses)
         update("vae", total)
-        figures = {"latent/std": mean.detach().std(), "data/unreadable": torch.tensor(len(self.crops.unreadable))}
+        if judged:
+            # Both learn from the same output and from each other as they were before.
+            real, fake = halves(self.modules["discriminator"](torch.cat((audio, output.detach().float()))))
+            update("discriminator", hinge := hinge_discriminator(real, fake))
+            losses["discriminator/hinge"] = hinge.detach()
+        figures = {"data/unreadable": torch.tensor(len(self.crops.unreadable))}
+        figures["latent/std"] = (batch["latents"] if mean is None else mean.detach()).std()
         return {"loss/total": total.detach()} | losses | figures
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -179,6 +204,12 @@ class VAETask(Task):
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         save_bundle(folder, self.model, {"vae": modules["vae"].state_dict()})
+
+    def _pairs(self, config: TrainVAEConfig, vae: VAE) -> LatentCrops:
+        encoder = encoder_hash(vae.state_dict(), self.model.vae.slow_channels)
+        rate, hop = self.model.sample_rate, self.model.vae.hop
+        frames, seed = config.crop_frames, config.run.seed
+        return LatentCrops(self.crops.items, config.latents or "", encoder, rate, hop, frames, seed, config.endings)
 
     def _list_unreadable(self, rank: int) -> None:
         name = f"unreadable_{rank}.jsonl" if rank else "unreadable.jsonl"
@@ -199,20 +230,15 @@ class VAETask(Task):
                 losses["waveform/relative"] = self.waveform.to(output.device)(output, target)
             return losses
 
-    def _adversarial(self, output: Tensor, target: Tensor, update: Update) -> dict[str, Tensor]:
-        discriminator = self.modules["discriminator"]
-        # One forward for both: DDP wants a backward after each.
-        real, fake = halves(discriminator(torch.cat((target, output.detach()))))
-        update("discriminator", hinge := hinge_discriminator(real, fake))
+    def _as_judged(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         # The generator's gradient passes through the discriminator but must not stay in it, nor be averaged by DDP.
-        plain = unwrap(discriminator)
+        plain = unwrap(self.modules["discriminator"])
         plain.requires_grad_(False)
         fake = plain(output)
         with torch.no_grad():
             real = plain(target)
-        losses = {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
         plain.requires_grad_(True)
-        return losses | {"discriminator/hinge": hinge.detach()}
+        return {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
 
     def _total(self, losses: dict[str, Tensor]) -> Tensor:
         w = self.config.weights
@@ -222,6 +248,7 @@ class VAETask(Task):
             "stft/difference": w.difference,
             "stft/left": w.left,
             "stft/right": w.right,
+            "stft/mel": w.mel,
             "kl/latent": w.kl,
             "adversarial/generator": w.adversarial,
             "adversarial/features": w.features,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stable_audio_lite.audio.io import audio_info, read_audio
+from stable_audio_lite.data.latents import read_latents
 from stable_audio_lite.data.manifest import Item
 from stable_audio_lite.errors import UserError
 
@@ -104,6 +106,61 @@ class Crops:
                 f"{error} ({len(self.unreadable)} of {len(self.items)} files can't be read, max_unreadable allows "
                 f"{self.max_unreadable:.2%}; stable-audio-lite validate-dataset lists them)"
             ) from error
+
+
+class LatentCrops:
+    """Crops of recordings with the latents that are to be decoded into them, both cut at whole latent frames.
+
+    Args:
+        items: the recordings, those that `folder` was made of.
+        folder: latents of the items from their beginning, perhaps with silence after their end.
+        encoder: hash of the encoder whose latents they are.
+        hop: samples per latent frame.
+        frames: latent frames in a crop.
+        endings: share of the crops that lie across an item's end, as far as the latents go.
+
+    Raises:
+        UserError: the latents are unfinished, of another VAE or of other items.
+    """
+
+    def __init__(
+        self,
+        items: list[Item],
+        folder: str | Path,
+        encoder: str,
+        sample_rate: int,
+        hop: int,
+        frames: int,
+        seed: int,
+        endings: float = 0.0,
+    ):
+        self.items, self.sample_rate, self.hop, self.frames = items, sample_rate, hop, frames
+        self.seed, self.endings = seed, endings
+        self.latents = read_latents(folder, encoder)
+        if len(self.latents) != len(items):
+            raise UserError(f"{folder}: holds latents of {len(self.latents)} items, the data has {len(items)}")
+
+    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Audio (batch_size, 2, frames * hop) and latents (batch_size, C, frames) of one step."""
+        first = (step * world + rank) * batch_size
+        pairs = [self.crop(first + i) for i in range(batch_size)]
+        return torch.stack([audio for audio, _ in pairs]), torch.stack([latent for _, latent in pairs])
+
+    def crop(self, number: int) -> tuple[Tensor, Tensor]:
+        """The `number`-th crop of the run, (2, frames * hop) and (C, frames); what is missing at the end is zero."""
+        rng = random.Random(f"{self.seed}/{number}")
+        index = epoch_index(number, len(self.items), self.seed)
+        path, latent = self.items[index].path, self.latents[index]
+        sounding = min(math.ceil(audio_info(path).seconds * self.sample_rate / self.hop), latent.shape[1])
+        first, last = 0, max(sounding - self.frames, 0)
+        if self.endings and rng.random() < self.endings:
+            first, last = last, max(min(sounding - self.frames // 16, latent.shape[1] - self.frames), last)
+        start = rng.randint(first, last)
+        seconds = self.hop / self.sample_rate
+        samples = self.frames * self.hop
+        audio = read_audio(path, self.sample_rate, start * seconds, self.frames * seconds)[:, :samples]
+        piece = latent[:, start : start + self.frames].float()
+        return F.pad(audio, (0, samples - audio.shape[1])), F.pad(piece, (0, self.frames - piece.shape[1]))
 
 
 @lru_cache(maxsize=4)

@@ -113,11 +113,7 @@ class LatentWindows:
         statistics: tuple[Tensor, Tensor] | None = None,
     ):
         folder = Path(folder)
-        if not (folder / _INDEX).exists():
-            raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
-        index = json.loads((folder / _INDEX).read_text())
-        if index["encoder"] != encoder:
-            raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
+        index = _index(folder, encoder)
         self.mean, self.std = statistics or (torch.tensor(index["mean"]), torch.tensor(index["std"]))
         self.frames, self.frame_seconds, self.silence = frames, frame_seconds, self._normal(silence)
         self.entries = [_load(folder / f"{i:08d}.safetensors") for i in range(index["items"])]
@@ -128,15 +124,18 @@ class LatentWindows:
     def window(self, index: int, rng: random.Random) -> Window:
         """A uniformly placed window of item `index`, with one of its captions."""
         latent, about = self.entries[index]
-        length = latent.shape[1]
-        start = rng.randint(0, max(length - self.frames, 0))
+        start = rng.randint(0, max(latent.shape[1] - self.frames, 0))
+        return self.cut(index, start, rng.choice(about["captions"]))
+
+    def cut(self, index: int, start: int, caption: str) -> Window:
+        """The window of item `index` that begins with frame `start`."""
+        latent, about = self.entries[index]
         piece = self._normal(latent[:, start : start + self.frames].float())
         rest = self.frames - piece.shape[1]
         if rest:
             piece = torch.cat((piece, self.silence[:, -rest:]), 1)
-        captions = about["captions"]
-        total = float(about["truth"].get("seconds", length * self.frame_seconds))
-        return Window(piece, rng.choice(captions), start * self.frame_seconds, total)
+        total = float(about["truth"].get("seconds", latent.shape[1] * self.frame_seconds))
+        return Window(piece, caption, start * self.frame_seconds, total)
 
     def _normal(self, latent: Tensor) -> Tensor:
         return (latent - self.mean[:, None]) / self.std[:, None]
@@ -150,6 +149,25 @@ def stack(windows: list[Window]) -> dict[str, Any]:
         "seconds_start": torch.tensor([w.seconds_start for w in windows]),
         "seconds_total": torch.tensor([w.seconds_total for w in windows]),
     }
+
+
+def read_latents(folder: str | Path, encoder: str) -> list[Tensor]:
+    """The latents (C, F) of a finished folder, in the order of the items.
+
+    Raises:
+        UserError: the folder is unfinished or of another VAE.
+    """
+    folder = Path(folder)
+    return [_load(folder / f"{i:08d}.safetensors")[0] for i in range(_index(folder, encoder)["items"])]
+
+
+def _index(folder: Path, encoder: str) -> dict[str, Any]:
+    if not (folder / _INDEX).exists():
+        raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
+    index = json.loads((folder / _INDEX).read_text())
+    if index["encoder"] != encoder:
+        raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
+    return index
 
 
 def _load(path: Path) -> tuple[Tensor, dict[str, Any]]:
