@@ -485,6 +485,8 @@ def test_learning_rate_warms_up_and_decays() -> None:
 def test_stratified_times_cover_every_part() -> None:
     times = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0))
     assert sorted((times * 8).long().tolist()) == list(range(8))
+    late = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
+    assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
 
 
 def test_some_conditions_are_dropped(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
