@@ -28,6 +28,7 @@ from stable_audio_lite.config import load_config
 from stable_audio_lite.data.latents import encoder_hash, read_latents
 from stable_audio_lite.errors import UserError
 from training import pre_encode, regenerate, train_clap, train_diffusion, train_vae
+from training.balancer import Balancer
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
 from training.ema import EMA
 from training.loop import OptimizerConfig
@@ -257,6 +258,35 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
+def test_balancer_shares_the_gradient_out() -> None:
+    """Whatever the losses' scales, each has its share of the norm; the average follows a loss that grows."""
+    output = torch.randn(4, 2, 100, requires_grad=True)
+    balancer = Balancer({"a": 3.0, "b": 1.0, "absent": 5.0, "none": 0.0}, norm=2.0, decay=0.5)
+    for scale in (1.0, 1.0, 10.0):
+        losses = {"a": scale * output.square().mean(), "b": 1e4 * output[:, 0].abs().mean(), "none": output.sum()}
+        alone = {k: torch.autograd.grad(losses[k], output, retain_graph=True)[0] for k in ("a", "b")}
+        gradient = torch.autograd.grad(balancer(losses, output, lambda x: x), output)[0]
+        norms = {k: g.flatten(1).norm(dim=1).mean() for k, g in alone.items()}
+        if scale == 1.0:
+            expected = 2.0 * (0.75 * alone["a"] / norms["a"] + 0.25 * alone["b"] / norms["b"])
+            torch.testing.assert_close(gradient, expected)
+    # (1/4 + 1/2 + 10) / (1/4 + 1/2 + 1): the last one weighs most.
+    average = float(balancer.state[0, 0] / balancer.state[1, 0])
+    assert average == pytest.approx(float(norms["a"]) / 10 * 10.75 / 1.75, rel=1e-4)
+
+
+def test_balanced_run_resumes(data: Path, tmp_path: Path) -> None:
+    """The balancer's averages are part of a checkpoint: the same curve and weights after an interruption."""
+    more = {"balance": 0.1}
+    for name in ("whole", "parts"):
+        config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / name, 20) | more, tmp_path)
+        if name == "parts":
+            stop_after(config, train_vae, step=13)
+        train_vae.run(config)
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts", 10, 20)
+    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "parts/bundle")
+
+
 def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     settings = vae_settings(data, tmp_path / "second", 5) | {"initial": str(bundles["vae"]), "freeze_encoder": True}
     second = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
@@ -288,7 +318,7 @@ def vae_task_with_nans(config: object, bad: Callable[[int], bool]) -> train_vae.
     """The task of `config`, whose total loss is NaN in its calls number 0, 1, ... for which `bad` is true."""
     task = train_vae.VAETask(config)
     total, calls = task._total, itertools.count()
-    task._total = lambda losses: total(losses) * (float("nan") if bad(next(calls)) else 1.0)
+    task._total = lambda *args: total(*args) * (float("nan") if bad(next(calls)) else 1.0)
     return task
 
 

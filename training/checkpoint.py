@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Resumable:
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any]) -> Path:
@@ -49,6 +50,8 @@ def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, A
                 _save(average, temporary / f"ema_{name}.safetensors")
             for name, optimizer in state.optimizers.items():
                 _save(_optimizer_tensors(optimizer), temporary / f"optimizer_{name}.safetensors")
+            if state.tensors:
+                _save(state.tensors, temporary / "tensors.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **info}))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: the checkpoint can't be written ({error}); free some space") from error
@@ -70,6 +73,8 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
                 average[key].copy_(value)
         for name, optimizer in state.optimizers.items():
             _load_optimizer(optimizer, load_file(path / f"optimizer_{name}.safetensors"))
+        for key, value in load_file(path / "tensors.safetensors").items() if state.tensors else ():
+            state.tensors[key].copy_(value)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path}: can't be resumed ({reason}); remove this folder to go back one checkpoint") from error

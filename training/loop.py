@@ -113,6 +113,7 @@ class Task(ABC):
         modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
+        tensors: whatever else changes in place during training, by name; saved and resumed.
         batch_size: items per process and batch.
         criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
     """
@@ -122,6 +123,7 @@ class Task(ABC):
     averaged: tuple[str, ...]
     batch_size: int
     criterion: str = ""
+    tensors: dict[str, Tensor] = {}
 
     @abstractmethod
     def batch(self, number: int, rank: int, world: int) -> Any:
@@ -207,6 +209,10 @@ class Update:
         optimizer.step()
         optimizer.zero_grad()
 
+    def mean(self, values: Tensor) -> Tensor:
+        """`values` averaged over the processes."""
+        return self.accelerator.reduce(values, "mean")
+
     def end(self) -> bool:
         """Close the step; whether too many in a row were bad."""
         self.health.in_a_row = self.health.in_a_row + 1 if self.bad else 0
@@ -231,7 +237,7 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
     optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
-    state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()})
+    state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
     if accelerator.is_main_process:
         save_config(config, output / "config.yaml")
     if run.compile:

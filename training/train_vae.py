@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from stable_audio_lite.files import replacing
 from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior
+from training.balancer import Balancer
 from training.command import main
 from training.loop import OptimizerConfig, RunConfig, Task, Update, fit, unwrap
 from training.losses import (
@@ -32,6 +33,12 @@ from training.losses import (
     hinge_generator,
 )
 from training.noise import item_noise, item_numbers
+
+_ON_OUTPUT = (
+    *("waveform/relative", "stft/sum", "stft/difference", "stft/left", "stft/right", "stft/mel"),
+    *("adversarial/generator", "adversarial/features"),
+)
+"""Losses of the output, which the balancer weighs; the others are of the latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,8 @@ class TrainVAEConfig:
             which the second phase may want.
         stft_windows: window lengths of the reconstruction loss in samples.
         stft_floor: smallest magnitude that its logarithm hears, relative to a full-scale sine's peak.
+        balance: norm per item of the gradient at the output, of which each loss gets a share by its weight (EnCodec's
+            balancer); 0 adds the weighted losses up.
         discriminator: shape of the discriminator, or null for none.
         discriminator_start: step from which it learns and is heard.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
@@ -92,6 +101,7 @@ class TrainVAEConfig:
     stft_windows: tuple[int, ...] = (2048, 1024, 512, 256, 128, 64, 32)
     stft_floor: float = 1e-4
     a_weighting: bool = True
+    balance: float = 0.0
     discriminator: DiscriminatorConfig | None = None
     discriminator_optimizer: OptimizerConfig | None = None
     discriminator_start: int = 0
@@ -111,8 +121,8 @@ class TrainVAEConfig:
         for name in ("endings", "inverted", "max_unreadable"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
-        if self.stft_floor <= 0 or min(self.gain_db, self.noise) < 0:
-            raise ValueError("stft_floor must be above 0, gain_db and noise at least 0")
+        if self.stft_floor <= 0 or min(self.gain_db, self.noise, self.balance) < 0:
+            raise ValueError("stft_floor must be above 0, gain_db, noise and balance at least 0")
 
 
 class VAETask(Task):
@@ -148,6 +158,9 @@ class VAETask(Task):
             self.modules["discriminator"] = Discriminator(config.discriminator)
             self.optimizers["discriminator"] = config.discriminator_optimizer
         self.pairs = self._pairs(config, vae) if config.latents else None
+        shares = {k: v for k, v in self._weights.items() if k in _ON_OUTPUT}
+        self.balancer = Balancer(shares, config.balance) if config.balance else None
+        self.tensors = {"balancer": self.balancer.state} if self.balancer else {}
         self.waveform = WaveformLoss(self.model.sample_rate)
         self.stft = MultiResolutionSTFTLoss(
             self.model.sample_rate,
@@ -179,8 +192,7 @@ class VAETask(Task):
         judged = "discriminator" in self.modules and step >= self.config.discriminator_start
         if judged:
             losses |= self._as_judged(output.float(), audio)
-        total = self._total(losses)
-        update("vae", total)
+        update("vae", self._total(losses, output, update))
         if judged:
             # Both learn from the same output and from each other as they were before.
             real, fake = halves(self.modules["discriminator"](torch.cat((audio, output.detach().float()))))
@@ -188,7 +200,8 @@ class VAETask(Task):
             losses["discriminator/hinge"] = hinge.detach()
         figures = {"data/unreadable": torch.tensor(len(self.crops.unreadable))}
         figures["latent/std"] = (batch["latents"] if mean is None else mean.detach()).std()
-        return {"loss/total": total.detach()} | losses | figures
+        total = torch.stack([self._weights[k] * v.detach() for k, v in losses.items() if k in self._weights]).sum()
+        return {"loss/total": total} | losses | figures
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Reconstruction losses of the posterior mean on fixed held-out crops."""
@@ -240,20 +253,27 @@ class VAETask(Task):
         plain.requires_grad_(True)
         return {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
 
-    def _total(self, losses: dict[str, Tensor]) -> Tensor:
+    def _total(self, losses: dict[str, Tensor], output: Tensor, update: Update) -> Tensor:
+        weights = self._weights
+        plain = [weights[k] * v for k, v in losses.items() if k in weights and not (self.balancer and k in _ON_OUTPUT)]
+        if self.balancer:
+            plain.append(self.balancer(losses, output, update.mean))
+        return torch.stack(plain).sum()
+
+    @cached_property
+    def _weights(self) -> dict[str, float]:
         w = self.config.weights
-        weights: dict[str, Any] = {
+        return {
             "waveform/relative": w.waveform,
             "stft/sum": w.sum,
             "stft/difference": w.difference,
             "stft/left": w.left,
             "stft/right": w.right,
             "stft/mel": w.mel,
-            "kl/latent": w.kl,
             "adversarial/generator": w.adversarial,
             "adversarial/features": w.features,
+            "kl/latent": w.kl,
         }
-        return torch.stack([weights[k] * v for k, v in losses.items() if k in weights]).sum()
 
 
 def halves(maps: Maps) -> tuple[Maps, Maps]:
