@@ -316,7 +316,7 @@ def evaluate(
         posteriors.append(posterior)
         rows["VAE"].append(compare(output, audio, codec.sample_rate))
         if pictures is not None:
-            pictures.append((item.path.name, picture(audio, output, codec.sample_rate)))
+            pictures.append((str(item.path), picture(audio, output, codec.sample_rate)))
         for name, system in systems.items():
             rows[name].append(compare(system(audio), audio, codec.sample_rate))
     return {name: average(figures) for name, figures in rows.items()}, describe_latents(posteriors)

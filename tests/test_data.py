@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from stable_audio_lite import cli
-from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.audio.io import audio_info, read_audio, write_audio
 from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.validate import validate
 from stable_audio_lite.errors import UserError
@@ -145,3 +149,64 @@ def test_validate_dataset_command(faulty: Path, folder: Path, capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "without caption  3" in out and "44100 Hz: 3" in out
     assert cli.main(["validate-dataset", str(folder / "nowhere")]) == 2
+
+
+def write_shard(folder: Path, tar_path: Path, texts: dict[str, str]) -> None:
+    """A WebDataset shard of the folder's files, with a text file of their own names."""
+    with tarfile.open(tar_path, "w") as tar:
+        for path in sorted(folder.glob("*.wav")):
+            tar.add(path, f"sub/{path.name}")
+        for name, text in texts.items():
+            member = tarfile.TarInfo(f"sub/{name}")
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+
+
+def assert_reads_the_same(items: list[Item], folder: Path) -> None:
+    """Whole and from the middle, as from the files themselves."""
+    for index, item in enumerate(items):
+        for start, seconds in ((0.0, None), (0.31, 0.2)):
+            expected = read_audio(folder / f"{index}.wav", 44100, start, seconds)
+            assert torch.equal(read_audio(item.path, 44100, start, seconds), expected)
+        assert audio_info(item.path) == audio_info(folder / f"{index}.wav")
+
+
+def test_shards_are_read_by_seeking(folder: Path, tmp_path: Path) -> None:
+    """Texts come from .json or .txt of the same key; a shard's audio equals the files'."""
+    texts = {"0.json": '{"text": "a", "captions": ["a", "b"]}', "1.txt": "c\n"}
+    for number in ("00", "01"):
+        write_shard(folder, tmp_path / f"part-{number}.tar", texts)
+    for source in (tmp_path, tmp_path / "part-{00..01}.tar", f"file://{tmp_path}/part-{{00..01}}.tar"):
+        items = read_items(source)
+        assert [i.captions for i in items] == 2 * [("a", "b"), ("c",), ()]
+        assert_reads_the_same(items[:3], folder)
+    assert str(items[0].path).endswith("part-00.tar/sub/0.wav")
+    crops = Crops(read_items(tmp_path), 44100, SAMPLES, seed=0)
+    assert crops.batch(0, 4).shape == (4, 2, SAMPLES)
+
+
+def test_broken_shards_are_named(tmp_path: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar at all" * 100)
+    for source, words in ((tmp_path, "text.tar: no shard"), (tmp_path / "none.tar", "none.tar: no shard")):
+        with pytest.raises(UserError, match=words):
+            read_items(source)
+
+
+def test_hugging_face_data_sets_are_read(folder: Path, tmp_path: Path) -> None:
+    """What `save_to_disk` wrote, with the audio's bytes inside; captions from its columns."""
+    import datasets
+
+    binary, text = datasets.Value("binary"), datasets.Value("string")
+    features = datasets.Features({"sound": {"bytes": binary, "path": text}, "text": text})
+    rows = {
+        "sound": [{"bytes": (folder / f"{i}.wav").read_bytes(), "path": None} for i in range(3)],
+        "text": ["a", "b", ""],
+    }
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.cast_column("sound", datasets.Audio()).save_to_disk(tmp_path / "set")
+    items = read_items(tmp_path / "set")
+    assert [i.captions for i in items] == [("a",), ("b",), ()]
+    assert_reads_the_same(items, folder)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "silent")
+    with pytest.raises(UserError, match="no column of audio"):
+        read_items(tmp_path / "silent")

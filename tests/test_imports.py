@@ -18,7 +18,7 @@ LAYERS = (
     ("conditioning",),
     ("diffusion",),
     ("bundle",),
-    ("pipeline", "describe"),
+    ("pipeline", "codec", "describe"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -15,9 +15,9 @@ import math
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -34,6 +34,21 @@ SOFTWARE = "Stable Audio Lite"
 # Seconds read on each side of a crop, so that its edges are resampled as they would be inside the whole file.
 _MARGIN = 0.05
 _UNKNOWN_SIZE = 0xFFFFFFFF  # what a WAV written to a pipe declares
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Audio that is no file of its own: `open` gives its bytes as a seekable file, `name` says where they are."""
+
+    name: str
+    open: Callable[[], BinaryIO] = dataclasses.field(compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+AudioSource = str | Path | Stored
+"""What audio is read from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +73,7 @@ class Metadata:
     settings: dict[str, Any]
 
 
-def audio_info(path: str | Path) -> AudioInfo:
+def audio_info(path: AudioSource) -> AudioInfo:
     """Read a file's header.
 
     Raises:
@@ -69,7 +84,7 @@ def audio_info(path: str | Path) -> AudioInfo:
 
 
 def read_audio(
-    path: str | Path, sample_rate: int = 44100, start_seconds: float = 0.0, seconds: float | None = None
+    path: AudioSource, sample_rate: int = 44100, start_seconds: float = 0.0, seconds: float | None = None
 ) -> torch.Tensor:
     """Read a stretch of a file as stereo: (2, T) float32, full scale is 1, T = round(seconds * sample_rate).
 
@@ -100,7 +115,7 @@ def read_audio(
     return torch.from_numpy(np.ascontiguousarray(stretch))
 
 
-def audio_blocks(path: str | Path, frames: int = 1 << 18) -> Iterator[np.ndarray]:
+def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarray]:
     """A whole file at its own rate as successive (C, <= frames) float32 arrays, with all its channels.
 
     Raises:
@@ -111,7 +126,7 @@ def audio_blocks(path: str | Path, frames: int = 1 << 18) -> Iterator[np.ndarray
             yield _read(file, path, begin, min(begin + frames, file.frames))
 
 
-def stereo_blocks(path: str | Path, sample_rate: int, frames: int = 1 << 18) -> Iterator[torch.Tensor]:
+def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) -> Iterator[torch.Tensor]:
     """What `read_audio` gives of a whole file, as successive (2, T) pieces; the memory does not grow with the file.
 
     Raises:
@@ -252,13 +267,13 @@ def read_metadata(path: str | Path) -> Metadata:
     return Metadata(title=tags.get("title") or None, settings=settings if isinstance(settings, dict) else {})
 
 
-def _open(path: str | Path) -> soundfile.SoundFile:
+def _open(path: AudioSource) -> soundfile.SoundFile:
     import soundfile
 
-    if not Path(path).is_file():
+    if not isinstance(path, Stored) and not Path(path).is_file():
         raise UserError(f"{path}: no such audio file")
     try:
-        file = soundfile.SoundFile(str(path))
+        file = soundfile.SoundFile(path.open() if isinstance(path, Stored) else str(path))
     except soundfile.SoundFileError as error:
         raise UserError(f"{path}: can't be read as audio; give a WAV, FLAC, OGG or MP3 file") from error
     # libsndfile silently shortens a cut-off WAV and only says so in its log.
@@ -272,7 +287,7 @@ def _open(path: str | Path) -> soundfile.SoundFile:
     return file
 
 
-def _read(file: soundfile.SoundFile, path: str | Path, begin: int, end: int) -> np.ndarray:
+def _read(file: soundfile.SoundFile, path: AudioSource, begin: int, end: int) -> np.ndarray:
     """Frames begin..end as (C, T) float32."""
     import soundfile
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_audio_lite.audio.io import audio_info, read_audio
+from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio
 from stable_audio_lite.data.latents import read_latents
 from stable_audio_lite.data.manifest import Item
 from stable_audio_lite.errors import UserError
@@ -58,7 +58,7 @@ class Crops:
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
         self.endings, self.gain_db, self.inverted = endings, gain_db, inverted
         self.max_unreadable = max_unreadable
-        self.unreadable: dict[Path, str] = {}
+        self.unreadable: dict[AudioSource, str] = {}
 
     def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
         """Audio (batch_size, 2, samples) of one step.

@@ -1,4 +1,4 @@
-"""A folder of audio with `metadata.jsonl` or `.csv` (Hugging Face AudioFolder convention) as a list of items."""
+"""Data sets as lists of items: folders, with or without a manifest, WebDataset shards, Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -6,48 +6,43 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stable_audio_lite.data import hub, shards
+from stable_audio_lite.data.item import SUFFIXES, Item, captions_of
 from stable_audio_lite.errors import UserError
 
-_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aiff"}
 
+def read_items(source: str | Path) -> list[Item]:
+    """The items of a data set.
 
-@dataclass(frozen=True, kw_only=True)
-class Item:
-    """One audio file.
-
-    Attributes:
-        captions: texts that describe it, the first one the main one; may be empty.
-        truth: the whole metadata row.
-    """
-
-    path: Path
-    captions: tuple[str, ...] = ()
-    truth: dict[str, Any] = field(default_factory=dict)
-
-
-def read_items(folder: str | Path) -> list[Item]:
-    """Items of a folder, in the order of its `metadata.jsonl` or `metadata.csv`, or by name where it has neither.
-
+    `source` is a folder in the Hugging Face AudioFolder convention, in the order of its `metadata.jsonl` or
+    `metadata.csv`, or any folder of audio, by name; WebDataset shards (`data/{000..011}.tar`, `s3://bucket/a.tar`, or a
+    folder of them); or a Hugging Face data set (`hf:owner/name`, `hf:owner/name:split`, or what `save_to_disk` wrote).
     A listed file that is missing or broken is found when it is read.
 
     Raises:
-        UserError: the folder is missing, a row is not as it should be, or nothing is found.
+        UserError: the source is missing, a row is not as it should be, or nothing is found.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give one with audio files (stable-audio-lite corpus makes one)")
-    if (folder / "metadata.jsonl").exists():
+    name = str(source)
+    folder = Path(source)
+    if name.startswith(hub.PREFIX) or (folder / "dataset_info.json").is_file():
+        items = hub.read_items(name)
+    elif name.endswith(".tar"):
+        items = shards.read_items(shards.expand(name))
+    elif not folder.is_dir():
+        raise UserError(f"{name}: no such folder; give one with audio files (stable-audio-lite corpus makes one)")
+    elif (folder / "metadata.jsonl").exists():
         items = [_item(folder, *row) for row in _json_rows(folder / "metadata.jsonl")]
     elif (folder / "metadata.csv").exists():
         items = [_item(folder, *row) for row in _csv_rows(folder / "metadata.csv")]
+    elif tars := sorted(folder.glob("*.tar")):
+        items = shards.read_items([str(tar) for tar in tars])
     else:
-        items = [Item(path=p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in _SUFFIXES]
+        items = [Item(path=p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
     if not items:
-        raise UserError(f"{folder}: holds no audio ({', '.join(sorted(_SUFFIXES))})")
+        raise UserError(f"{name}: holds no audio ({', '.join(sorted(SUFFIXES))})")
     return items
 
 
@@ -80,7 +75,4 @@ def _text(listing: Path) -> str:
 def _item(folder: Path, where: str, row: Any) -> Item:
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f"{where} is not an object with 'file_name'")
-    captions = row.get("captions") or ([row["text"]] if row.get("text") else [])
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise UserError(f"{where}: 'text' should be a text and 'captions' a list of texts")
-    return Item(path=folder / row["file_name"], captions=tuple(captions), truth=row)
+    return Item(path=folder / row["file_name"], captions=captions_of(row, where), truth=row)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stable_audio_lite.audio.io import audio_blocks, audio_info
+from stable_audio_lite.audio.io import AudioSource, audio_blocks, audio_info
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 
@@ -26,7 +26,7 @@ _LISTED = 10  # files named for each kind of fault
 class FileReport:
     """One file: its format and faults; `error` says why it can't be read, else it is None."""
 
-    path: Path
+    path: AudioSource
     seconds: float = 0.0
     sample_rate: int = 0
     channels: int = 0
@@ -54,7 +54,7 @@ class DatasetReport:
     longest: float = 0.0
     rates: Counter[int] = field(default_factory=Counter)
     channels: Counter[int] = field(default_factory=Counter)
-    faults: dict[str, list[Path]] = field(default_factory=dict)
+    faults: dict[str, list[AudioSource]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
     def add(self, file: FileReport) -> None:

@@ -1,6 +1,6 @@
 """Speed of VAE training, phase 1 with discriminators, beside the same networks in plain eager PyTorch.
 
-    python -m evaluation.bench_training --config configs/stable_audio/starter.yaml
+    python -m training.benchmark --config configs/stable_audio/starter.yaml
 
 The peer is assembled from descript-audio-codec's own blocks, its Snake and torch's weight norm in place. Losses,
 discriminator, optimizers, precision and data (noise) are the same; both take whole steps in turn, so that a busy
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.bench_vae import SAMPLE_RATE, read_config
+from stable_audio_lite.bundle import load_model_config
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
@@ -47,6 +47,9 @@ class PeerVAE(nn.Module):
         mean, scale = self.project(self.encoder(audio)).float().chunk(2, 1)
         std = F.softplus(scale) + 1e-4
         return self.decoder(mean + std * noise), mean, std
+
+
+SAMPLE_RATE = 44100
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def measure(
 def main() -> None:
     """Print both speeds and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="model config (default: the paper's VAE)")
+    parser.add_argument("--config", default="configs/stable_audio/starter.yaml", help="model config")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=64, help="latent frames in a crop")
     parser.add_argument("--windows", type=int, nargs="+", default=[1024, 512, 256], help="of the discriminator")
@@ -137,7 +140,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     speeds = measure(
-        read_config(args.config),
+        load_model_config(args.config).vae,
         DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
         batch=args.batch,
         frames=args.frames,

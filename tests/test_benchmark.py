@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from evaluation.bench_training import PeerVAE, measure
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.discriminator import DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, VAEConfig
+from training.benchmark import PeerVAE, measure
 
 SMALL = VAEConfig(encoder_width=4, decoder_width=32)
 
