@@ -131,7 +131,10 @@ class Task(ABC):
 
     @abstractmethod
     def step(self, batch: Any, step: int, update: Update) -> dict[str, Tensor]:
-        """Compute losses and call `update(name, loss)` for each optimizer; return named losses to log."""
+        """Compute losses and call `update(name, loss)` for each optimizer.
+
+        Returns named figures to log, the same names in all processes and batches of a step.
+        """
 
     @abstractmethod
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
@@ -349,7 +352,7 @@ def _step(task: Task, batches: Iterator[Any], step: int, update: Update) -> dict
                     stack.enter_context(accelerator.no_sync(module))
             stack.enter_context(accelerator.autocast())
             rows.append(task.step(_to(batch, accelerator.device), step, update))
-    return {k: torch.stack([row[k].float() for row in rows if k in row]).mean() for row in rows for k in row}
+    return {k: torch.stack([row[k].detach().float() for row in rows]).nanmean() for k in rows[0]}
 
 
 class _Monitor:
@@ -380,7 +383,9 @@ class _Monitor:
         self.bar.update()
         if step % self.run.log_every and step + 1 != self.run.steps:
             return
-        figures = {k: float(self.accelerator.reduce(v.detach().float(), "mean")) for k, v in losses.items()}
+        # NaN: a figure of which a process had no items.
+        gathered = {k: self.accelerator.gather(v.detach().float().reshape(1)) for k, v in losses.items()}
+        figures = {k: float(v.nanmean()) for k, v in gathered.items() if not bool(v.isnan().all())}
         now, (then, last) = time.monotonic(), self.last
         figures |= {"updates/skipped": health.skipped, "updates/returns": health.returns}
         figures["items_per_second"] = (step + 1 - last) * self.items_per_step / max(now - then, 1e-9)

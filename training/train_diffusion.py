@@ -211,9 +211,12 @@ def stratified_times(batch: int, draws: torch.Generator, lowest: float = 0.0) ->
 
 
 def loss_by_level(errors: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean error of the items in each quarter of the noise levels; empty quarters are left out."""
+    """Mean error of the items in each quarter of the noise levels, NaN where there are none.
+
+    All quarters are there always: processes that log together must name the same figures.
+    """
     level = (t * _LEVELS).long().clamp_max(_LEVELS - 1)
-    return {f"loss/v_t{i}of{_LEVELS}": errors[level == i].mean() for i in range(_LEVELS) if bool((level == i).any())}
+    return {f"loss/v_t{i}of{_LEVELS}": errors[level == i].mean() for i in range(_LEVELS)}
 
 
 def run(config: TrainDiffusionConfig) -> Path:
