@@ -23,12 +23,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import read_audio, resample
 from stable_audio_lite.codec import Codec
@@ -91,8 +92,7 @@ class Latents:
 
 def compare(output: Tensor, target: Tensor, sample_rate: int) -> Figures:
     """Figures of (2, T) audio."""
-    from auraloss.freq import MelSTFTLoss, MultiResolutionSTFTLoss
-
+    stft, mel = _distances(sample_rate)
     mid, side = target.sum(0), target[0] - target[1]
     whole = mid.square().sum().clamp_min(1e-12)
     levels = [_levels(x, sample_rate) for x in (output, target)]
@@ -100,8 +100,8 @@ def compare(output: Tensor, target: Tensor, sample_rate: int) -> Figures:
     difference = (levels[0] - levels[1])[loud]
     return Figures(
         si_sdr_db=si_sdr(output, target),
-        stft=float(MultiResolutionSTFTLoss()(output[None], target[None])),
-        mel=float(MelSTFTLoss(sample_rate)(output[None], target[None])),
+        stft=float(stft(output[None], target[None])),
+        mel=float(mel(output[None], target[None])),
         mid_error_db=_decibels((output.sum(0) - mid).square().sum() / whole),
         side_error_db=_decibels((output[0] - output[1] - side).square().sum() / whole),
         phase_error=phase_error(output, target),
@@ -207,16 +207,19 @@ def dac_codec(path: str, sample_rate: int) -> System:
 
     from stable_audio_lite.models.dac import read_dac
 
-    read_dac(path)  # unpickles nothing but tensors and plain values
-    data = torch.load(path, map_location="cpu", weights_only=True)
-    model = dac.DAC(**data["metadata"]["kwargs"])
-    model.load_state_dict(data["state_dict"])
+    state = read_dac(path)
+    shape = torch.load(path, map_location="cpu", weights_only=True).get("metadata", {}).get("kwargs")
+    try:
+        model = dac.DAC(**shape).eval()
+        model.load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: no complete DAC, with quantizer and its shape ({str(error)[:120]})") from error
     if model.sample_rate != sample_rate:
         raise UserError(f"{path}: for {model.sample_rate} Hz, the VAE is for {sample_rate} Hz")
 
     def run(audio: Tensor) -> Tensor:
         with torch.inference_mode():
-            return align(model.eval()(model.preprocess(audio[:, None], sample_rate))["audio"][:, 0], audio)
+            return align(model(model.preprocess(audio[:, None], sample_rate))["audio"][:, 0], audio)
 
     return run
 
@@ -322,6 +325,13 @@ def evaluate(
     return {name: average(figures) for name, figures in rows.items()}, describe_latents(posteriors)
 
 
+@lru_cache(maxsize=1)
+def _distances(sample_rate: int) -> tuple[nn.Module, nn.Module]:
+    from auraloss.freq import MelSTFTLoss, MultiResolutionSTFTLoss
+
+    return MultiResolutionSTFTLoss(), MelSTFTLoss(sample_rate)
+
+
 def _stft(audio: Tensor, window: int = 2048) -> Tensor:
     taper = torch.hann_window(window)
     return torch.stft(F.pad(audio, (0, window)), window, window // 4, window=taper, return_complex=True)
@@ -347,7 +357,7 @@ def main() -> None:
     """Run the command; mistakes end in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", help="'starter', a bundle's folder or a hub id")
-    parser.add_argument("data", type=Path, help="a folder of audio")
+    parser.add_argument("data", help="a folder of audio, WebDataset shards or a Hugging Face data set")
     parser.add_argument("--items", type=int, default=60, help="files at most (default: 60)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each file at most (default: 30)")
     parser.add_argument(

@@ -105,18 +105,20 @@ def _add_encode(commands: Any) -> None:
     about = "Encode audio files of any length to latents, in constant memory."
     parser = commands.add_parser("encode", help="audio files to latents", description=about)
     parser.set_defaults(run=_encode)
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="audio files")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for NAME.safetensors")
-    _add_model(parser)
+    _add_files(parser, "audio files", "folder for NAME.safetensors")
 
 
 def _add_decode(commands: Any) -> None:
     about = "Decode latents of any length to sound, in constant memory."
     parser = commands.add_parser("decode", help="latents to audio files", description=about)
     parser.set_defaults(run=_decode)
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help="what encode wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the sounds")
+    _add_files(parser, "what encode wrote", "folder for the sounds")
     parser.add_argument("--format", default="wav", choices=("wav", "flac"), help="of the sounds (default: wav)")
+
+
+def _add_files(parser: argparse.ArgumentParser, files: str, output: str) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=files)
+    parser.add_argument("-o", "--output", type=Path, required=True, help=output)
     _add_model(parser)
 
 
@@ -371,7 +373,7 @@ def _add_validate_dataset(commands: Any) -> None:
         "files. The exit status is 1 if a file is broken.",
     )
     parser.set_defaults(run=_validate_dataset)
-    parser.add_argument("path", metavar="PATH", type=Path, help="a folder of audio, or one with a manifest")
+    parser.add_argument("path", metavar="DATA", help="a folder of audio, WebDataset shards or a Hugging Face data set")
     parser.add_argument("--workers", type=int, default=4, help="files read at once (default: 4)")
     parser.add_argument("--json", action="store_true", help="print JSON with every faulty file")
 

@@ -25,5 +25,5 @@ def test_peer_is_the_same_network() -> None:
 
 def test_measures_both() -> None:
     judge = DiscriminatorConfig(windows=(256,), filters=4)
-    speeds = measure(SMALL, judge, batch=1, frames=8, dtype=torch.float32, steps=1, device="cpu")
+    speeds = measure(SMALL, judge, 44100, batch=1, frames=8, dtype=torch.float32, steps=1, device="cpu")
     assert speeds.ours > 0 and speeds.peer > 0

@@ -23,7 +23,7 @@ from stable_audio_lite.models.clap import (
     tokenize,
     transformers_config,
 )
-from training.loop import OptimizerConfig, RunConfig
+from training.task import OptimizerConfig, RunConfig
 from training.train_clap import ClapTask, TrainClapConfig, retrieval, run
 
 CAPTIONS = ["a low hum", "a high whistle"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evaluation.bench_streaming import measure
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
 from stable_audio_lite.bundle import load_model_config, save_bundle
 from stable_audio_lite.cli import main
@@ -77,6 +78,13 @@ def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["decode", str(tmp_path / "latents/sound.safetensors"), "-o", str(tmp_path / "out"), *model]) == 0
     assert audio_info(tmp_path / "out/sound.wav").frames == round(200_003 * 44100 / 32000)
     assert "sound.safetensors: 64 channels" in capsys.readouterr().out
+
+
+def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:
+    """Megabytes of processes that hold torch; a command that fails is named."""
+    assert all(50 < figure < 4000 for figure in measure(str(bundle), 0.02, tmp_path))
+    with pytest.raises(UserError, match="encode .*: failed"):
+        measure(str(tmp_path / "none"), 0.02, tmp_path)
 
 
 def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_audio, write_audio
-from stable_audio_lite.data.crops import Crops
+from stable_audio_lite.data.crops import Crops, LatentCrops
 from stable_audio_lite.data.item import Item
+from stable_audio_lite.data.latents import LatentCache, finish_cache, write_latent
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.validate import validate
 from stable_audio_lite.errors import UserError
@@ -96,6 +98,21 @@ def test_a_batch_does_not_depend_on_the_number_of_processes(folder: Path) -> Non
     whole = crops(folder).batch(3, 4)
     halves = [crops(folder).batch(3, 2, rank, 2) for rank in (0, 1)]
     assert np.array_equal(whole, np.concatenate(halves))
+
+
+def test_latents_lie_where_the_sound_does(folder: Path, tmp_path: Path) -> None:
+    """Latents that hold the mean of each frame's samples equal those of the crop's own sound, endings included."""
+    hop, items = 1024, read_items(folder)
+    cache = LatentCache(folder=tmp_path, encoder="a hash")
+    for index, item in enumerate(items):
+        audio = read_audio(item.path, 44100)
+        frames = F.pad(audio, (0, 20 * hop - audio.shape[1] % hop)).unflatten(1, (-1, hop))
+        write_latent(cache, index, frames.mean(2), [], {})
+    finish_cache(cache, len(items))
+    crops = LatentCrops(items, tmp_path, "a hash", 44100, hop, 24, seed=0, endings=0.3)
+    audio, latents = crops.batch(0, 40)
+    torch.testing.assert_close(audio.unflatten(2, (-1, hop)).mean(3), latents, atol=5e-4, rtol=0)  # kept in float16
+    assert 5 < int((audio[:, 0, -1] == 0).sum()) < 20
 
 
 def test_each_epoch_visits_every_file(folder: Path) -> None:

@@ -16,6 +16,7 @@ from evaluation.reconstruction import (
     align,
     clicks,
     compare,
+    dac_codec,
     describe_latents,
     ffmpeg_codec,
     octave_errors,
@@ -110,6 +111,26 @@ def test_more_bits_sound_better(music: torch.Tensor) -> None:
     for kind in ("opus", "mp3"):
         few, many = (compare(ffmpeg_codec(f"{kind}:{rate}", RATE)(music), music, RATE) for rate in (32, 128))
         assert many.mel < few.mel and many.si_sdr_db > few.si_sdr_db
+
+
+def test_dac_is_read_and_others_are_refused(music: torch.Tensor, tmp_path: Path) -> None:
+    """A small DAC's file gives what the model itself does; another rate or a lone encoder is named."""
+    import dac
+
+    torch.manual_seed(0)
+    shape = {"encoder_dim": 4, "encoder_rates": [2, 4], "decoder_dim": 32, "decoder_rates": [4, 2]}
+    shape |= {"n_codebooks": 2, "codebook_size": 16, "codebook_dim": 4, "sample_rate": RATE}
+    model = dac.DAC(**shape).eval()
+    path, lone = tmp_path / "weights.pth", tmp_path / "lone.pth"
+    torch.save({"state_dict": model.state_dict(), "metadata": {"kwargs": shape}}, path)
+    torch.save({"state_dict": {"encoder.block.0.bias": torch.zeros(4)}}, lone)
+    audio = music[:, :8001]
+    with torch.no_grad():
+        expected = model(model.preprocess(audio[:, None], RATE))["audio"][:, 0]
+    torch.testing.assert_close(dac_codec(str(path), RATE)(audio), align(expected, audio))
+    for file, rate, words in ((path, 48000, "for 44100 Hz, the VAE is for 48000"), (lone, RATE, "no complete DAC")):
+        with pytest.raises(UserError, match=words):
+            dac_codec(str(file), rate)
 
 
 def test_unknown_codecs_are_named() -> None:

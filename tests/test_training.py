@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,12 +27,7 @@ from stable_audio_lite.config import load_config
 from stable_audio_lite.data.latents import encoder_hash, read_latents
 from stable_audio_lite.errors import UserError
 from training import pre_encode, regenerate, train_clap, train_diffusion, train_vae
-from training.balancer import Balancer
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
-from training.ema import EMA
-from training.loop import OptimizerConfig
-from training.losses import MultiResolutionSTFTLoss, a_weighting_fir, convolve, mel_bands
-from training.muon import Muon, orthogonalize
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs/stable_audio/tiny.yaml"
@@ -258,23 +252,6 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
-def test_balancer_shares_the_gradient_out() -> None:
-    """Whatever the losses' scales, each has its share of the norm; the average follows a loss that grows."""
-    output = torch.randn(4, 2, 100, requires_grad=True)
-    balancer = Balancer({"a": 3.0, "b": 1.0, "absent": 5.0, "none": 0.0}, norm=2.0, decay=0.5)
-    for scale in (1.0, 1.0, 10.0):
-        losses = {"a": scale * output.square().mean(), "b": 1e4 * output[:, 0].abs().mean(), "none": output.sum()}
-        alone = {k: torch.autograd.grad(losses[k], output, retain_graph=True)[0] for k in ("a", "b")}
-        gradient = torch.autograd.grad(balancer(losses, output, lambda x: x), output)[0]
-        norms = {k: g.flatten(1).norm(dim=1).mean() for k, g in alone.items()}
-        if scale == 1.0:
-            expected = 2.0 * (0.75 * alone["a"] / norms["a"] + 0.25 * alone["b"] / norms["b"])
-            torch.testing.assert_close(gradient, expected)
-    # (1/4 + 1/2 + 10) / (1/4 + 1/2 + 1): the last one weighs most.
-    average = float(balancer.state[0, 0] / balancer.state[1, 0])
-    assert average == pytest.approx(float(norms["a"]) / 10 * 10.75 / 1.75, rel=1e-4)
-
-
 def test_balanced_run_resumes(data: Path, tmp_path: Path) -> None:
     """The balancer's averages are part of a checkpoint: the same curve and weights after an interruption."""
     more = {"balance": 0.1}
@@ -294,6 +271,40 @@ def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tm
     for key in before:
         same = torch.equal(before[key], after[key])
         assert same == key.startswith("encoder."), key
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_second_phase_continues_or_restarts_the_discriminator(continues: bool, data: Path, tmp_path: Path) -> None:
+    """Its weights and both optimizers' state are the first phase's, where asked for, and new otherwise."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    bundle = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, first, 6), tmp_path))
+    settings = vae_settings(data, second, 2) | {"initial": str(bundle), "freeze_encoder": True}
+    settings |= {"continues": str(first)} if continues else {}
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = train_vae.VAETask(config)
+    optimizers = {name: task.optimizers[name].build(module) for name, module in task.modules.items()}
+    task.begin(Resumable(task.modules, optimizers, {}))
+    last = checkpoints(first / "checkpoints")[-1]
+    trained = load_file(last / "discriminator.safetensors")
+    same = [torch.equal(v, trained[k]) for k, v in task.modules["discriminator"].state_dict().items()]
+    assert all(same) == continues
+    for name, optimizer in optimizers.items():
+        before = load_file(last / f"optimizer_{name}.safetensors")
+        parameters = {k: p for k, p in task.modules[name].named_parameters() if p.requires_grad}
+        assert bool(optimizer.state) == continues
+        for key, parameter in parameters.items() if continues else ():
+            for kind, value in optimizer.state[parameter].items():
+                assert torch.equal(value, before[f"{key}/{kind}"]), (name, key, kind)
+    train_vae.run(config)
+
+
+def test_runs_that_cannot_be_continued_are_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    settings = vae_settings(data, tmp_path / "run", 2) | {"initial": str(bundles["vae"])}
+    with pytest.raises(UserError, match="none: holds no checkpoint"):
+        train_vae.run(load(train_vae.TrainVAEConfig, settings | {"continues": str(tmp_path / "none")}, tmp_path))
+    other = settings | {"continues": str(bundles["vae"].parent), "optimizer": {"lr": 1e-3}}
+    with pytest.raises(UserError, match="step_00000002.*another optimizer's state"):
+        train_vae.run(load(train_vae.TrainVAEConfig, other, tmp_path))
 
 
 def test_unreadable_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> None:
@@ -417,69 +428,6 @@ def test_best_weights_are_kept(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, average[key]) for key, value in best.items())
 
 
-def test_muon_moves_every_direction_alike() -> None:
-    """Singular values of an update are near 1 however unequal the gradient's are; directions are kept."""
-    torch.manual_seed(0)
-    for shape in ((8, 20), (20, 8)):
-        u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-        gradient = u @ torch.diag(torch.logspace(0, -2, 8)) @ v
-        update = orthogonalize(gradient)
-        assert update.shape == gradient.shape
-        assert torch.linalg.svdvals(update)[:6] == pytest.approx(torch.ones(6), abs=0.35)
-        assert torch.linalg.svdvals(update).max() < 1.35
-        assert ((u.T @ update @ v.T).diagonal() > 0).all()
-
-
-def test_muon_updates_gains_by_adamw() -> None:
-    torch.manual_seed(0)
-    ours, theirs = torch.nn.LayerNorm(4), torch.nn.LayerNorm(4)
-    optimizers = Muon(ours, lr=0.1, muon_lr=1.0), torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.0)
-    for module, optimizer in zip((ours, theirs), optimizers, strict=True):
-        torch.manual_seed(1)
-        module(torch.randn(3, 4)).pow(2).mul(torch.arange(4.0)).sum().backward()
-        optimizer.step()
-    torch.testing.assert_close(ours.weight, theirs.weight)
-
-
-def test_stft_loss_is_zero_for_equals_and_finite_for_silence() -> None:
-    torch.manual_seed(0)
-    loss = MultiResolutionSTFTLoss(44100, (512, 128))
-    audio = 0.1 * torch.randn(2, 2, 4096)
-    assert all(float(v) == pytest.approx(0, abs=1e-5) for v in loss(audio, audio).values())
-    for target in (torch.zeros_like(audio), audio[:, :1].expand(-1, 2, -1)):  # silence; mono, so no difference signal
-        output = (target + 1e-3 * torch.randn_like(target)).requires_grad_()
-        total = sum(loss(output, target).values())
-        (gradient,) = torch.autograd.grad(total, output)
-        assert float(total.detach()) < 20
-        assert gradient.isfinite().all()
-
-
-def test_mel_distance_hears_low_bands_as_much_as_high_ones() -> None:
-    """Bands take means of bins; a missing tone at 500 Hz costs several times what it does among linear bins."""
-    torch.manual_seed(0)
-    bands = mel_bands(44100, 2048)
-    torch.testing.assert_close(bands.sum(1), torch.ones(len(bands)))
-    assert 200 < len(bands) <= 320
-    time = torch.arange(32768) / 44100
-    noise, tone = 0.01 * torch.randn(1, 2, 32768), 0.3 * torch.sin(2 * math.pi * 500 * time).expand(1, 2, -1)
-    loss = MultiResolutionSTFTLoss(44100, (2048, 512), a_weighting=False, mel=True)
-    without = loss(noise, noise + tone)
-    assert float(loss(noise, noise)["mel"]) == 0
-    # The log part of "left" is at most all of it.
-    assert float(without["mel"]) > 2 * (float(without["left"]) - 1)
-
-
-def test_a_weighting_is_flat_at_1_khz_and_deaf_below() -> None:
-    seconds = torch.arange(44100) / 44100
-    gains = {}
-    for frequency in (50, 1000, 3000):
-        tone = torch.sin(2 * torch.pi * frequency * seconds)
-        gains[frequency] = 20 * torch.log10(convolve(tone, a_weighting_fir(44100))[8000:36000].std() / tone.std())
-    assert gains[1000] == pytest.approx(0, abs=0.6)
-    assert gains[3000] == pytest.approx(1.2, abs=0.6)  # IEC 61672-1, table 2: +1.2 dB at 3.15 kHz
-    assert gains[50] < -8  # 101 taps level off there; the curve itself goes on to -30 dB
-
-
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
     save_checkpoint(tmp_path, 1, Resumable({"net": small}, {}, {}), {})
@@ -493,29 +441,17 @@ def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == []
 
 
-def test_ema_warms_up_and_then_averages() -> None:
-    module = torch.nn.Linear(1, 1, bias=False)
-    ema = EMA(module, decay=0.9)
-    module.weight.data.fill_(1.0)
-    ema.update(module, 0)
-    assert ema.average["weight"].item() == pytest.approx(1.0)  # decay 0 at the first step
-    module.weight.data.fill_(2.0)
-    ema.update(module, 10_000_000)
-    assert ema.average["weight"].item() == pytest.approx(0.9 * 1.0 + 0.1 * 2.0)
-
-
-def test_learning_rate_warms_up_and_decays() -> None:
-    config = OptimizerConfig(lr=1.0, warmup_steps=4, decay="cosine")
-    assert [config.rate(s, 100) for s in range(3)] == pytest.approx([0.25, 0.5, 0.75], rel=0.01)
-    assert config.rate(99, 100) == pytest.approx(0.01, abs=0.002)
-    assert replace(config, decay="exponential", gamma=0.5).rate(10, 100) == pytest.approx(0.5**10)
-
-
 def test_stratified_times_cover_every_part() -> None:
     times = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0))
     assert sorted((times * 8).long().tolist()) == list(range(8))
     late = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
     assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
+
+
+def test_levels_without_items_are_logged_as_nan() -> None:
+    """Every process names every level, or those that log together wait for each other."""
+    figures = train_diffusion.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]))
+    assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
 
 
 def test_some_conditions_are_dropped(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -638,6 +574,13 @@ def test_decoder_learns_on_regenerated_latents(data: Path, bundles: dict[str, Pa
     before, after = load_file(bundle / "vae.safetensors"), load_file(decoder / "vae.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+
+
+def test_items_without_caption_are_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(data / "0.wav", tmp_path)
+    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(tmp_path), output=str(tmp_path / "latents"))
+    with pytest.raises(UserError, match="0.wav: has no caption"):
+        pre_encode.run(config)
 
 
 def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,25 @@ def test_pieces_equal_whole(frames: int, chunk: int, slow: int, clock: int) -> N
         streamed = list(vae.encode_stream(audio.split(1500, 2), chunk))
         assert {p.mean.shape[2] for p in streamed[:-1]} <= {chunk}
         torch.testing.assert_close(torch.cat([p.mean for p in streamed], 2), one.mean, atol=1e-5, rtol=1e-5)
+
+
+def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The encoder sees one piece and what it depends on, and no block is taken before it is needed."""
+    vae, chunk = VAE(SMALL), 16
+    seen, taken = [], []
+    encode = vae.encode
+    monkeypatch.setattr(vae, "encode", lambda audio: (seen.append(audio.shape[2]), encode(audio))[1])
+
+    def blocks() -> Iterator[torch.Tensor]:
+        for number in range(40):
+            taken.append(number)
+            yield torch.zeros(1, 2, 4 * SMALL.hop)
+
+    stream = vae.encode_stream(blocks(), chunk)
+    next(stream)
+    assert len(taken) == math.ceil((chunk + vae.encoder_halo) / 4)
+    assert sum(p.mean.shape[2] for p in stream) == 160 - chunk
+    assert max(seen) <= (chunk + 2 * vae.encoder_halo) * SMALL.hop
 
 
 def test_slow_channels_carry_only_slow_changes() -> None:

@@ -49,9 +49,6 @@ class PeerVAE(nn.Module):
         return self.decoder(mean + std * noise), mean, std
 
 
-SAMPLE_RATE = 44100
-
-
 @dataclass(frozen=True)
 class Speeds:
     """Seconds of audio per second."""
@@ -99,23 +96,29 @@ def training_step(
 def measure(
     config: VAEConfig,
     judge: DiscriminatorConfig,
+    sample_rate: int,
     *,
     batch: int,
     frames: int,
     dtype: torch.dtype,
     steps: int,
     device: str,
+    compiled: bool = False,
 ) -> Speeds:
-    """Time `steps` steps of each on `batch` crops of `frames` latent frames; slow channels and clock are left out."""
+    """Time `steps` steps of each on `batch` crops of `frames` latent frames; slow channels and clock are left out.
+
+    With `compiled`, our networks are compiled as `run.compile` does; the peer stays as it is.
+    """
     config = replace(config, slow_channels=0, clock=1)
     torch.manual_seed(0)
     audio = 0.1 * torch.randn(batch, config.audio_channels, frames * config.hop, device=device)
     noise = torch.randn(batch, config.latent_channels, frames, device=device)
-    stft = MultiResolutionSTFTLoss(SAMPLE_RATE, (2048, 512, 128)).to(device)
-    runs = [
-        training_step(vae.to(device), Discriminator(judge).to(device), stft, audio, noise, dtype)
-        for vae in (VAE(config), PeerVAE(config))
-    ]
+    stft = MultiResolutionSTFTLoss(sample_rate, (2048, 512, 128)).to(device)
+    networks = [(vae.to(device), Discriminator(judge).to(device)) for vae in (VAE(config), PeerVAE(config))]
+    if compiled:
+        for network in networks[0]:
+            network.compile(dynamic=False)
+    runs = [training_step(vae, discriminator, stft, audio, noise, dtype) for vae, discriminator in networks]
     best = [math.inf, math.inf]
     for number in range(steps + 1):
         for index, run in enumerate(runs):
@@ -123,7 +126,7 @@ def measure(
             run()
             if number:  # the first one warms up
                 best[index] = min(best[index], time.perf_counter() - start)
-    seconds = batch * frames * config.hop / SAMPLE_RATE
+    seconds = batch * frames * config.hop / sample_rate
     return Speeds(*(seconds / b for b in best))
 
 
@@ -138,15 +141,19 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="ours, as `run: {compile: true}` does")
     args = parser.parse_args()
+    model = load_model_config(args.config)
     speeds = measure(
-        load_model_config(args.config).vae,
+        model.vae,
         DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
+        model.sample_rate,
         batch=args.batch,
         frames=args.frames,
         dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32,
         steps=args.steps,
         device=args.device,
+        compiled=args.compile,
     )
     print(
         f"seconds of audio per second, {args.batch} crops of {args.frames} frames, precision {args.precision}, "

@@ -19,9 +19,3 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
 def item_noise(seed: int, numbers: range, shape: tuple[int, ...]) -> Tensor:
     """Normal noise (len(numbers), *shape), of each item by its number."""
     return torch.stack([torch.randn(shape, generator=generator(seed, number)) for number in numbers])
-
-
-def item_numbers(step: int, rank: int, world: int, batch_size: int) -> range:
-    """The numbers of the items that process `rank` of `world` trains on in `step`."""
-    first = (step * world + rank) * batch_size
-    return range(first, first + batch_size)

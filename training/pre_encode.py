@@ -18,6 +18,7 @@ from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.bundle import load_model_config, load_part, read_part
 from stable_audio_lite.data.latents import LatentCache, encoder_hash, finish_cache, write_latent
 from stable_audio_lite.data.manifest import Item, read_items
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
 from training.command import main
 
@@ -58,7 +59,10 @@ def run(config: PreEncodeConfig) -> Path:
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
     todo = [i for i in mine if not cache.path(i).exists()]
     for index in tqdm(todo, unit="item", disable=not accelerator.is_main_process):
-        write_latent(cache, index, items[index], encode_item(vae, items[index], model.sample_rate))
+        item = items[index]
+        if not item.captions:
+            raise UserError(f"{item.path}: has no caption; list it in metadata.jsonl with a 'text'")
+        write_latent(cache, index, encode_item(vae, item, model.sample_rate), item.captions, item.truth)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish_cache(cache, len(items))

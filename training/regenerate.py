@@ -18,7 +18,6 @@ from torch import Tensor
 
 from stable_audio_lite.bundle import read_part
 from stable_audio_lite.data.latents import LatentCache, LatentWindows, Window, encoder_hash, finish_cache, write_latent
-from stable_audio_lite.data.manifest import Item
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
@@ -90,8 +89,7 @@ def run(config: RegenerateConfig) -> Path:
         drawn = [windows.cut(i, 0, windows.entries[i][1]["captions"][0]) for i in numbers]
         for index, latent in zip(numbers, denoise_again(model, drawn, numbers, config), strict=True):
             about = windows.entries[index][1]
-            item = Item(path=cache.path(index), captions=tuple(about["captions"]), truth=about["truth"])
-            write_latent(cache, index, item, latent)
+            write_latent(cache, index, latent, about["captions"], about["truth"])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish_cache(cache, len(windows))

@@ -26,8 +26,10 @@ from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
 from training.command import main
-from training.loop import OptimizerConfig, RunConfig, Task, Update, fit, unwrap
+from training.loop import fit
 from training.noise import generator
+from training.task import OptimizerConfig, RunConfig, Task
+from training.update import Update, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class ClapTask(Task):
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
         longer = self._longer(mels)
         if self.model.clap.audio_fusion and longer.sum() < 2:
-            longer[:2] = True  # the fusion weights need a gradient in every number, and their batch norm two items
+            longer[:2] = True  # the fusion weights need a gradient in every batch, and their batch norm two items
         return {"ids": ids, "mask": mask, "mels": views, "longer": longer}
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:

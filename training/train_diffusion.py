@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_part, read_part, save_bundle
 from stable_audio_lite.conditioning.conditioner import Conditioner, drop
-from stable_audio_lite.data.crops import epoch_index
+from stable_audio_lite.data.crops import epoch_index, item_numbers
 from stable_audio_lite.data.latents import LatentWindows, encoder_hash, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
@@ -27,8 +27,10 @@ from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.nn.attention import Condition
 from training.command import main
 from training.frozen import FrozenClap, load_frozen_clap
-from training.loop import OptimizerConfig, RunConfig, Task, Update, fit
-from training.noise import generator, item_noise, item_numbers
+from training.loop import fit
+from training.noise import generator, item_noise
+from training.task import OptimizerConfig, RunConfig, Task
+from training.update import Update
 
 _LEVELS = 4  # noise-level bins of the logged loss
 
@@ -135,20 +137,22 @@ class DiffusionTask(Task):
         return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), batch["t"])
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """v-loss on held-out windows with fixed times and noise."""
+        """v-loss on held-out windows with fixed times and noise, over all and by noise level."""
         if self.validation is None:
             return {}
         count = min(len(self.validation), 4 * self.batch_size)
         device = next(self.modules["model"].parameters()).device
-        errors = []
+        errors, times = [], []
         for first in range(0, count, self.batch_size):
             numbers = range(first, min(first + self.batch_size, count))
             batch = self._batch(self.validation, numbers, seed=0)
             batch["eps"] = item_noise(0, numbers, tuple(batch["latents"].shape[1:]))
             batch["t"] = (torch.arange(len(numbers)) + 0.5) / len(numbers)
             batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
+            times.append(batch["t"])
             errors.append(self._errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
-        return {"held_out/v": float(torch.cat(errors).mean())}
+        figures = {"loss/v": (whole := torch.cat(errors).cpu()).mean()} | loss_by_level(whole, torch.cat(times))
+        return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]

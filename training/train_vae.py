@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
-from stable_audio_lite.data.crops import Crops, LatentCrops
+from stable_audio_lite.data.crops import Crops, LatentCrops, item_numbers
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.files import replacing
@@ -22,8 +22,9 @@ from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior
 from training.balancer import Balancer
+from training.checkpoint import Resumable, take_over
 from training.command import main
-from training.loop import OptimizerConfig, RunConfig, Task, Update, fit, unwrap
+from training.loop import fit
 from training.losses import (
     Maps,
     MultiResolutionSTFTLoss,
@@ -32,7 +33,9 @@ from training.losses import (
     hinge_discriminator,
     hinge_generator,
 )
-from training.noise import item_noise, item_numbers
+from training.noise import item_noise
+from training.task import OptimizerConfig, RunConfig, Task
+from training.update import Update, unwrap
 
 _ON_OUTPUT = (
     *("waveform/relative", "stft/sum", "stft/difference", "stft/left", "stft/right", "stft/mel"),
@@ -80,9 +83,11 @@ class TrainVAEConfig:
         discriminator: shape of the discriminator, or null for none.
         discriminator_start: step from which it learns and is heard.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
+        continues: `run.output` of an earlier run whose newest checkpoint gives the discriminator's weights and both
+            optimizers' state, or null to start these anew; with `initial`.
         freeze_encoder: keep encoder and bottleneck as they are.
-        latents: folder of latents of `data` that the decoder hears in place of the encoder's, as training.regenerate
-            writes them, or null; with `freeze_encoder` and `initial`.
+        latents: folder of latents of `data` that the decoder hears in place of the encoder's and without `noise`, as
+            training.regenerate writes them, or null; with `freeze_encoder` and `initial`.
     """
 
     model: str
@@ -106,14 +111,17 @@ class TrainVAEConfig:
     discriminator_optimizer: OptimizerConfig | None = None
     discriminator_start: int = 0
     initial: str | None = None
+    continues: str | None = None
     freeze_encoder: bool = False
     latents: str | None = None
 
     def __post_init__(self) -> None:
         if self.latents and not (self.freeze_encoder and self.initial):
-            raise ValueError(
-                "latents needs freeze_encoder and initial: it is the decoder of a finished encoder that learns"
-            )
+            raise ValueError("latents needs freeze_encoder and initial: the decoder of a finished encoder learns")
+        if self.latents and (self.gain_db or self.inverted):
+            raise ValueError("latents are of the recordings as they are: leave out gain_db and inverted")
+        if self.continues and not self.initial:
+            raise ValueError("continues needs initial: the bundle whose VAE goes on")
         if (self.discriminator is None) != (self.discriminator_optimizer is None):
             raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
         if min(self.crop_frames, self.batch_size) < 1:
@@ -169,6 +177,10 @@ class VAETask(Task):
             config.stft_floor,
             mel=config.weights.mel > 0,
         )
+
+    def begin(self, state: Resumable) -> None:
+        if self.config.continues:
+            take_over(Path(self.config.continues), state, [name for name in state.modules if name != "vae"])
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         if self.pairs:

@@ -199,11 +199,8 @@ def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict
     """
     path = Path(path)
     check_writable(path)
-    values = np.asarray(samples, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise UserError(f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)")
-    peak = float(np.abs(values).max()) if values.size else 0.0
-    gain = 1.0 / peak if peak > 1.0 else 1.0
+    values = _finite(path, samples)
+    gain = 1.0 / max(float(np.abs(values).max(initial=0.0)), 1.0)
     if path.suffix.lower() == ".wav":
         encoded = _encode(values * gain, sample_rate, "WAV", {})
         encoded = _with_wav_tags(encoded, _tags(metadata))
@@ -232,14 +229,10 @@ def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int
     try:
         with replacing(path) as final, tempfile.TemporaryFile(dir=final.parent) as raw:
             for block in blocks:
-                values = np.asarray(block, dtype=np.float32)
-                if not np.isfinite(values).all():
-                    raise UserError(
-                        f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)"
-                    )
-                peak = max(peak, float(np.abs(values).max()))
+                values = _finite(path, block)
+                peak = max(peak, float(np.abs(values).max(initial=0.0)))
                 raw.write(values.T.tobytes())
-            gain = 1.0 / peak if peak > 1.0 else 1.0
+            gain = 1.0 / max(peak, 1.0)
             raw.seek(0)
             with soundfile.SoundFile(str(final), "w", sample_rate, 2, format=container, subtype="PCM_24") as file:
                 while data := raw.read(1 << 20):
@@ -247,6 +240,13 @@ def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int
     except soundfile.SoundFileError as error:
         raise UserError(f"{path}: can't be written ({error}); free some space, or choose .flac beyond 4 GB") from error
     return gain
+
+
+def _finite(path: Path, samples: Any) -> np.ndarray:
+    values = np.asarray(samples, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)")
+    return values
 
 
 def read_metadata(path: str | Path) -> Metadata:

@@ -30,7 +30,7 @@ class Crop:
 class Crops:
     """Crops of `samples` samples at `sample_rate`, silence-padded where the file ends before.
 
-    Batches are functions of (seed, step, process), so that a resumed run sees the same ones. In the place of a file
+    Batches are functions of (seed, number, process), so that a resumed run sees the same ones. In the place of a file
     that can't be read comes the next one.
 
     Args:
@@ -60,17 +60,13 @@ class Crops:
         self.max_unreadable = max_unreadable
         self.unreadable: dict[AudioSource, str] = {}
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """Audio (batch_size, 2, samples) of one step.
-
-        Each epoch goes through all items in a new order. The batch of a step over all processes depends on
-        batch_size * world only, so one process with a doubled batch sees what two see.
+    def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
+        """Audio (batch_size, 2, samples) of the `number`-th batch; each epoch goes through all items in a new order.
 
         Raises:
             UserError: more than `max_unreadable` of the items can't be read.
         """
-        first = (step * world + rank) * batch_size
-        return torch.stack([self.crop(first + i).audio for i in range(batch_size)])
+        return torch.stack([self.crop(n).audio for n in item_numbers(number, rank, world, batch_size)])
 
     def crop(self, number: int) -> Crop:
         """The `number`-th crop of the run."""
@@ -140,10 +136,9 @@ class LatentCrops:
         if len(self.latents) != len(items):
             raise UserError(f"{folder}: holds latents of {len(self.latents)} items, the data has {len(items)}")
 
-    def batch(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Audio (batch_size, 2, frames * hop) and latents (batch_size, C, frames) of one step."""
-        first = (step * world + rank) * batch_size
-        pairs = [self.crop(first + i) for i in range(batch_size)]
+    def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+        """Audio (batch_size, 2, frames * hop) and latents (batch_size, C, frames) of the `number`-th batch."""
+        pairs = [self.crop(n) for n in item_numbers(number, rank, world, batch_size)]
         return torch.stack([audio for audio, _ in pairs]), torch.stack([latent for _, latent in pairs])
 
     def crop(self, number: int) -> tuple[Tensor, Tensor]:
@@ -168,6 +163,15 @@ def _order(epoch: int, size: int, seed: int) -> tuple[int, ...]:
     order = list(range(size))
     random.Random(f"{seed}/epoch {epoch}").shuffle(order)
     return tuple(order)
+
+
+def item_numbers(batch: int, rank: int, world: int, batch_size: int) -> range:
+    """The numbers of the items in the `batch`-th batch of process `rank` of `world`.
+
+    Over all processes they depend on batch_size * world only, so one process with a doubled batch sees what two see.
+    """
+    first = (batch * world + rank) * batch_size
+    return range(first, first + batch_size)
 
 
 def epoch_index(number: int, size: int, seed: int) -> int:

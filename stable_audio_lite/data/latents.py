@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stable_audio_lite.data.manifest import Item
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -50,13 +49,13 @@ class LatentCache:
         return self.folder / f"{index:08d}.safetensors"
 
 
-def write_latent(cache: LatentCache, index: int, item: Item, latent: Tensor) -> None:
-    """Store one item's latent (C, F) with its captions and truth."""
+def write_latent(
+    cache: LatentCache, index: int, latent: Tensor, captions: Sequence[str], truth: Mapping[str, Any]
+) -> None:
+    """Store the latent (C, F) of item `index` with its captions and metadata."""
     from safetensors.torch import save_file
 
-    if not item.captions:
-        raise UserError(f"{item.path}: has no caption; list it in metadata.jsonl with a 'text'")
-    about = {"captions": json.dumps(item.captions), "truth": json.dumps(item.truth)}
+    about = {"captions": json.dumps(captions), "truth": json.dumps(truth)}
     with replacing(cache.path(index)) as temporary:
         save_file({"latent": latent.half().contiguous()}, temporary, metadata=about)
 

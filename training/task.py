@@ -1,0 +1,137 @@
+"""What a trainer gives to the loop: how long to run, how to update, and a task with its networks, data and losses."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.muon import Muon
+
+if TYPE_CHECKING:
+    from training.checkpoint import Resumable
+    from training.update import Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long and how to run.
+
+    Attributes:
+        output: folder for checkpoints, logs and the finished bundle.
+        steps: updates in all.
+        precision: "no" (float32), "bf16" or "fp16" autocast.
+        compile: torch.compile the modules; needs a C++ compiler on a CPU.
+        ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
+        accumulate: batches whose gradients are averaged into one update.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        max_bad_steps: an update whose loss or gradient is not finite is skipped; after this many such steps in a row
+            the run returns to its newest checkpoint and goes on from there at half the learning rates.
+        max_returns: after that many returns the run gives up.
+        evaluate_every: steps between evaluations; 0 for none. The weights that did best are in the bundle `best`.
+    """
+
+    output: str
+    steps: int
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    ema_decay: float = 0.9999
+    accumulate: int = 1
+    max_grad_norm: float = 1.0
+    max_bad_steps: int = 5
+    max_returns: int = 5
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    evaluate_every: int = 0
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then exponential, cosine or no decay."""
+
+    lr: float
+    betas: tuple[float, ...] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay: Literal["none", "exponential", "cosine"] = "none"
+    gamma: float = 0.999996
+    muon_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or len(self.betas) != 2:
+            raise ValueError(f"lr must be positive and betas two numbers, got {self.lr}, {self.betas}")
+
+    def build(self, module: nn.Module) -> Optimizer:
+        """The optimizer over the module's trainable parameters."""
+        betas = (self.betas[0], self.betas[1])
+        if self.muon_lr is not None:
+            return Muon(module, lr=self.lr, muon_lr=self.muon_lr, betas=betas, weight_decay=self.weight_decay)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of update `step` (from 0) of `steps`."""
+        rate = self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        if self.decay == "exponential":
+            return rate * self.gamma**step
+        if self.decay == "cosine":
+            return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        return rate
+
+
+class Task(ABC):
+    """What is trained: modules, optimizers, data and losses.
+
+    Attributes:
+        modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
+        optimizers: optimizer settings by the name of the module that each updates.
+        averaged: names of the modules whose moving average is kept and exported.
+        tensors: whatever else changes in place during training, by name; saved and resumed.
+        batch_size: items per process and batch.
+        criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
+    """
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, OptimizerConfig]
+    averaged: tuple[str, ...]
+    batch_size: int
+    criterion: str = ""
+    tensors: dict[str, Tensor] = {}
+
+    def begin(self, state: Resumable) -> None:  # noqa: B027
+        """Take over into `state` what the run starts with from another; called before the first step of a new run."""
+
+    @abstractmethod
+    def batch(self, number: int, rank: int, world: int) -> Any:
+        """The `number`-th batch of process `rank`, on the CPU: a pure function of its arguments and the seed."""
+
+    @abstractmethod
+    def step(self, batch: Any, step: int, update: Update) -> dict[str, Tensor]:
+        """Compute losses and call `update(name, loss)` for each optimizer.
+
+        Returns named figures to log, the same names in all processes and batches of a step.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        """Write the bundle from unwrapped modules that hold the averaged weights."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Named figures on held-out data; {} for none."""
+        return {}
