@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from stable_audio_lite.models.dac import state_to_dac
-from stable_audio_lite.models.discriminator import DiscriminatorConfig
+from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, VAEConfig
-from training.benchmark import PeerVAE, measure
+from training.benchmark import PeerVAE, measure, peer_discriminator
 
+TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
 SMALL = VAEConfig(encoder_width=4, decoder_width=32)
 
 
@@ -23,7 +26,20 @@ def test_peer_is_the_same_network() -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_peer_discriminator_is_the_same_in_the_usual_layout() -> None:
+    torch.manual_seed(0)
+    judge = DiscriminatorConfig(windows=(256, 64), filters=4)
+    ours, peer = Discriminator(judge), peer_discriminator(judge)
+    peer.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        for (a, first), (b, second) in zip(ours(audio := torch.randn(2, 2, 4096)), peer(audio), strict=True):
+            for one, other in zip((a, *first), (b, *second), strict=True):
+                torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            assert all(x.is_contiguous(memory_format=torch.channels_last) for x in first)
+            assert all(x.is_contiguous() for x in second)
+
+
 def test_measures_both() -> None:
     judge = DiscriminatorConfig(windows=(256,), filters=4)
-    speeds = measure(SMALL, judge, 44100, batch=1, frames=8, dtype=torch.float32, steps=1, device="cpu")
+    speeds = measure(TINY, judge, batch=1, frames=8, precision="no", steps=1)
     assert speeds.ours > 0 and speeds.peer > 0

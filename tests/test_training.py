@@ -26,8 +26,10 @@ from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.config import load_config
 from stable_audio_lite.data.latents import encoder_hash, read_latents
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.vae import Posterior
 from training import pre_encode, regenerate, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint
+from training.losses import feature_matching, hinge_discriminator, hinge_generator
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs/stable_audio/tiny.yaml"
@@ -250,6 +252,36 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     first = np.mean([curve[s]["loss/total"] for s in range(5)])
     last = np.mean([curve[s]["loss/total"] for s in range(35, 40)])
     assert last < 0.9 * first
+
+
+def test_one_look_of_the_discriminator_gives_both_gradients(data: Path, tmp_path: Path) -> None:
+    """Every parameter's gradient is that of the losses written down as in the papers, each network asked anew."""
+    settings = vae_settings(data, tmp_path / "run", 1) | {"discriminator_start": 0}
+    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    vae, judge = task.modules["vae"], task.modules["discriminator"]
+    batch, weights = task.batch(0, 0, 1), task.config.weights
+    audio = batch["audio"]
+    output, mean, std = vae(audio, batch["noise"])
+    stft = task.stft(output, audio)
+    fake, real = judge(output), judge(audio)
+    loss = sum(getattr(weights, name) * value for name, value in stft.items())
+    loss = loss + weights.waveform * task.waveform(output, audio) + weights.kl * Posterior(mean, std).kl()
+    loss = loss + weights.adversarial * hinge_generator(fake) + weights.features * feature_matching(real, fake)
+    expected = torch.autograd.grad(loss, list(vae.parameters()))
+    hinge = hinge_discriminator(judge(audio), judge(output.detach()))
+    expected += torch.autograd.grad(hinge, list(judge.parameters()))
+
+    class Backward:
+        def __call__(self, name: str, loss: torch.Tensor) -> None:
+            loss.backward()
+
+        def gradient(self, loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(loss, at, retain_graph=True)[0]
+
+    figures = task.step(batch, 0, Backward())
+    assert float(figures["loss/total"].detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for parameter, gradient in zip([*vae.parameters(), *judge.parameters()], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
 
 
 def test_balanced_run_resumes(data: Path, tmp_path: Path) -> None:

@@ -2,28 +2,38 @@
 
     python -m training.benchmark --config configs/stable_audio/starter.yaml
 
-The peer is assembled from descript-audio-codec's own blocks, its Snake and torch's weight norm in place. Losses,
-discriminator, optimizers, precision and data (noise) are the same; both take whole steps in turn, so that a busy
-machine slows both. Prints seconds of audio trained on per second, from each one's fastest step.
+Ours are the steps of `training.train_vae`. The peer is assembled from descript-audio-codec's own blocks, its Snake and
+torch's weight norm in place, and runs the discriminator anew for each loss, as GAN trainers do. Losses, discriminator,
+optimizers, precision and data (noise) are the same; both take whole steps in turn, so that a busy machine slows both.
+Prints seconds of audio trained on per second, from each one's fastest step.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import load_model_config
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
-from training.train_vae import halves
+from training.task import OptimizerConfig, RunConfig
+from training.train_vae import TrainVAEConfig, VAETask, WeightsConfig
+from training.update import Update
+
+WINDOWS, RATE, WEIGHTS = (2048, 512, 128), 1e-4, WeightsConfig()
 
 
 class PeerVAE(nn.Module):
@@ -49,6 +59,14 @@ class PeerVAE(nn.Module):
         return self.decoder(mean + std * noise), mean, std
 
 
+def peer_discriminator(config: DiscriminatorConfig) -> Discriminator:
+    """The discriminator with its maps laid out in memory as torch does by itself."""
+    discriminator = Discriminator(config)
+    for scale in discriminator.scales:
+        scale.convs[0].register_forward_pre_hook(lambda _, inputs: inputs[0].contiguous())  # type: ignore[index, union-attr]
+    return discriminator
+
+
 @dataclass(frozen=True)
 class Speeds:
     """Seconds of audio per second."""
@@ -57,76 +75,105 @@ class Speeds:
     peer: float
 
 
-def training_step(
-    vae: nn.Module,
-    discriminator: nn.Module,
-    stft: MultiResolutionSTFTLoss,
-    audio: Tensor,
-    noise: Tensor,
-    dtype: torch.dtype,
-) -> Callable[[], None]:
-    """A whole step of phase 1: both forwards, backwards and AdamW updates."""
-    first, second = (torch.optim.AdamW(m.parameters(), lr=1e-4) for m in (vae, discriminator))
+def our_step(task: VAETask, accelerator: Accelerator, batch: dict[str, Tensor]) -> Callable[[], None]:
+    """A whole step as `training.loop` takes it."""
+    task.modules = {k: accelerator.prepare_model(m.to(accelerator.device)) for k, m in task.modules.items()}
+    optimizers = {k: accelerator.prepare_optimizer(c.build(task.modules[k])) for k, c in task.optimizers.items()}
+    update = Update(accelerator, task.config.run, task, optimizers)
 
     def step() -> None:
-        with torch.autocast(audio.device.type, dtype, enabled=dtype != torch.float32):
-            output, mean, std = vae(audio, noise)
+        update.begin(0)
+        with accelerator.autocast():
+            task.step(batch, 0, update)
+
+    return step
+
+
+def peer_step(
+    vae: nn.Module, discriminator: nn.Module, stft: MultiResolutionSTFTLoss, batch: dict[str, Tensor], bf16: bool
+) -> Callable[[], None]:
+    """A whole step of phase 1: both forwards, backwards, clipping and AdamW updates."""
+    audio = batch["audio"]
+    first, second = (torch.optim.AdamW(m.parameters(), lr=RATE) for m in (vae, discriminator))
+
+    def learn(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+
+    def step() -> None:
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
+            output, mean, std = vae(audio, batch["noise"])
             output = output.float()
             discriminator.requires_grad_(False)
             fake = discriminator(output)
             with torch.no_grad():
                 real = discriminator(audio)
             discriminator.requires_grad_(True)
-            judged = hinge_generator(fake) + feature_matching(real, fake)
-        loss = sum(stft(output, audio).values()) + judged + Posterior(mean, std).kl()
-        first.zero_grad()
-        loss.backward()
-        first.step()
-        with torch.autocast(audio.device.type, dtype, enabled=dtype != torch.float32):
-            real, fake = halves(discriminator(torch.cat((audio, output.detach()))))
-        second.zero_grad()
-        hinge_discriminator(real, fake).backward()
-        second.step()
-        if audio.is_cuda:
-            torch.cuda.synchronize()
+        judged = WEIGHTS.adversarial * hinge_generator(fake) + WEIGHTS.features * feature_matching(real, fake)
+        heard = sum(getattr(WEIGHTS, k) * v for k, v in stft(output, audio).items())
+        learn(vae, first, heard + judged + WEIGHTS.kl * Posterior(mean, std).kl())
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=bf16):
+            real, fake = discriminator(audio), discriminator(output.detach())
+        learn(discriminator, second, hinge_discriminator(real, fake))
 
     return step
 
 
 def measure(
-    config: VAEConfig,
+    model: str | Path,
     judge: DiscriminatorConfig,
-    sample_rate: int,
     *,
     batch: int,
     frames: int,
-    dtype: torch.dtype,
+    precision: Literal["no", "bf16"],
     steps: int,
-    device: str,
     compiled: bool = False,
 ) -> Speeds:
     """Time `steps` steps of each on `batch` crops of `frames` latent frames; slow channels and clock are left out.
 
     With `compiled`, our networks are compiled as `run.compile` does; the peer stays as it is.
     """
-    config = replace(config, slow_channels=0, clock=1)
+    whole = load_model_config(model)
+    config = replace(whole.vae, slow_channels=0, clock=1)
+    accelerator = Accelerator(mixed_precision=precision)
+    device, seconds = accelerator.device, batch * frames * config.hop / whole.sample_rate
     torch.manual_seed(0)
-    audio = 0.1 * torch.randn(batch, config.audio_channels, frames * config.hop, device=device)
-    noise = torch.randn(batch, config.latent_channels, frames, device=device)
-    stft = MultiResolutionSTFTLoss(sample_rate, (2048, 512, 128)).to(device)
-    networks = [(vae.to(device), Discriminator(judge).to(device)) for vae in (VAE(config), PeerVAE(config))]
+    crops = {
+        "audio": 0.1 * torch.randn(batch, config.audio_channels, frames * config.hop, device=device),
+        "noise": torch.randn(batch, config.latent_channels, frames, device=device),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        write_audio(Path(folder) / "noise.wav", crops["audio"][0].cpu(), whole.sample_rate)
+        task = VAETask(
+            TrainVAEConfig(
+                model=str(model),
+                data=folder,
+                stft_windows=WINDOWS,
+                optimizer=OptimizerConfig(lr=RATE),
+                weights=WEIGHTS,
+                discriminator=judge,
+                discriminator_optimizer=OptimizerConfig(lr=RATE),
+                run=RunConfig(output=folder, steps=1),
+            )
+        )
+    task.modules["vae"] = VAE(config)
     if compiled:
-        for network in networks[0]:
+        for network in task.modules.values():
             network.compile(dynamic=False)
-    runs = [training_step(vae, discriminator, stft, audio, noise, dtype) for vae, discriminator in networks]
+    peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
+    stft = MultiResolutionSTFTLoss(whole.sample_rate, WINDOWS).to(device)
+    runs = [our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16")]
     best = [math.inf, math.inf]
     for number in range(steps + 1):
         for index, run in enumerate(runs):
             start = time.perf_counter()
             run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number:  # the first one warms up
                 best[index] = min(best[index], time.perf_counter() - start)
-    seconds = batch * frames * config.hop / sample_rate
     return Speeds(*(seconds / b for b in best))
 
 
@@ -140,19 +187,15 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=8, help="of the discriminator")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="ours, as `run: {compile: true}` does")
     args = parser.parse_args()
-    model = load_model_config(args.config)
     speeds = measure(
-        model.vae,
+        args.config,
         DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
-        model.sample_rate,
         batch=args.batch,
         frames=args.frames,
-        dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32,
+        precision=args.precision,
         steps=args.steps,
-        device=args.device,
         compiled=args.compile,
     )
     print(

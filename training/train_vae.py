@@ -26,7 +26,6 @@ from training.checkpoint import Resumable, take_over
 from training.command import main
 from training.loop import fit
 from training.losses import (
-    Maps,
     MultiResolutionSTFTLoss,
     WaveformLoss,
     feature_matching,
@@ -35,7 +34,7 @@ from training.losses import (
 )
 from training.noise import item_noise
 from training.task import OptimizerConfig, RunConfig, Task
-from training.update import Update, unwrap
+from training.update import Update
 
 _ON_OUTPUT = (
     *("waveform/relative", "stft/sum", "stft/difference", "stft/left", "stft/right", "stft/mel"),
@@ -198,16 +197,21 @@ class VAETask(Task):
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         audio = batch["audio"]
         output, mean, std = self.modules["vae"](audio, batch.get("noise"), batch.get("latents"))
-        losses = self._reconstruction(output, audio)
-        if not self.config.freeze_encoder:
-            losses["kl/latent"] = Posterior(mean, std).kl()
+        # All that hears the output is differentiated there first, so that the discriminator runs once for both.
+        heard = output.detach().float().requires_grad_()
+        losses = self._reconstruction(heard, audio)
         judged = "discriminator" in self.modules and step >= self.config.discriminator_start
         if judged:
-            losses |= self._as_judged(output.float(), audio)
-        update("vae", self._total(losses, output, update))
+            real, fake = (self.modules["discriminator"](sound) for sound in (audio, heard))
+            losses["adversarial/generator"] = hinge_generator(fake)
+            losses["adversarial/features"] = feature_matching(real, fake)
+        total = self._total(losses, heard, update)
+        loss = total.detach() + ((output.float() - heard.detach()) * update.gradient(total, heard)).sum()
+        if not self.config.freeze_encoder:
+            losses["kl/latent"] = Posterior(mean, std).kl()
+            loss = loss + self._weights["kl/latent"] * losses["kl/latent"]
+        update("vae", loss)
         if judged:
-            # Both learn from the same output and from each other as they were before.
-            real, fake = halves(self.modules["discriminator"](torch.cat((audio, output.detach().float()))))
             update("discriminator", hinge := hinge_discriminator(real, fake))
             losses["discriminator/hinge"] = hinge.detach()
         figures = {"data/unreadable": torch.tensor(len(self.crops.unreadable))}
@@ -255,22 +259,10 @@ class VAETask(Task):
                 losses["waveform/relative"] = self.waveform.to(output.device)(output, target)
             return losses
 
-    def _as_judged(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        # The generator's gradient passes through the discriminator but must not stay in it, nor be averaged by DDP.
-        plain = unwrap(self.modules["discriminator"])
-        plain.requires_grad_(False)
-        fake = plain(output)
-        with torch.no_grad():
-            real = plain(target)
-        plain.requires_grad_(True)
-        return {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
-
     def _total(self, losses: dict[str, Tensor], output: Tensor, update: Update) -> Tensor:
-        weights = self._weights
-        plain = [weights[k] * v for k, v in losses.items() if k in weights and not (self.balancer and k in _ON_OUTPUT)]
         if self.balancer:
-            plain.append(self.balancer(losses, output, update.mean))
-        return torch.stack(plain).sum()
+            return self.balancer(losses, output, update.mean)
+        return torch.stack([self._weights[k] * v for k, v in losses.items()]).sum()
 
     @cached_property
     def _weights(self) -> dict[str, float]:
@@ -286,13 +278,6 @@ class VAETask(Task):
             "adversarial/features": w.features,
             "kl/latent": w.kl,
         }
-
-
-def halves(maps: Maps) -> tuple[Maps, Maps]:
-    """The discriminator's maps of the first and of the second half of a batch."""
-    split = [(score.chunk(2), [f.chunk(2) for f in features]) for score, features in maps]
-    first, second = ([(score[i], [f[i] for f in features]) for score, features in split] for i in (0, 1))
-    return first, second
 
 
 def _start_from(source: str, vae: VAE) -> None:

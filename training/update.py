@@ -80,6 +80,12 @@ class Update:
         optimizer.step()
         optimizer.zero_grad()
 
+    def gradient(self, loss: Tensor, at: Tensor) -> Tensor:
+        """Gradient of `loss` with respect to `at`, whose graph stays; computed at the loss scale that fp16 needs."""
+        scaler = self.accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        return torch.autograd.grad(scale * loss, at, retain_graph=True)[0] / scale
+
     def mean(self, values: Tensor) -> Tensor:
         """`values` averaged over the processes."""
         return self.accelerator.reduce(values, "mean")

@@ -62,6 +62,7 @@ class STFTDiscriminator(nn.Module):
         )
         x = torch.view_as_real(spectrum).unflatten(0, (batch, channels))  # B, C, bins, frames, 2
         x = x.permute(0, 1, 4, 3, 2).flatten(1, 2)  # B, 2C, frames, bins
+        x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast kernels for few channels
         features = []
         for conv in self.convs:
             x = F.leaky_relu(conv(x), 0.2)
