@@ -137,7 +137,7 @@ class DiffusionTask(Task):
         return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), batch["t"])
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """v-loss on held-out windows with fixed times and noise, over all and by noise level."""
+        """v-loss on held-out windows, in all and by level, with fixed noise at times spread over those trained on."""
         if self.validation is None:
             return {}
         count = min(len(self.validation), 4 * self.batch_size)
@@ -147,7 +147,8 @@ class DiffusionTask(Task):
             numbers = range(first, min(first + self.batch_size, count))
             batch = self._batch(self.validation, numbers, seed=0)
             batch["eps"] = item_noise(0, numbers, tuple(batch["latents"].shape[1:]))
-            batch["t"] = (torch.arange(len(numbers)) + 0.5) / len(numbers)
+            lowest = self.config.lowest_time
+            batch["t"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
             batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
             times.append(batch["t"])
             errors.append(self._errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
