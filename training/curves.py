@@ -97,7 +97,10 @@ def draw(path: str | Path, curves: Sequence[Curve]) -> None:
     lines = math.ceil(len(names) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.2 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, name in zip(figure.subplots(lines, columns, squeeze=False).flat, names, strict=False):
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes, names, strict=False):
         for curve in (c for c in curves if c.figure == name):
             axis.plot(curve.steps, curve.smooth(), label=curve.run, linewidth=1.2)
         axis.set(title=name, xlabel="step", xscale="log")
