@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, VAEConfig
+from training import benchmark
 from training.benchmark import PeerVAE, measure, peer_discriminator
 
 TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
@@ -43,3 +48,19 @@ def test_measures_both() -> None:
     judge = DiscriminatorConfig(windows=(256,), filters=4)
     speeds = measure(TINY, judge, batch=1, frames=8, precision="no", steps=1)
     assert speeds.ours > 0 and speeds.peer > 0
+
+
+def test_speeds_are_seconds_of_audio_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of known length, the first of which does not count."""
+
+    def taking(seconds: float) -> Callable[..., Callable[[], None]]:
+        calls = itertools.count()
+        return lambda *_: lambda: time.sleep(seconds if next(calls) else 0)
+
+    monkeypatch.setattr(benchmark, "our_step", taking(0.05))
+    monkeypatch.setattr(benchmark, "peer_step", taking(0.2))
+    judge = DiscriminatorConfig(windows=(256,), filters=4)
+    speeds = measure(TINY, judge, batch=2, frames=8, precision="no", steps=2)
+    seconds = 2 * 8 * 1024 / 44100
+    assert speeds.ours == pytest.approx(seconds / 0.05, rel=0.3)
+    assert speeds.peer == pytest.approx(seconds / 0.2, rel=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.bench_streaming import measure
+from evaluation.bench_streaming import measure, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
 from stable_audio_lite.bundle import load_model_config, save_bundle
 from stable_audio_lite.cli import main
@@ -81,8 +82,11 @@ def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:
-    """Megabytes of processes that hold torch; a command that fails is named."""
+    """Each of a file of the length, in megabytes of a process that holds torch; a command that fails is named."""
     assert all(50 < figure < 4000 for figure in measure(str(bundle), 0.02, tmp_path))
+    decoded, written = read_audio(tmp_path / "noise.wav"), np.concatenate(list(noise(1.2)), 1)
+    assert decoded.shape == written.shape and abs(float(decoded.std()) - 0.1) > 0.01  # decode's, not the noise
+    assert load_file(tmp_path / "noise.safetensors")["latent"].shape[1] == math.ceil(1.2 * 44100 / 1024)
     with pytest.raises(UserError, match="encode .*: failed"):
         measure(str(tmp_path / "none"), 0.02, tmp_path)
 

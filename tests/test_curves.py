@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stable_audio_lite.errors import UserError
-from training.curves import read_curves
+from training.curves import draw, read_curves
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +45,8 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     (run / "losses.jsonl").write_text('{"step": 1}\n[]\n')
     with pytest.raises(UserError, match="line 2"):
         read_curves(run)
+    with pytest.raises(UserError, match=r"a\.jpg.*written as \.png"):
+        draw(tmp_path / "a.jpg", [])
     with pytest.raises(UserError, match="none.*can't be read"):
         read_curves(tmp_path / "none")
 

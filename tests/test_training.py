@@ -480,6 +480,17 @@ def test_stratified_times_cover_every_part() -> None:
     assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
 
 
+def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Above the lowest time, at every level there, the same on every call."""
+    settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"lowest_time": 0.5}
+    task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    with torch.no_grad():
+        figures = task.evaluate(0)
+        assert figures == task.evaluate(9)
+    assert set(figures) == {"held_out/v", "held_out/v_t2of4", "held_out/v_t3of4"}
+    assert figures["held_out/v"] == pytest.approx((figures["held_out/v_t2of4"] + figures["held_out/v_t3of4"]) / 2)
+
+
 def test_levels_without_items_are_logged_as_nan() -> None:
     """Every process names every level, or those that log together wait for each other."""
     figures = train_diffusion.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]))
@@ -613,6 +624,7 @@ def test_items_without_caption_are_named(data: Path, bundles: dict[str, Path], t
     config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(tmp_path), output=str(tmp_path / "latents"))
     with pytest.raises(UserError, match="0.wav: has no caption"):
         pre_encode.run(config)
+    assert not (tmp_path / "latents").exists()
 
 
 def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

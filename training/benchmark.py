@@ -129,12 +129,8 @@ def measure(
     frames: int,
     precision: Literal["no", "bf16"],
     steps: int,
-    compiled: bool = False,
 ) -> Speeds:
-    """Time `steps` steps of each on `batch` crops of `frames` latent frames; slow channels and clock are left out.
-
-    With `compiled`, our networks are compiled as `run.compile` does; the peer stays as it is.
-    """
+    """Time `steps` steps of each on `batch` crops of `frames` latent frames; slow channels and clock are left out."""
     whole = load_model_config(model)
     config = replace(whole.vae, slow_channels=0, clock=1)
     accelerator = Accelerator(mixed_precision=precision)
@@ -159,9 +155,6 @@ def measure(
             )
         )
     task.modules["vae"] = VAE(config)
-    if compiled:
-        for network in task.modules.values():
-            network.compile(dynamic=False)
     peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
     stft = MultiResolutionSTFTLoss(whole.sample_rate, WINDOWS).to(device)
     runs = [our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16")]
@@ -187,7 +180,6 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=8, help="of the discriminator")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="ours, as `run: {compile: true}` does")
     args = parser.parse_args()
     speeds = measure(
         args.config,
@@ -196,7 +188,6 @@ def main() -> None:
         frames=args.frames,
         precision=args.precision,
         steps=args.steps,
-        compiled=args.compile,
     )
     print(
         f"seconds of audio per second, {args.batch} crops of {args.frames} frames, precision {args.precision}, "

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stable_audio_lite.audio.plot import check_plottable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -87,8 +88,9 @@ def draw(path: str | Path, curves: Sequence[Curve]) -> None:
     """Write a PNG with a panel for each figure and a line for each run.
 
     Raises:
-        UserError: `path` can't be written.
+        UserError: `path` isn't a .png or can't be written, or matplotlib is missing.
     """
+    check_plottable(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -48,20 +48,20 @@ def run(config: PreEncodeConfig) -> Path:
     """
     from tqdm import tqdm
 
+    items = read_items(config.data)
+    if bare := next((item for item in items if not item.captions), None):
+        raise UserError(f"{bare.path}: has no caption; list it in metadata.jsonl with a 'text'")
     accelerator = Accelerator()
     model = load_model_config(config.vae)
     vae = VAE(model.vae)
     load_part(config.vae, "vae", vae)
     vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
-    items = read_items(config.data)
     cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels))
     # Items belong to a process by number, not by what is left: another one may already be writing.
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
     todo = [i for i in mine if not cache.path(i).exists()]
     for index in tqdm(todo, unit="item", disable=not accelerator.is_main_process):
         item = items[index]
-        if not item.captions:
-            raise UserError(f"{item.path}: has no caption; list it in metadata.jsonl with a 'text'")
         write_latent(cache, index, encode_item(vae, item, model.sample_rate), item.captions, item.truth)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

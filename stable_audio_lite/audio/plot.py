@@ -83,6 +83,6 @@ def check_plottable(path: str | Path) -> None:
     import importlib.util
 
     if Path(path).suffix.lower() != ".png":
-        raise UserError(f"{path}: unknown suffix '{Path(path).suffix}'; a spectrogram is written as .png")
+        raise UserError(f"{path}: unknown suffix '{Path(path).suffix}'; pictures are written as .png")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a spectrogram needs matplotlib; install it with: pip install matplotlib")
+        raise UserError("pictures need matplotlib; install it with: pip install matplotlib")
