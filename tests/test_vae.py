@@ -111,9 +111,10 @@ def test_pieces_equal_whole(frames: int, chunk: int, slow: int, clock: int) -> N
 def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder sees one piece and what it depends on, and no block is taken before it is needed."""
     vae, chunk = VAE(SMALL), 16
-    seen, taken = [], []
-    encode = vae.encode
+    seen, held, taken = [], [], []
+    encode, part = vae.encode, vae._encode_part
     monkeypatch.setattr(vae, "encode", lambda audio: (seen.append(audio.shape[2]), encode(audio))[1])
+    monkeypatch.setattr(vae, "_encode_part", lambda audio, *at: (held.append(audio.shape[2]), part(audio, *at))[1])
 
     def blocks() -> Iterator[torch.Tensor]:
         for number in range(40):
@@ -125,6 +126,7 @@ def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) ->
     assert len(taken) == math.ceil((chunk + vae.encoder_halo) / 4)
     assert sum(p.mean.shape[2] for p in stream) == 160 - chunk
     assert max(seen) <= (chunk + 2 * vae.encoder_halo) * SMALL.hop
+    assert max(held) <= (chunk + 2 * vae.encoder_halo + 4) * SMALL.hop
 
 
 def test_slow_channels_carry_only_slow_changes() -> None:
