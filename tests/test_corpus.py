@@ -70,6 +70,14 @@ def test_variety(pieces: list[Piece]) -> None:
     assert any(abs(part.pan) > 0.4 for p in pieces for part in p.parts)
 
 
+def test_solos_on_request() -> None:
+    """Nothing but solos, of every instrument; where up to four may play, the piece is that of the default."""
+    solos = [compose(7, "train", index, 4, 30, max_parts=1) for index in range(300)]
+    assert {len(piece.parts) for piece in solos} == {1}
+    assert {piece.instruments[0] for piece in solos} == set(INSTRUMENTS)
+    assert compose(7, "train", 5, 4, 30, max_parts=4) == compose(7, "train", 5, 4, 30)
+
+
 def test_styles_are_well_formed() -> None:
     def patterns(style: Style) -> list[str]:
         return [*style.melody, *style.comp, *style.bassline, *(s for d in style.drums for s in d.values())]
@@ -225,6 +233,8 @@ def test_build_renders_exact_stereo_and_resumes(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "one/train/metadata.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="another seed"):
         build_corpus(tmp_path / "one", 2, 1, 6, 2, 4, 5, progress=False)
+    with pytest.raises(UserError, match="another max_parts"):
+        build_corpus(tmp_path / "one", 2, 1, 5, 2, 4, 5, max_parts=1, progress=False)
 
 
 def test_missing_synth_or_soundfont_gives_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +267,8 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
         ({"max_seconds": 61}, "--max-seconds"),
         ({"max_seconds": float("nan")}, "--max-seconds"),
         ({"min_seconds": 20, "max_seconds": 10}, "--min-seconds"),
+        ({"max_parts": 0}, "--max-parts"),
+        ({"max_parts": 5}, "--max-parts"),
         ({"workers": 0}, "--workers"),
         ({"audio_format": "mp3"}, "mp3"),
     ],

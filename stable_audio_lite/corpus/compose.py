@@ -24,6 +24,7 @@ TAIL = 0.5
 """Seconds left after the last note for its release and the room."""
 SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
+MOST_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
 
 
@@ -44,12 +45,18 @@ class _Clock:
         return LEAD_IN + self.spb * (beat + self.slowing * late * late / self.slow_beats)
 
 
-def compose(seed: int, split: str, index: int, min_seconds: float, max_seconds: float) -> Piece:
-    """Compose item `index` of `split`; other items have no influence on it. Lengths are in seconds (4 to 60)."""
+def compose(
+    seed: int, split: str, index: int, min_seconds: float, max_seconds: float, max_parts: int = MOST_PARTS
+) -> Piece:
+    """Compose item `index` of `split`; other items have no influence on it.
+
+    Lengths are in seconds (4 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS).
+    """
     rng = random.Random(f"{seed}/{split}/{index}")
     seconds = round(rng.uniform(min_seconds, max_seconds), 1)
     seconds = min(max(seconds, min_seconds), max_seconds)
-    count = rng.choices([n for n, _ in PART_COUNTS], [w for _, w in PART_COUNTS])[0]
+    counts = PART_COUNTS[:max_parts]
+    count = rng.choices([n for n, _ in counts], [w for _, w in counts])[0]
     style = STYLES[rng.choice([s.name for s in STYLES.values() if _fits(s, seconds)])]
     parts = _cast(rng, style, count)
     drums = style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
