@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stable_audio_lite.devices import choose_device
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.nn.attention import Condition
 
@@ -110,7 +113,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="time the compiled U-Net as well")
     args = parser.parse_args()
-    unet = build(read_config(args.config), torch.device(args.device), getattr(torch, args.dtype))
+    try:
+        unet = build(read_config(args.config), choose_device(args.device), getattr(torch, args.dtype))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     count = sum(p.numel() for p in unet.parameters())
     print(f"{count:,} parameters, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
     for compiled in (False, True) if args.compile else (False,):

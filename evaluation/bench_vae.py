@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from stable_audio_lite.devices import choose_device
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.vae import VAE, VAEConfig
 
@@ -121,7 +124,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
     dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
-    rows = measure(read_config(args.config), args.seconds, dtypes, args.repeats, args.device)
+    try:
+        rows = measure(read_config(args.config), args.seconds, dtypes, args.repeats, str(choose_device(args.device)))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     if args.json:
         print(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows]))
         return

@@ -122,15 +122,15 @@ def listen(model: StableAudio, probe: Probe, *, seed: int, count: int = 1, secon
     asked = [pair for pair in PROMPTS for _ in range(count)]
     heard = []
     for (prompt, instrument), own_seed, audio in zip(asked, result.seeds, result.audio, strict=True):
-        answer = probe.classify(audio, result.sample_rate)
+        answer = probe.classify(audio, result.sample_rate) if bool(audio.any()) else None
         heard.append(
             Heard(
                 prompt=prompt,
                 seed=own_seed,
                 instrument=instrument,
                 family=family_of[instrument],
-                heard_family=answer.family,
-                heard_instrument=answer.instrument,
+                heard_family=answer.family if answer else "silence",
+                heard_instrument=answer.instrument if answer else "silence",
             )
         )
     return heard

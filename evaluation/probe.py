@@ -23,7 +23,7 @@ from stable_audio_lite.audio.io import read_audio, resample
 from stable_audio_lite.config import load_config, save_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import replacing, save_tensors
 
 WEIGHTS, CONFIG = "probe.safetensors", "probe.yaml"
 _WIDTHS = (16, 24, 48, 64)
@@ -242,12 +242,10 @@ def accuracy(probe: Probe, examples: list[Example]) -> Accuracy:
 
 def save_probe(probe: Probe, folder: str | Path) -> None:
     """Write `probe.yaml` and `probe.safetensors` into `folder`."""
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     save_config(probe.config, folder / CONFIG)
     with replacing(folder / WEIGHTS) as temporary:
-        save_file({name: value.contiguous() for name, value in probe.state_dict().items()}, temporary)
+        save_tensors(temporary, probe.state_dict(), {"format": "pt"})
 
 
 def load_probe(folder: str | Path) -> Probe:

@@ -44,6 +44,7 @@ DEAD = 0.01
 """A latent channel is dead where its posterior mean varies by less than this share of the posterior's noise."""
 
 _QUIET = 1e-7  # -70 dB: power, relative to the loudest, below which an octave's level is not compared
+_SHORTEST = 2048  # samples: the distances' longest window
 _LONGEST_DELAY = 4096  # samples that a codec may add at the beginning
 
 System = Callable[[Tensor], Tensor]
@@ -305,14 +306,25 @@ def evaluate(
     systems: dict[str, System],
     seconds: float,
     pictures: list[tuple[str, bytes]] | None,
-) -> tuple[dict[str, Figures], Latents]:
-    """Mean figures of the VAE and of each system over the items; fills `pictures` where it is a list."""
+) -> tuple[dict[str, Figures], Latents, list[str]]:
+    """Mean figures of the VAE and of each system over the items, and why some were left out; fills a `pictures` list.
+
+    Raises:
+        UserError: none of the items can be used.
+    """
     from tqdm import tqdm
 
     rows: dict[str, list[Figures]] = {name: [] for name in ("VAE", *systems)}
-    posteriors = []
+    posteriors, left_out = [], []
     for item in tqdm(items, unit="file"):
-        audio = read_audio(item.path, codec.sample_rate, 0.0, seconds)
+        try:
+            audio = read_audio(item.path, codec.sample_rate, 0.0, seconds)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        if audio.shape[1] < _SHORTEST or not bool(audio.any()):
+            left_out.append(f"{item.path}: silent, or shorter than {_SHORTEST} samples")
+            continue
         with torch.inference_mode():
             posterior = codec.vae.encode_chunked(audio[None])
             output = codec.vae.decode_chunked(posterior.mean)[0, :, : audio.shape[1]].float()
@@ -322,7 +334,9 @@ def evaluate(
             pictures.append((str(item.path), picture(audio, output, codec.sample_rate)))
         for name, system in systems.items():
             rows[name].append(compare(system(audio), audio, codec.sample_rate))
-    return {name: average(figures) for name, figures in rows.items()}, describe_latents(posteriors)
+    if not posteriors:
+        raise UserError(f"none of the {len(items)} files can be used; the first: {left_out[0]}")
+    return {name: average(figures) for name, figures in rows.items()}, describe_latents(posteriors), left_out
 
 
 @lru_cache(maxsize=1)
@@ -376,15 +390,16 @@ def main() -> None:
             systems["DAC"] = dac_codec(args.dac, codec.sample_rate)
         items = read_items(args.data)[: args.items]
         pictures: list[tuple[str, bytes]] | None = [] if args.html else None
-        results, latents = evaluate(codec, items, systems, args.seconds, pictures)
-        text = as_text(results, latents, len(items))
+        results, latents, left_out = evaluate(codec, items, systems, args.seconds, pictures)
+        text = "\n".join([as_text(results, latents, len(items) - len(left_out)), *(f"left out: {t}" for t in left_out)])
         if args.html:
             with replacing(args.html) as temporary:
                 temporary.write_text(as_html(text, latents, pictures or []), encoding="utf-8")
     except UserError as error:
         sys.exit(f"error: {error}")
     rows = {name: asdict(row) for name, row in results.items()}
-    print(json.dumps({"systems": rows, "latents": asdict(latents)}, indent=2) if args.json else text)
+    whole = {"systems": rows, "latents": asdict(latents), "left_out": left_out}
+    print(json.dumps(whole, indent=2) if args.json else text)
 
 
 if __name__ == "__main__":

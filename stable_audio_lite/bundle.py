@@ -20,7 +20,7 @@ from stable_audio_lite.conditioning.conditioner import TimingConfig
 from stable_audio_lite.config import from_dict, read_yaml, save_config
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing_folder, sha256
+from stable_audio_lite.files import replacing_folder, save_tensors, sha256
 from stable_audio_lite.models.clap import ClapConfig
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.models.vae import VAEConfig
@@ -30,6 +30,8 @@ PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet")
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
+FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
+"""What a bundle on the hub is made of, the card's pictures included."""
 STARTER = Path(__file__).parent / "starter"
 
 _TIMING_TOKENS = 2
@@ -98,6 +100,8 @@ class StableAudioConfig:
             raise ValueError(f"format must be {FORMAT}, got {self.format}")
         if self.sample_rate < 1 or self.latent_frames < 1:
             raise ValueError("sample_rate and latent_frames must be at least 1")
+        if self.vae.audio_channels != 2:
+            raise ValueError(f"vae.audio_channels must be 2: sound is stereo throughout, got {self.vae.audio_channels}")
         if self.window_seconds > self.timing.max_seconds:
             raise ValueError(
                 f"the window of {self.window_seconds:.1f} s exceeds timing.max_seconds {self.timing.max_seconds}"
@@ -204,18 +208,13 @@ def save_bundle(
     Raises:
         UserError: `folder` holds something other than a bundle, or can't be written.
     """
-    from safetensors.torch import save_file
-
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"unknown parts {sorted(unknown)}, expected some of {PARTS}")
     check_replaceable(folder)
     with replacing_folder(folder) as temporary:
         save_config(config, temporary / CONFIG_FILE)
         for name, state in parts.items():
-            tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            path = part_path(temporary, name)
-            save_file(tensors, path, metadata={"format": "pt"})
-            path.chmod(0o644)  # safetensors makes files that their owner alone can read
+            save_tensors(part_path(temporary, name), state, {"format": "pt"})
         texts = dict(extra_files or {})
         if tokenizer_json is not None:
             texts[TOKENIZER_FILE] = tokenizer_json
@@ -320,9 +319,8 @@ def _download(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

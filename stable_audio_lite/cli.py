@@ -114,6 +114,7 @@ def _add_decode(commands: Any) -> None:
     parser.set_defaults(run=_decode)
     _add_files(parser, "what encode wrote", "folder for the sounds")
     parser.add_argument("--format", default="wav", choices=("wav", "flac"), help="of the sounds (default: wav)")
+    parser.add_argument("--overwrite", action="store_true", help="replace sounds that are there")
 
 
 def _add_files(parser: argparse.ArgumentParser, files: str, output: str) -> None:
@@ -175,7 +176,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise UserError("the prompt is empty; say what you want to hear")
         return [args.prompt.strip()]
     try:
-        lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
+        lines = args.prompts.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{args.prompts}: can't be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -278,6 +279,10 @@ def _encode(args: argparse.Namespace) -> None:
 
 def _decode(args: argparse.Namespace) -> None:
     outputs = _renamed(args.files, args.output, f".{args.format}")
+    if not args.overwrite and (there := [path for path in outputs if path.exists()]):
+        raise UserError(
+            f"{there[0]}: is there already, perhaps the original; choose another folder or give --overwrite"
+        )
     from stable_audio_lite.codec import Codec
 
     codec = Codec.from_pretrained(args.model, args.device, args.dtype)
@@ -343,6 +348,7 @@ def _add_corpus(commands: Any) -> None:
     add("--workers", type=int, help="processes (default: one per core)")
     add("--min-seconds", type=float, default=4.0, help="shortest piece (default: 4)")
     add("--max-seconds", type=float, default=30.0, help="longest piece (default: 30)")
+    add("--max-parts", type=int, default=4, help="most instruments in a piece, drums apart: 1 for solos (default: 4)")
     add("--format", default="flac", choices=("flac", "wav"), help="of the audio files (default: flac)")
     add("--soundfont", metavar="FILE.sf2", help="General MIDI sounds (default: the system's)")
 
@@ -358,6 +364,7 @@ def _corpus(args: argparse.Namespace) -> None:
         workers=args.workers,
         min_seconds=args.min_seconds,
         max_seconds=args.max_seconds,
+        max_parts=args.max_parts,
         audio_format=args.format,
         soundfont=args.soundfont,
     )

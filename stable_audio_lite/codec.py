@@ -19,7 +19,7 @@ from stable_audio_lite.audio.io import stereo_blocks, write_audio_blocks
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import check_writable, replacing, save_tensors
 from stable_audio_lite.models.vae import VAE
 
 
@@ -61,9 +61,7 @@ class Codec:
         Raises:
             UserError: the audio can't be read or the latents can't be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
+        check_writable(output)
         samples = 0
 
         def blocks() -> Iterator[Tensor]:
@@ -75,10 +73,7 @@ class Codec:
         latent = torch.cat([piece.mean[0].float().cpu() for piece in self.vae.encode_stream(blocks())], 1)
         about = {"encoder": self.encoder, "samples": str(samples), "sample_rate": str(self.sample_rate)}
         with replacing(output) as temporary:
-            try:
-                save_file({"latent": latent}, temporary, metadata=about)
-            except SafetensorError as error:
-                raise UserError(f"{output}: can't be written ({error}); free some space") from error
+            save_tensors(temporary, {"latent": latent}, about)
         return Encoded(latent.shape[0], latent.shape[1], samples / self.sample_rate)
 
     @torch.inference_mode()

@@ -40,7 +40,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a YAML mapping at top level, got {type(data).__name__}")

@@ -22,7 +22,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"device '{name}' can't be used here ({reason}); try auto or cpu") from error
     return device
@@ -41,7 +43,7 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
             raise UserError(f"unknown dtype '{dtype}'; choose auto or one of {', '.join(DTYPES)}")
         return DTYPES[str(dtype)]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16
     return torch.float32

@@ -7,10 +7,14 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stable_audio_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -67,6 +71,38 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise UserError(f"{final}: can't be written ({error.strerror or error})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether `path` could be written; leaves nothing behind.
+
+    Raises:
+        UserError: `path` is a folder, or its folder can't be written.
+    """
+    final = Path(path)
+    if final.is_dir():
+        raise UserError(f"{final}: is a folder; give the name of a file")
+    existing = next(parent for parent in final.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{final}: can't be written ({error.strerror}); choose another place with -o") from error
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: the disk is full, or the place can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{error}; free some space") from error
+    os.chmod(path, 0o644)  # safetensors makes files that their owner alone can read
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -144,7 +144,7 @@ class StableAudio:
         """The U-Net's floating type."""
         return self.unet.null.dtype
 
-    @torch.inference_mode()
+    @torch.no_grad()  # rather than inference mode, whose tensors can't be worked on any further
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -231,13 +231,15 @@ class StableAudio:
             UserError: not logged in, no permission, or no connection.
         """
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError
 
         hub = huggingface_hub.HfApi()
         try:
             hub.create_repo(repo_id, private=private, exist_ok=True)
-            hub.upload_folder(repo_id=repo_id, folder_path=self.folder, commit_message="Upload a bundle")
-        except (HfHubHTTPError, OSError, ValueError) as error:
+            allowed = list(bundle.FILES)
+            hub.upload_folder(
+                repo_id=repo_id, folder_path=self.folder, allow_patterns=allowed, commit_message="Upload a bundle"
+            )
+        except Exception as error:  # of the hub, or of whichever client it reaches the network by
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{repo_id}: can't be uploaded, log in with 'hf auth login' ({reason})") from error
         return f"https://huggingface.co/{repo_id}"
@@ -245,6 +247,11 @@ class StableAudio:
     def _check(self, texts: list[str], request: _Request, count: int, batch: int) -> None:
         if not texts or not all(text.strip() for text in texts):
             raise UserError("a prompt is empty; say what you want to hear")
+        for text in (*texts, request.negative or ""):
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"the prompt {text!r} is not valid UTF-8 text; type it again") from error
         if count < 1 or batch < 1 or request.steps < 1:
             raise UserError(f"count, batch and steps must be at least 1, got {count}, {batch} and {request.steps}")
         if request.sampler not in SAMPLERS:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from training_runs import clap_settings, load, vae_settings
 
+from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import build_unet, load_model_config, save_bundle
 from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.conditioning.text import TextEncoder
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.models.vae import VAE
+from training import pre_encode, train_clap, train_vae
 
 TINY = Path(__file__).parents[1] / "configs" / "stable_audio" / "tiny.yaml"
 
@@ -38,3 +43,31 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     save_bundle(folder, config, {k: m.state_dict() for k, m in parts.items()}, tokenizer_json=tokenizer.to_str())
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned tones of 1 to 2.5 s."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(6):
+        seconds = 1 + 0.3 * index
+        time_axis = np.arange(round(seconds * 44100)) / 44100
+        tone = 0.3 * np.sin(2 * np.pi * 110 * (index + 1) * time_axis)
+        audio = np.stack((tone, 0.5 * tone)) + 0.01 * rng.standard_normal((2, len(tone)))
+        write_audio(folder / f"{index}.wav", audio, 44100)
+        captions = [f"a tone number {index}", f"tone, {110 * (index + 1)} hertz"]
+        rows.append({"file_name": f"{index}.wav", "text": captions[0], "captions": captions, "seconds": seconds})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny VAE, CLAP and latent cache from one short run of each trainer."""
+    folder = tmp_path_factory.mktemp("bundles")
+    vae = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, folder / "vae", 2), folder))
+    clap = train_clap.run(load(train_clap.TrainClapConfig, clap_settings(data, folder / "clap", 2), folder))
+    latents = pre_encode.run(pre_encode.PreEncodeConfig(vae=str(vae), data=str(data), output=str(folder / "latents")))
+    return {"vae": vae, "clap": clap, "latents": latents}

@@ -13,7 +13,6 @@ import torch
 from stable_audio_lite.audio.io import (
     audio_info,
     check_writable,
-    is_silent,
     read_audio,
     read_metadata,
     write_audio,
@@ -95,10 +94,14 @@ def test_foreign_files_have_no_settings(tmp_path: Path, suffix: str) -> None:
     assert read_metadata(tmp_path / f"a{suffix}").settings == {}
 
 
-@pytest.mark.parametrize("suffix", [".wav", ".flac"])
-def test_a_truncated_file_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("kind", ["wav", "wavex", "rf64", "w64", "aiff", "flac", "ogg", "mp3"])
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    suffix = ".wav" if kind in ("wavex", "rf64") else f".{kind}"
     path = tmp_path / f"cut{suffix}"
-    write_audio(path, np.random.default_rng(0).uniform(-0.5, 0.5, (2, 88200)), 44100)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (88200, 2))
+    soundfile.write(path, noise, 44100, format=kind.upper())
+    assert abs(audio_info(path).frames - 88200) < 3000
+    read_audio(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     with pytest.raises(UserError, match=f"cut{suffix}.*truncated"):
         read_audio(path)
@@ -108,7 +111,8 @@ def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "text.wav").write_text("no audio")
     (tmp_path / "empty.flac").touch()
     soundfile.write(tmp_path / "none.wav", np.zeros((0, 2)), 44100)
-    for name in ("text.wav", "empty.flac", "none.wav", "missing.wav"):
+    (tmp_path / "samples.raw").write_bytes(bytes(1000))
+    for name in ("text.wav", "empty.flac", "none.wav", "missing.wav", "samples.raw"):
         with pytest.raises(UserError, match=name):
             read_audio(tmp_path / name)
         with pytest.raises(UserError, match=name):
@@ -126,11 +130,12 @@ def test_nan_samples_are_neither_read_nor_written(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["nan.wav"]
 
 
-def test_silence_is_read_and_recognised(tmp_path: Path) -> None:
+def test_silence_and_single_frames_are_sound_too(tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", np.zeros((2, 4410)), 44100)
-    assert is_silent(read_audio(tmp_path / "a.wav"))
-    assert not is_silent(tone(44100))
-    assert is_silent(np.full((2, 10), 1e-5))
+    assert read_audio(tmp_path / "a.wav").shape == (2, 4410) and not read_audio(tmp_path / "a.wav").any()
+    for rate in (44100, 22050):
+        write_audio(tmp_path / "b.wav", np.full((2, 1), 0.5), rate)
+        assert read_audio(tmp_path / "b.wav").shape == (2, 44100 // rate)
 
 
 def test_unwritable_places_are_refused_and_nothing_is_left(tmp_path: Path) -> None:

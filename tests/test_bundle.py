@@ -102,7 +102,10 @@ def test_a_bundle_of_another_version_says_so(copy: Path) -> None:
     assert "config.yaml: made by another version" in failure(copy)
 
 
-@pytest.mark.parametrize("change", [{"kind": "other"}, {"latent_frames": None}, {"latent_frames": 10**6}, {"x": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "other"}, {"latent_frames": None}, {"latent_frames": 10**6}, {"x": 1}, {"vae": {"audio_channels": 1}}],
+)
 def test_wrong_configs_name_file_and_key(copy: Path, change: dict) -> None:
     data = {**yaml.safe_load((copy / "config.yaml").read_text()), **change}
     (copy / "config.yaml").write_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}))

@@ -88,6 +88,8 @@ def test_config_goes_through_yaml_and_names_mistakes():
     for key, value in {
         "text_layers": 1,
         "text_heads": 3,
+        "text_feed_forward": -1,
+        "audio_patch": 0,
         "text_positions": 17,
         "audio_window": 64,
         "audio_heads": [3, 2],

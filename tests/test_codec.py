@@ -79,6 +79,12 @@ def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.Capt
     assert main(["decode", str(tmp_path / "latents/sound.safetensors"), "-o", str(tmp_path / "out"), *model]) == 0
     assert audio_info(tmp_path / "out/sound.wav").frames == round(200_003 * 44100 / 32000)
     assert "sound.safetensors: 64 channels" in capsys.readouterr().out
+    # Not over the original, unless asked to.
+    shutil.copy(tmp_path / "latents/sound.safetensors", tmp_path)
+    before, back = sound.read_bytes(), ["decode", str(tmp_path / "sound.safetensors"), "-o", str(tmp_path), *model]
+    assert main(back) == 2 and "sound.wav: is there already" in capsys.readouterr().err
+    assert sound.read_bytes() == before
+    assert main([*back, "--overwrite"]) == 0 and sound.read_bytes() != before
 
 
 def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -134,8 +135,9 @@ def laion_clap(monkeypatch, fusion: bool):
 @torch.no_grad()
 def test_laion_checkpoint_equals_laion_clap(monkeypatch, tmp_path, tokenizer, fusion):
     theirs = laion_clap(monkeypatch, fusion)
-    checkpoint = {"epoch": 1, "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}
-    torch.save(checkpoint, tmp_path / "laion.pt")
+    # As LAION's own files have it: a figure as a NumPy scalar, and pickled by protocol 4.
+    checkpoint = {"best": np.float64(0.9), "state_dict": {f"module.{k}": v for k, v in theirs.state_dict().items()}}
+    torch.save(checkpoint, tmp_path / "laion.pt", pickle_protocol=4)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
 
     weights = read_laion(tmp_path / "laion.pt", tmp_path / "tokenizer.json")
@@ -173,7 +175,8 @@ def test_files_that_are_no_clap_are_refused(monkeypatch, tmp_path, clap, tokeniz
     torch.save({"state_dict": Malicious()}, "code_in_zip.pt")
     torch.save({"state_dict": {"text_branch.x": torch.zeros(1)}}, "other.pt")
     torch.save([1, 2], "list.pt")
-    for name in ("corrupt.pt", "code.pt", "code_in_zip.pt", "other.pt", "list.pt", "missing.pt"):
+    torch.jit.script(torch.nn.Linear(1, 1)).save("script.pt")
+    for name in ("corrupt.pt", "code.pt", "code_in_zip.pt", "script.pt", "other.pt", "list.pt", "missing.pt"):
         with pytest.raises(UserError, match=name) as refused:
             load_clap(name, "tokenizer.json")
         assert "\n" not in str(refused.value)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 
 from stable_audio_lite import cli
-from stable_audio_lite.audio.io import audio_info, read_audio, write_audio
+from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
 from stable_audio_lite.data.crops import Crops, LatentCrops
 from stable_audio_lite.data.item import Item
-from stable_audio_lite.data.latents import LatentCache, finish_cache, write_latent
+from stable_audio_lite.data.latents import LatentCache, LatentWindows, finish_cache, write_latent
 from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
 from stable_audio_lite.errors import UserError
 
@@ -45,6 +48,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     rows = [{"file_name": "a.wav", "text": "slow, warm piano"}, {"file_name": "sub/b.wav"}]
     jsonl = write_manifest(tmp_path, "\n".join(map(json.dumps, rows)), "metadata.jsonl")
     assert [(i.path, i.captions) for i in read_items(jsonl)] == from_csv
+    rows[0]["text"] = "one\u2028two"  # JSON may hold line separators as they are
+    write_manifest(tmp_path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "metadata.jsonl")
+    assert read_items(jsonl)[0].captions == ("one\u2028two",)
     assert from_csv == [(tmp_path / "a.wav", ("slow, warm piano",)), (tmp_path / "sub/b.wav", ())]
 
 
@@ -107,12 +113,71 @@ def test_latents_lie_where_the_sound_does(folder: Path, tmp_path: Path) -> None:
     for index, item in enumerate(items):
         audio = read_audio(item.path, 44100)
         frames = F.pad(audio, (0, 20 * hop - audio.shape[1] % hop)).unflatten(1, (-1, hop))
-        write_latent(cache, index, frames.mean(2), [], {})
+        write_latent(cache, index, frames.mean(2), item.name, [], {})
     finish_cache(cache, len(items))
     crops = LatentCrops(items, tmp_path, "a hash", 44100, hop, 24, seed=0, endings=0.3)
     audio, latents = crops.batch(0, 40)
     torch.testing.assert_close(audio.unflatten(2, (-1, hop)).mean(3), latents, atol=5e-4, rtol=0)  # kept in float16
     assert 5 < int((audio[:, 0, -1] == 0).sum()) < 20
+
+
+def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path) -> None:
+    """Storage that fails and a file that is broken at its end: noted once each; no crop depends on what came before."""
+
+    def fail() -> io.BytesIO:
+        raise ConnectionError("no network")
+
+    samples = read_audio(folder / "2.wav")
+    samples[:, -len(samples[0]) // 2 :] = float("nan")
+    soundfile.write(tmp_path / "half.wav", samples.T.numpy(), 44100, subtype="FLOAT")
+    items = [*read_items(folder), Item(path=Stored("s3://far.wav", fail)), Item(path=tmp_path / "half.wav")]
+
+    def drawn(first: int) -> list[torch.Tensor]:
+        crops = Crops(items, 44100, SAMPLES, seed=0, unreadable=Unreadable(len(items), 0.5, tmp_path))
+        return [crops.crop(n).audio for n in range(first, 40)]
+
+    whole = drawn(0)
+    listed = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
+    assert sorted(Path(row["file"]).name for row in listed) == ["far.wav", "half.wav"]
+    assert "no network" in str(listed)
+    assert all(torch.equal(a, b) for a, b in zip(whole[20:], drawn(20), strict=True))
+    with pytest.raises(UserError, match="no network.*2 of 5 files.*max_unreadable allows 20.00%"):
+        both = Unreadable(5, 0.2, tmp_path)  # has read what the others met
+        both.add("s3://far.wav", UserError("no network"))
+
+
+def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> None:
+    """An item that has no latent is left out; a file of another name in an item's place is refused."""
+    items = read_items(folder)
+    cache = LatentCache(folder=tmp_path, encoder="a hash")
+    for index in (0, 2):
+        write_latent(cache, index, torch.full((4, 30), float(index)), items[index].name, [], {})
+    finish_cache(cache, 3)
+    crops = LatentCrops(items, tmp_path, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
+    assert [item.name for item in crops.items] == [items[0].name, items[2].name]
+    levels = {float(crops.crop(n)[1].max()) for n in range(20)}
+    assert levels == {0.0, 2.0}
+    with pytest.raises(UserError, match=f"item 0 is {items[0].name} there, and {items[1].name}"):
+        LatentCrops([items[1], items[0], items[2]], tmp_path, "a hash", 44100, 1024, 8, seed=0)
+    assert cache.holds(0, items[0].name) and not cache.holds(1, items[1].name)
+    with pytest.raises(UserError, match=f"latent of {items[0].name}"):
+        cache.holds(0, "other.wav")
+
+
+def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
+    """Normalised by the mean and deviation over all frames, so that those of what is given out are 0 and 1."""
+    draws = torch.Generator().manual_seed(0)
+    latents = [torch.randn(64, 8, generator=draws) * (1 + i) + i for i in range(5)]
+    for name, part in (("a", latents[:3]), ("b", latents[3:])):
+        cache = LatentCache(tmp_path / name, "some encoder")
+        for index, latent in enumerate(part):
+            write_latent(cache, index, latent, "", [f"{name}{index}"], {})
+        finish_cache(cache, len(part))
+    windows = LatentWindows([tmp_path / "a", tmp_path / "b"], 8, torch.zeros(64, 8), "some encoder", 0.1)
+    captions = [windows.window(i, random.Random(0)).caption for i in range(len(windows))]
+    assert captions == ["a0", "a1", "a2", "b0", "b1"]
+    given = torch.cat([windows.window(i, random.Random(0)).latent for i in range(5)], 1)
+    assert given.mean(1).abs().max() < 1e-2 and (given.std(1, correction=0) - 1).abs().max() < 1e-2
 
 
 def test_each_epoch_visits_every_file(folder: Path) -> None:

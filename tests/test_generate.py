@@ -91,6 +91,15 @@ def test_every_sampler_runs_and_repeats(model: StableAudio) -> None:
         assert torch.isfinite(first).all() and torch.equal(first, again), name
 
 
+def test_what_is_generated_can_be_worked_on(model: StableAudio) -> None:
+    """In place, and with gradients."""
+    audio = model.generate("piano", seconds=0.2, seed=1, steps=1).audio
+    audio *= 0.5
+    gain = torch.ones((), requires_grad=True)
+    (audio * gain).square().sum().backward()
+    assert gain.grad is not None
+
+
 def test_progress_counts_every_step_of_every_batch(model: StableAudio) -> None:
     seen: list[tuple[int, int]] = []
     model.generate("piano", seconds=0.1, steps=3, count=5, batch=2, progress=lambda *at: seen.append(at))

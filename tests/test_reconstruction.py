@@ -142,11 +142,15 @@ def test_command_prints_and_draws(music: torch.Tensor, tmp_path: Path) -> None:
     config = load_model_config(ROOT / "configs/stable_audio/tiny.yaml")
     save_bundle(tmp_path / "vae", config, {"vae": VAE(config.vae).state_dict()})
     write_audio(tmp_path / "data/a.wav", music, RATE)
+    write_audio(tmp_path / "data/short.wav", music[:, :900], RATE)
+    write_audio(tmp_path / "data/silent.wav", 0 * music, RATE)
+    (tmp_path / "data/broken.wav").write_bytes(b"no audio")
     page = tmp_path / "report.html"
     command = [sys.executable, "-m", "evaluation.reconstruction", str(tmp_path / "vae"), str(tmp_path / "data")]
     done = subprocess.run([*command, "--codecs", "", "--html", str(page)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "VAE" in done.stdout and "dead channels" in done.stdout
+    assert done.stdout.startswith("1 files") and done.stdout.count("left out: ") == 3
     assert page.read_text().count("data:image/png") == 1
     done = subprocess.run([*command[:4], str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("\n") == 1 and "none" in done.stderr

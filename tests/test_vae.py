@@ -71,6 +71,12 @@ def test_warm_start_widens_mono_to_stereo() -> None:
         torch.testing.assert_close(stereo.decode(latents), mono.decode(latents).repeat(1, 2, 1), atol=1e-5, rtol=1e-5)
 
 
+def test_stereo_blocks_go_to_dacs_names_and_back() -> None:
+    vae = lively(VAE(SMALL))
+    again = state_from_dac(state_to_dac(vae), VAE(SMALL))
+    assert all(torch.equal(again[k], v) for k, v in vae.state_dict().items() if ".project." not in k)
+
+
 def test_dac_file_is_read_and_others_are_refused(tmp_path: Path) -> None:
     """A file as descript-audio-codec saves it loads; code, other weights and a missing file are one-line errors."""
     state = state_to_dac(VAE(SMALL))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import load_model_config
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
@@ -78,13 +80,14 @@ class Speeds:
 def our_step(task: VAETask, accelerator: Accelerator, batch: dict[str, Tensor]) -> Callable[[], None]:
     """A whole step as `training.loop` takes it."""
     task.modules = {k: accelerator.prepare_model(m.to(accelerator.device)) for k, m in task.modules.items()}
-    optimizers = {k: accelerator.prepare_optimizer(c.build(task.modules[k])) for k, c in task.optimizers.items()}
+    optimizers = {k: c.build(task.modules[k]) for k, c in task.optimizers.items()}
     update = Update(accelerator, task.config.run, task, optimizers)
 
     def step() -> None:
         update.begin(0)
         with accelerator.autocast():
             task.step(batch, 0, update)
+        update.end()
 
     return step
 
@@ -181,14 +184,17 @@ def main() -> None:
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
     args = parser.parse_args()
-    speeds = measure(
-        args.config,
-        DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
-        batch=args.batch,
-        frames=args.frames,
-        precision=args.precision,
-        steps=args.steps,
-    )
+    try:
+        speeds = measure(
+            args.config,
+            DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
+            batch=args.batch,
+            frames=args.frames,
+            precision=args.precision,
+            steps=args.steps,
+        )
+    except (UserError, ValueError) as error:
+        sys.exit(f"error: {error}")
     print(
         f"seconds of audio per second, {args.batch} crops of {args.frames} frames, precision {args.precision}, "
         f"{torch.get_num_threads()} threads: ours {speeds.ours:.2f}, DAC's blocks {speeds.peer:.2f}, "

@@ -120,6 +120,12 @@ def prune(folder: Path, keep_last: int) -> None:
         shutil.rmtree(path)
 
 
+def tidy(folder: Path) -> None:
+    """Remove what killed runs began to write under `folder`."""
+    for path in folder.glob(".step_*"):
+        shutil.rmtree(path)
+
+
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 

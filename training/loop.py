@@ -6,11 +6,12 @@ killed and started again with the same command repeats what an uninterrupted run
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
-from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint
+from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint, tidy
 from training.ema import EMA
 from training.monitor import Monitor
 from training.task import RunConfig, Task
@@ -41,16 +42,20 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
     state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
-    if not checkpoints(output / "checkpoints"):
-        task.begin(state)
+    new = not checkpoints(output / "checkpoints")
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        tidy(output / "checkpoints")
         save_config(config, output / "config.yaml")
     if run.compile:
         for module in plain.values():
             module.compile(dynamic=False)
     task.modules = {n: accelerator.prepare_model(m) for n, m in plain.items()}
-    update = Update(accelerator, run, task, {n: accelerator.prepare_optimizer(o) for n, o in optimizers.items()})
-    start = _resume(output, state, update.health)
+    update = Update(accelerator, run, task, optimizers)
+    if new:
+        task.begin(state)
+        _checkpoint(run, 0, state, update)  # so that there is one to return to from the first step on
+    start = 0 if new else _resume(output, state, update)
     with Monitor(accelerator, run, task.batch_size, start) as monitor:
         while start < run.steps:
             for step, batches in _batches(task, accelerator, start, run):
@@ -69,7 +74,7 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
                             task.export(output / "best", plain)
                 monitor.show(step, losses | update.grad_norms, update.health)
                 if _due(run.checkpoint_every, step, run.steps) and not update.bad:
-                    _checkpoint(run, accelerator, start, state, update.health)
+                    _checkpoint(run, start, state, update)
     bundle = output / "bundle"
     if accelerator.is_main_process:
         with _Averaged(plain, averages):
@@ -78,29 +83,26 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     return bundle
 
 
-def _resume(output: Path, state: Resumable, health: Health) -> int:
-    """Load the newest checkpoint, if there is one; returns the step to go on with."""
-    done = checkpoints(output / "checkpoints")
-    if not done:
-        return 0
-    info = load_checkpoint(done[-1], state)
-    for key, value in info["health"].items():
-        setattr(health, key, value)
+def _resume(output: Path, state: Resumable, update: Update) -> int:
+    """Load the newest checkpoint; returns the step to go on with."""
+    info = load_checkpoint(checkpoints(output / "checkpoints")[-1], state)
+    update.health = Health(**info["health"])
+    if update.scaler is not None and info.get("scaler"):
+        update.scaler.load_state_dict(info["scaler"])
     return info["step"]
 
 
 def _return(output: Path, step: int, state: Resumable, update: Update) -> int:
     """Go back to the newest checkpoint at half the rates; returns its step."""
-    skipped, returns = update.health.skipped, update.health.returns + 1
-    done = checkpoints(output / "checkpoints")
-    good = str(done[-1]) if done else "none was written"
+    health = replace(update.health, in_a_row=0, returns=update.health.returns + 1)
+    good = checkpoints(output / "checkpoints")[-1]
     row = f"losses or gradients were not finite in the {update.run.max_bad_steps} steps up to {step}"
-    if not done or returns > update.run.max_returns:
+    if health.returns > update.run.max_returns:
         raise UserError(f"{row}; last good checkpoint: {good}. Lower the learning rates or max_grad_norm")
-    start = _resume(output, state, update.health)
-    update.health.skipped, update.health.returns, update.health.in_a_row = skipped, returns, 0
+    start = _resume(output, state, update)
+    update.health = health
     if update.accelerator.is_main_process:
-        print(f"\n{row}: back to {good}, learning rates times {0.5**returns:g}", file=sys.stderr, flush=True)
+        print(f"\n{row}: back to {good}, learning rates times {0.5**health.returns:g}", file=sys.stderr, flush=True)
     return start
 
 
@@ -110,11 +112,15 @@ def _due(every: int, step: int, steps: int) -> bool:
 
 def _accelerator(run: RunConfig, output: Path) -> Accelerator:
     trackers = [] if run.tracker == "none" else [run.tracker]
+    if trackers and importlib.util.find_spec(run.tracker) is None:
+        raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {output} can't be made ({error.strerror})") from error
     accelerator = Accelerator(mixed_precision=run.precision, log_with=trackers, project_dir=str(output))
+    if run.precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("precision: fp16 needs a GPU, whose loss scaling it relies on; choose bf16 or no")
     accelerator.init_trackers("logs")
     return accelerator
 
@@ -144,17 +150,17 @@ def _step(task: Task, batches: Iterator[Any], step: int, update: Update) -> dict
     """One update of everything; returns the losses, averaged over the batches."""
     accelerator, count = update.accelerator, update.run.accumulate
     update.begin(step)
-    rows = []
+    rows: list[dict[str, Tensor]] = []
     for index, batch in enumerate(batches):
         torch.manual_seed(_mix(update.run.seed, step * count + index, accelerator.process_index))
-        update.last = index + 1 == count
         with ExitStack() as stack:
-            if not update.last:  # processes share gradients once, with the last batch
+            if index + 1 < count:  # processes share gradients once, with the last batch
                 for module in task.modules.values():
                     stack.enter_context(accelerator.no_sync(module))
             stack.enter_context(accelerator.autocast())
-            rows.append(task.step(_to(batch, accelerator.device), step, update))
-    return {k: torch.stack([row[k].detach().float() for row in rows]).nanmean() for k in rows[0]}
+            losses = task.step(_to(batch, accelerator.device), step, update)
+        rows.append({k: v.detach().float() for k, v in losses.items()})  # their graphs may go
+    return {k: torch.stack([row[k] for row in rows]).nanmean() for k in rows[0]}
 
 
 class _Averaged:
@@ -173,12 +179,13 @@ class _Averaged:
             self.modules[name].load_state_dict(raw)
 
 
-def _checkpoint(run: RunConfig, accelerator: Accelerator, step: int, state: Resumable, health: Health) -> None:
+def _checkpoint(run: RunConfig, step: int, state: Resumable, update: Update) -> None:
     folder = Path(run.output) / "checkpoints"
-    if accelerator.is_main_process:
-        save_checkpoint(folder, step, state, {"seed": run.seed, "health": asdict(health)})
+    if update.accelerator.is_main_process:
+        scaler = update.scaler.state_dict() if update.scaler is not None else None
+        save_checkpoint(folder, step, state, {"seed": run.seed, "health": asdict(update.health), "scaler": scaler})
         prune(folder, run.keep_last)
-    accelerator.wait_for_everyone()
+    update.accelerator.wait_for_everyone()
 
 
 def _to(batch: Any, device: torch.device) -> Any:

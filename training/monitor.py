@@ -42,7 +42,8 @@ class Monitor:
         if step % self.run.log_every and step + 1 != self.run.steps:
             return
         # NaN: a figure of which a process had no items.
-        gathered = {k: self.accelerator.gather(v.detach().float().reshape(1)) for k, v in losses.items()}
+        device = self.accelerator.device
+        gathered = {k: self.accelerator.gather(v.detach().float().reshape(1).to(device)) for k, v in losses.items()}
         figures = {k: float(v.nanmean()) for k, v in gathered.items() if not bool(v.isnan().all())}
         now, (then, last) = time.monotonic(), self.last
         figures |= {"updates/skipped": health.skipped, "updates/returns": health.returns}

@@ -18,6 +18,7 @@ from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.bundle import load_model_config, load_part, read_part
 from stable_audio_lite.data.latents import LatentCache, encoder_hash, finish_cache, write_latent
 from stable_audio_lite.data.manifest import Item, read_items
+from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
 from training.command import main
@@ -31,12 +32,15 @@ class PreEncodeConfig:
         vae: bundle with the VAE.
         data: folder of audio with captions.
         output: folder for the latents.
+        max_unreadable: share of the data's files that may be unreadable; they are left out and listed in the output's
+            `unreadable.jsonl`.
         dtype: of the VAE's weights and activations; the posterior is float32 either way.
     """
 
     vae: str
     data: str
     output: str
+    max_unreadable: float = 0.01
     dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -44,7 +48,8 @@ def run(config: PreEncodeConfig) -> Path:
     """Encode what is not encoded yet; returns the cache's folder.
 
     Raises:
-        UserError: the cache was made by another VAE, or an item has no caption.
+        UserError: the cache was made by another VAE or of other items, an item has no caption, or too many can't be
+            read.
     """
     from tqdm import tqdm
 
@@ -59,10 +64,16 @@ def run(config: PreEncodeConfig) -> Path:
     cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels))
     # Items belong to a process by number, not by what is left: another one may already be writing.
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
-    todo = [i for i in mine if not cache.path(i).exists()]
+    todo = [i for i in mine if not cache.holds(i, items[i].name)]
+    unreadable = Unreadable(len(items), config.max_unreadable, config.output)
     for index in tqdm(todo, unit="item", disable=not accelerator.is_main_process):
         item = items[index]
-        write_latent(cache, index, encode_item(vae, item, model.sample_rate), item.captions, item.truth)
+        try:
+            latent = encode_item(vae, item, model.sample_rate)
+        except UserError as error:
+            unreadable.add(item.path, error)
+        else:
+            write_latent(cache, index, latent, item.name, item.captions, item.truth)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish_cache(cache, len(items))

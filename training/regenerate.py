@@ -74,7 +74,7 @@ def run(config: RegenerateConfig) -> Path:
         raise UserError(f"lowest: {config.lowest} should lie above the level at which {config.bundle} ends, {least}")
     encoder = encoder_hash(read_part(config.bundle, "vae"), model.config.vae.slow_channels)
     windows = LatentWindows(
-        config.latents,
+        (config.latents,),
         model.config.latent_frames,
         silence_latent(config.bundle),
         encoder,
@@ -84,15 +84,17 @@ def run(config: RegenerateConfig) -> Path:
     cache = LatentCache(Path(config.output), encoder)
     batches = [range(i, min(i + config.batch_size, len(windows))) for i in range(0, len(windows), config.batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    todo = [numbers for numbers in mine if not all(cache.path(i).exists() for i in numbers)]
-    for numbers in tqdm(todo, unit="batch", disable=not accelerator.is_main_process):
-        drawn = [windows.cut(i, 0, windows.entries[i][1]["captions"][0]) for i in numbers]
-        for index, latent in zip(numbers, denoise_again(model, drawn, numbers, config), strict=True):
+    todo = [entries for entries in mine if not all(cache.path(windows.numbers[i]).exists() for i in entries)]
+    for entries in tqdm(todo, unit="batch", disable=not accelerator.is_main_process):
+        drawn = [windows.cut(i, 0, windows.entries[i][1]["captions"][0]) for i in entries]
+        for index, latent in zip(entries, denoise_again(model, drawn, entries, config), strict=True):
             about = windows.entries[index][1]
-            write_latent(cache, index, latent, about["captions"], about["truth"])
+            write_latent(
+                cache, windows.numbers[index], latent, about.get("name", ""), about["captions"], about["truth"]
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_cache(cache, len(windows))
+        finish_cache(cache, windows.items)
     return cache.folder
 
 

@@ -128,6 +128,10 @@ class Task(ABC):
         Returns named figures to log, the same names in all processes and batches of a step.
         """
 
+    def rate(self, name: str, step: int, steps: int) -> float:
+        """Learning rate of module `name` in update `step` (from 0) of `steps`."""
+        return self.optimizers[name].rate(step, steps)
+
     @abstractmethod
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         """Write the bundle from unwrapped modules that hold the averaged weights."""

@@ -6,6 +6,7 @@ Besides the bundle it writes `transformers/`, which `transformers.ClapModel.from
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from stable_audio_lite.conditioning.text import split_clap
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
+from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
 from training.command import main
@@ -41,6 +43,8 @@ class TrainClapConfig:
         data: folder of captioned audio to train on; the tokenizer learns from all its captions.
         held_out: folder of captioned audio for retrieval figures, or null.
         held_out_items: how many of those to use; 0 for all.
+        max_unreadable: share of the data's files that may be unreadable; others take their place, and
+            `unreadable.jsonl` beside the checkpoints lists them.
         gain_db: the level of each crop is changed by up to this many dB either way.
         dropout: of hidden units in both towers; with few steps it drowns what the text tower learns from.
         masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
@@ -51,6 +55,7 @@ class TrainClapConfig:
     data: str
     held_out: str | None = None
     held_out_items: int = 0
+    max_unreadable: float = 0.01
     batch_size: int = 64
     dropout: float = 0.1
     gain_db: float = 6.0
@@ -93,6 +98,7 @@ class ClapTask(Task):
         self.batch_size = config.batch_size
         self.items = _captioned(config.data)
         self.mels = Mels(self.items, self.model.clap)
+        self.unreadable = Unreadable(len(self.items), config.max_unreadable, config.run.output)
         captions = (caption for item in self.items for caption in item.captions)
         self.tokenizer = train_tokenizer(captions, self.model.clap.vocab_size)
         torch.manual_seed(config.run.seed)
@@ -110,16 +116,28 @@ class ClapTask(Task):
         # One permutation for all processes, so that no item meets itself as a negative.
         seed = self.config.run.seed
         order = torch.randperm(len(self.items), generator=generator(seed, number)).tolist()
-        chosen = order[rank * self.batch_size : (rank + 1) * self.batch_size]
+        own_places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        chosen, mels = zip(*(self._readable(order, place, world) for place in own_places), strict=True)
         own = [generator(seed, number, index) for index in chosen]
         captions = [_pick(self.items[i].captions, g) for i, g in zip(chosen, own, strict=True)]
-        mels = [self.mels(i) for i in chosen]
         views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
-        longer = self._longer(mels)
+        longer = self._longer(list(mels))
         if self.model.clap.audio_fusion and longer.sum() < 2:
             longer[:2] = True  # the fusion weights need a gradient in every batch, and their batch norm two items
         return {"ids": ids, "mask": mask, "mels": views, "longer": longer}
+
+    def _readable(self, order: list[int], place: int, world: int) -> tuple[int, Tensor]:
+        """Number and spectrogram of the item at `place`, or of the first readable one that no process has drawn."""
+        rest = order[world * self.batch_size :]
+        for index in (order[place], *rest[place:], *rest[:place]):
+            try:
+                return index, self.mels(index)
+            except UserError as error:
+                self.unreadable.add(self.items[index].path, error)
+        raise UserError(
+            f"{self.config.data}: no further item can be read in the place of {self.items[order[place]].path}"
+        )
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         text, audio = self.modules["clap"](batch["ids"], batch["mask"], batch["mels"], batch["longer"])
@@ -164,8 +182,21 @@ class ClapTask(Task):
         assert self.config.held_out is not None
         items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
         mels = Mels(items, self.model.clap)
+
+        def read(index: int) -> Tensor | None:
+            try:
+                return mels(index)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+                return None
+
         with ThreadPoolExecutor(2) as pool:
-            whole_mels = list(pool.map(mels, range(len(items))))
+            found = [
+                (i, mel) for i, mel in zip(items, pool.map(read, range(len(items))), strict=True) if mel is not None
+            ]
+        if not found:
+            raise UserError(f"{self.config.held_out}: none of the {len(items)} items can be read")
+        items, whole_mels = [item for item, _ in found], [mel for _, mel in found]
         views = torch.stack([clap_views(self.model.clap, mel) for mel in whole_mels])
         ids, mask = _tokens(self.tokenizer, [i.captions[0] for i in items], self.model.clap.max_tokens)
         whole = {"ids": ids, "mask": mask, "mels": views, "longer": self._longer(whole_mels)}

@@ -41,7 +41,7 @@ class TrainDiffusionConfig:
 
     Attributes:
         model: path of the model's YAML file.
-        latents: folder written by training.pre_encode.
+        latents: folders written by training.pre_encode, whose items are trained on alike.
         held_out: another such folder for the validation loss, or null.
         vae: bundle with the VAE that made the latents.
         clap: bundle with the text encoder, or a pretrained CLAP: transformers folder, hub id or LAION `.pt`.
@@ -54,7 +54,7 @@ class TrainDiffusionConfig:
     """
 
     model: str
-    latents: str
+    latents: tuple[str, ...]
     held_out: str | None = None
     vae: str
     clap: str
@@ -67,6 +67,8 @@ class TrainDiffusionConfig:
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
+        if not self.latents:
+            raise ValueError("latents is empty; list the folders that training.pre_encode wrote")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.condition_dropout <= 1:
@@ -111,7 +113,7 @@ class DiffusionTask(Task):
         statistics = self._go_on_from(config.initial, model) if config.initial else None
         self.windows = self._windows(config.latents, statistics)
         shared = (self.windows.mean, self.windows.std)
-        self.validation = self._windows(config.held_out, shared) if config.held_out else None
+        self.validation = self._windows((config.held_out,), shared) if config.held_out else None
         model.unet.gradient_checkpointing = config.gradient_checkpointing
         model.unet.latent_mean.copy_(self.windows.mean)
         model.unet.latent_std.copy_(self.windows.std)
@@ -190,9 +192,9 @@ class DiffusionTask(Task):
         load_part(bundle, "conditioner", model.conditioner)
         return model.unet.latent_mean.float().clone(), model.unet.latent_std.float().clone()
 
-    def _windows(self, folder: str, statistics: tuple[Tensor, Tensor] | None) -> LatentWindows:
+    def _windows(self, folders: tuple[str, ...], statistics: tuple[Tensor, Tensor] | None) -> LatentWindows:
         seconds = self.model.hop / self.model.sample_rate
-        return LatentWindows(folder, self.model.latent_frames, self.silence, self._encoder, seconds, statistics)
+        return LatentWindows(folders, self.model.latent_frames, self.silence, self._encoder, seconds, statistics)
 
     @cached_property
     def _encoder(self) -> str:

@@ -5,19 +5,19 @@ With `freeze_encoder` and `initial` it is the second phase: the decoder learns o
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import load_model_config, load_part, save_bundle
+from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_part, save_bundle
 from stable_audio_lite.data.crops import Crops, LatentCrops, item_numbers
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.data.manifest import read_items
-from stable_audio_lite.files import replacing
+from stable_audio_lite.data.unreadable import Unreadable
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import VAE, Posterior
@@ -67,6 +67,7 @@ class TrainVAEConfig:
         data: folder of audio to train on.
         held_out: folder of audio to evaluate on, or null.
         crop_frames: length of a crop in latent frames.
+        held_out_crops: number of crops to evaluate on.
         endings: share of the crops that lie across the end of their item: a decoder has to know silence, with which
             the U-Net's windows end.
         gain_db: the level of each crop is changed by up to this many dB either way.
@@ -80,7 +81,8 @@ class TrainVAEConfig:
         balance: norm per item of the gradient at the output, of which each loss gets a share by its weight (EnCodec's
             balancer); 0 adds the weighted losses up.
         discriminator: shape of the discriminator, or null for none.
-        discriminator_start: step from which it learns and is heard.
+        discriminator_start: step from which it learns; its learning rate is warmed up from there.
+        adversarial_start: step from which it is heard, or null for the step from which it learns.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
         continues: `run.output` of an earlier run whose newest checkpoint gives the discriminator's weights and both
             optimizers' state, or null to start these anew; with `initial`.
@@ -92,6 +94,7 @@ class TrainVAEConfig:
     model: str
     data: str
     held_out: str | None = None
+    held_out_crops: int = 16
     crop_frames: int = 64
     endings: float = 0.0
     noise: float = 1.0
@@ -109,22 +112,27 @@ class TrainVAEConfig:
     discriminator: DiscriminatorConfig | None = None
     discriminator_optimizer: OptimizerConfig | None = None
     discriminator_start: int = 0
+    adversarial_start: int | None = None
     initial: str | None = None
     continues: str | None = None
     freeze_encoder: bool = False
     latents: str | None = None
 
     def __post_init__(self) -> None:
-        if self.latents and not (self.freeze_encoder and self.initial):
-            raise ValueError("latents needs freeze_encoder and initial: the decoder of a finished encoder learns")
+        if self.freeze_encoder and not self.initial:
+            raise ValueError("freeze_encoder needs initial: the bundle whose encoder is finished")
+        if self.latents and not self.freeze_encoder:
+            raise ValueError("latents needs freeze_encoder: the decoder of a finished encoder learns")
         if self.latents and (self.gain_db or self.inverted):
             raise ValueError("latents are of the recordings as they are: leave out gain_db and inverted")
         if self.continues and not self.initial:
             raise ValueError("continues needs initial: the bundle whose VAE goes on")
         if (self.discriminator is None) != (self.discriminator_optimizer is None):
             raise ValueError("discriminator and discriminator_optimizer go together: give both or neither")
-        if min(self.crop_frames, self.batch_size) < 1:
-            raise ValueError("crop_frames and batch_size must be at least 1")
+        if min(self.crop_frames, self.batch_size, self.held_out_crops) < 1:
+            raise ValueError("crop_frames, batch_size and held_out_crops must be at least 1")
+        if not self.stft_windows or min(self.stft_windows) < 4:
+            raise ValueError(f"stft_windows must be one length of at least 4 or several, got {self.stft_windows}")
         for name in ("endings", "inverted", "max_unreadable"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
@@ -143,21 +151,28 @@ class VAETask(Task):
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         samples = config.crop_frames * self.model.vae.hop
+        windows = (*config.stft_windows, *(config.discriminator.windows if config.discriminator else ()))
+        if max(windows) // 2 >= samples:
+            raise UserError(
+                f"crop_frames: {samples} samples are too few for a window of {max(windows)}; take longer crops"
+            )
+        items = read_items(config.data)
+        self.unreadable = Unreadable(len(items), config.max_unreadable, config.run.output)
         self.crops = Crops(
-            read_items(config.data),
+            items,
             self.model.sample_rate,
             samples,
             config.run.seed,
             endings=config.endings,
             gain_db=config.gain_db,
             inverted=config.inverted,
-            max_unreadable=config.max_unreadable,
+            unreadable=self.unreadable,
         )
         self.validation = self._validation(samples)
         torch.manual_seed(config.run.seed)
         vae = VAE(self.model.vae)
         if config.initial:
-            _start_from(config.initial, vae)
+            _start_from(config.initial, vae, self.model, config.freeze_encoder)
         vae.encoder.requires_grad_(not config.freeze_encoder)
         self.modules: dict[str, nn.Module] = {"vae": vae}
         self.optimizers = {"vae": config.optimizer}
@@ -188,11 +203,11 @@ class VAETask(Task):
         numbers = item_numbers(number, rank, world, self.batch_size)
         shape = (self.model.vae.latent_channels, self.config.crop_frames)
         noise = self.config.noise * item_noise(self.config.run.seed, numbers, shape)
-        listed = len(self.crops.unreadable)
-        audio = self.crops.batch(number, self.batch_size, rank, world)
-        if len(self.crops.unreadable) > listed:
-            self._list_unreadable(rank)
-        return {"audio": audio, "noise": noise}
+        return {"audio": self.crops.batch(number, self.batch_size, rank, world), "noise": noise}
+
+    def rate(self, name: str, step: int, steps: int) -> float:
+        first = self.config.discriminator_start if name == "discriminator" else 0
+        return super().rate(name, step - first, steps - first)
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         audio = batch["audio"]
@@ -203,8 +218,9 @@ class VAETask(Task):
         judged = "discriminator" in self.modules and step >= self.config.discriminator_start
         if judged:
             real, fake = (self.modules["discriminator"](sound) for sound in (audio, heard))
-            losses["adversarial/generator"] = hinge_generator(fake)
-            losses["adversarial/features"] = feature_matching(real, fake)
+            if step >= (self.config.adversarial_start or 0):
+                losses["adversarial/generator"] = hinge_generator(fake)
+                losses["adversarial/features"] = feature_matching(real, fake)
         total = self._total(losses, heard, update)
         loss = total.detach() + ((output.float() - heard.detach()) * update.gradient(total, heard)).sum()
         if not self.config.freeze_encoder:
@@ -214,7 +230,7 @@ class VAETask(Task):
         if judged:
             update("discriminator", hinge := hinge_discriminator(real, fake))
             losses["discriminator/hinge"] = hinge.detach()
-        figures = {"data/unreadable": torch.tensor(len(self.crops.unreadable))}
+        figures = {"data/unreadable": torch.tensor(len(self.unreadable))}
         figures["latent/std"] = (batch["latents"] if mean is None else mean.detach()).std()
         total = torch.stack([self._weights[k] * v.detach() for k, v in losses.items() if k in self._weights]).sum()
         return {"loss/total": total} | losses | figures
@@ -223,13 +239,17 @@ class VAETask(Task):
         """Reconstruction losses of the posterior mean on fixed held-out crops."""
         if self.validation is None:
             return {}
-        audio = self.validation.to(next(self.modules["vae"].parameters()).device)
-        noise = torch.zeros(len(audio), self.model.vae.latent_channels, self.config.crop_frames, device=audio.device)
-        output, _, _ = self.modules["vae"](audio, noise)
-        losses = self._reconstruction(output, audio)
-        error = (audio - output.float()).square().sum((1, 2))
-        snr = 10 * torch.log10(audio.square().sum((1, 2)).clamp_min(1e-8) / error.clamp_min(1e-8))
-        return {f"held_out/{k}": float(v) for k, v in losses.items()} | {"held_out/snr_db": float(snr.mean())}
+        device = next(self.modules["vae"].parameters()).device
+        totals: dict[str, float] = {}
+        for crops in self.validation.split(self.batch_size):
+            audio = crops.to(device)
+            noise = torch.zeros(len(audio), self.model.vae.latent_channels, self.config.crop_frames, device=device)
+            output, _, _ = self.modules["vae"](audio, noise)
+            error = (audio - output.float()).square().sum((1, 2))
+            snr = 10 * torch.log10(audio.square().sum((1, 2)).clamp_min(1e-8) / error.clamp_min(1e-8))
+            for name, value in (self._reconstruction(output, audio) | {"snr_db": snr.mean()}).items():
+                totals[name] = totals.get(name, 0.0) + float(value) * len(audio) / len(self.validation)
+        return {f"held_out/{name}": value for name, value in totals.items()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         save_bundle(folder, self.model, {"vae": modules["vae"].state_dict()})
@@ -240,17 +260,12 @@ class VAETask(Task):
         frames, seed = config.crop_frames, config.run.seed
         return LatentCrops(self.crops.items, config.latents or "", encoder, rate, hop, frames, seed, config.endings)
 
-    def _list_unreadable(self, rank: int) -> None:
-        name = f"unreadable_{rank}.jsonl" if rank else "unreadable.jsonl"
-        rows = [json.dumps({"file": str(p), "error": error}) for p, error in self.crops.unreadable.items()]
-        with replacing(Path(self.config.run.output) / name) as temporary:
-            temporary.write_text("".join(f"{row}\n" for row in rows))
-
     def _validation(self, samples: int) -> Tensor | None:
         if self.config.held_out is None:
             return None
-        crops = Crops(read_items(self.config.held_out), self.model.sample_rate, samples, seed=0, max_unreadable=1.0)
-        return crops.batch(0, self.batch_size)
+        items = read_items(self.config.held_out)
+        crops = Crops(items, self.model.sample_rate, samples, seed=0, unreadable=Unreadable(len(items), 1.0))
+        return crops.batch(0, self.config.held_out_crops)
 
     def _reconstruction(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         with torch.autocast(output.device.type, enabled=False):
@@ -261,7 +276,7 @@ class VAETask(Task):
 
     def _total(self, losses: dict[str, Tensor], output: Tensor, update: Update) -> Tensor:
         if self.balancer:
-            return self.balancer(losses, output, update.mean)
+            return self.balancer(losses, output, update.gradient, update.mean)
         return torch.stack([self._weights[k] * v for k, v in losses.items()]).sum()
 
     @cached_property
@@ -280,11 +295,18 @@ class VAETask(Task):
         }
 
 
-def _start_from(source: str, vae: VAE) -> None:
+def _start_from(source: str, vae: VAE, model: StableAudioConfig, keep_latents: bool) -> None:
+    """Load a bundle's VAE, or a DAC's; `keep_latents` refuses a bundle that is configured to make others."""
     if Path(source).suffix in (".pth", ".pt"):
         vae.load_state_dict(state_from_dac(read_dac(source), vae))
-    else:
-        load_part(source, "vae", vae)
+        return
+    theirs = load_model_config(source)
+    pairs = {f"vae.{f.name}": [getattr(c.vae, f.name) for c in (theirs, model)] for f in fields(model.vae)}
+    pairs["sample_rate"] = [theirs.sample_rate, model.sample_rate]
+    if keep_latents and (other := [name for name, (a, b) in pairs.items() if a != b]):
+        name = other[0]
+        raise UserError(f"freeze_encoder: {source} has {name} {pairs[name][0]}, the model has {pairs[name][1]}")
+    load_part(source, "vae", vae)
 
 
 def run(config: TrainVAEConfig) -> Path:

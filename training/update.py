@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from training.task import RunConfig, Task
 
@@ -38,67 +38,73 @@ class Health:
 
 
 class Update:
-    """Backward, clip, optimizer step; one call per optimizer and step."""
+    """Backward passes as losses come, then clipping and the optimizers' steps at the step's end."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Any]):
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
+        self.scaler = accelerator.scaler  # of the loss, in fp16 alone
         self.health = Health()
         self.grad_norms: dict[str, Tensor] = {}
-        self.step, self.bad, self.last = 0, False, True
-        self.spoiled: set[str] = set()  # modules of which a loss in this step was not finite
+        self.step, self.bad, self.overflow = 0, False, False
+        self.finite: dict[str, bool] = {}  # by module: whether all its losses in this step were
 
     def begin(self, step: int) -> None:
         """Start `step` (from 0)."""
-        self.step, self.bad, self.spoiled = step, False, set()
+        self.step, self.bad, self.overflow, self.finite = step, False, False, {}
 
     def __call__(self, name: str, loss: Tensor) -> None:
-        """Add the gradient of `loss` (a scalar) for module `name` and, with the step's last batch, update it.
-
-        Where a loss or the gradient is not finite, the update is left out and counted.
-        """
-        if bool(torch.isfinite(self.accelerator.gather(loss.detach())).all()):
+        """Add the gradient of `loss` (a scalar) for module `name`, which `end` will update."""
+        finite = bool(torch.isfinite(self.accelerator.gather(loss.detach())).all())
+        self.finite[name] = self.finite.get(name, True) and finite
+        if finite:
             self.accelerator.backward(loss / self.run.accumulate)
-        else:
-            self.spoiled.add(name)
-        if self.last:
-            self._update(name)
-
-    def _update(self, name: str) -> None:
-        optimizer = self.optimizers[name]
-        if name in self.spoiled:
-            self._skip(optimizer)
-            return
-        for group in optimizer.param_groups:
-            group["lr"] = self.task.optimizers[name].rate(self.step, self.run.steps) * 0.5**self.health.returns
-        parameters = self.task.modules[name].parameters()
-        norm = self.accelerator.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf)
-        self.grad_norms[f"grad_norm/{name}"] = norm
-        # In fp16 a gradient may overflow now and then: the loss scaler skips that step itself and lowers its scale.
-        if self.run.precision != "fp16" and not bool(torch.isfinite(norm)):
-            self._skip(optimizer)
-            return
-        optimizer.step()
-        optimizer.zero_grad()
 
     def gradient(self, loss: Tensor, at: Tensor) -> Tensor:
         """Gradient of `loss` with respect to `at`, whose graph stays; computed at the loss scale that fp16 needs."""
-        scaler = self.accelerator.scaler
-        scale = scaler.get_scale() if scaler is not None else 1.0
-        return torch.autograd.grad(scale * loss, at, retain_graph=True)[0] / scale
+        if self.scaler is None:
+            return torch.autograd.grad(loss, at, retain_graph=True)[0]
+        scale = self.scaler.get_scale()
+        gradient = torch.autograd.grad(scale * loss, at, retain_graph=True)[0] / scale
+        fits = torch.isfinite(gradient).all() | ~torch.isfinite(loss.detach()).all()
+        self.overflow = self.overflow or not bool(self.accelerator.gather(fits).all())
+        return gradient
 
     def mean(self, values: Tensor) -> Tensor:
         """`values` averaged over the processes."""
         return self.accelerator.reduce(values, "mean")
 
     def end(self) -> bool:
-        """Close the step; whether too many in a row were bad."""
+        """Update each module that a loss was given for; whether too many steps in a row were bad by now.
+
+        Where a loss or the gradient is not finite, the update is left out and counted. In fp16 a gradient may overflow
+        now and then: that update is left out as well and the loss scale lowered, which counts as nothing bad.
+        """
+        for name, finite in self.finite.items():
+            optimizer = self.optimizers[name]
+            if not finite or not self._clip(name, optimizer):
+                if not self.overflow:
+                    self.health.skipped += 1
+                    self.bad = True
+            else:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.task.rate(name, self.step, self.run.steps) * 0.5**self.health.returns
+                with self.accelerator.autocast():  # of Muon's matrix products
+                    self.scaler.step(optimizer) if self.scaler is not None else optimizer.step()
+            optimizer.zero_grad()
+        if self.scaler is not None and self.overflow:
+            self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        elif self.scaler is not None and any(self.finite.values()):
+            self.scaler.update()
         self.health.in_a_row = self.health.in_a_row + 1 if self.bad else 0
         return self.health.in_a_row >= self.run.max_bad_steps
 
-    def _skip(self, optimizer: Any) -> None:
-        optimizer.zero_grad()
-        self.health.skipped += 1
-        self.bad = True
+    def _clip(self, name: str, optimizer: Optimizer) -> bool:
+        """Bring the gradient down to the largest norm; whether it can be used."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)  # and notes what is not finite, for its own step
+        norm = nn.utils.clip_grad_norm_(self.task.modules[name].parameters(), self.run.max_grad_norm or math.inf)
+        self.grad_norms[f"grad_norm/{name}"] = norm
+        return self.scaler is not None or bool(torch.isfinite(norm))
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import struct
 import tempfile
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import check_writable as check_place
 from stable_audio_lite.files import replacing
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ def _resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int) -> Iterat
 
     stream = soxr.ResampleStream(rate, new_rate, 2, dtype="float32", quality="HQ")
     for block in blocks:
-        yield stream.resample_chunk(np.ascontiguousarray(block.T)).T
+        yield stream.resample_chunk(np.array(block.T, order="C")).T
     yield stream.resample_chunk(np.zeros((0, 2), np.float32), last=True).T
 
 
@@ -156,13 +158,8 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
         return samples
     import soxr
 
-    return soxr.resample(samples.T, rate, new_rate, quality="HQ").T.astype(np.float32)
-
-
-def is_silent(samples: Any, floor_db: float = -80.0) -> bool:
-    """Whether no sample of (C, T) reaches `floor_db` dB below full scale."""
-    values = np.asarray(samples)
-    return values.size == 0 or float(np.abs(values).max()) < 10 ** (floor_db / 20)
+    # A copy in C order: soxr doesn't take a single frame whose array is a transposed view.
+    return soxr.resample(np.array(samples.T, order="C"), rate, new_rate, quality="HQ").T.astype(np.float32)
 
 
 def check_writable(path: str | Path) -> None:
@@ -174,15 +171,7 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in WRITABLE:
         raise UserError(f"{path}: unknown suffix '{path.suffix}'; allowed: {', '.join(WRITABLE)}")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    probe = existing / f".stable-audio-lite-probe{path.suffix}"
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{path}: can't be written ({error.strerror}); choose another place with -o") from error
+    check_place(path)
 
 
 def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict[str, Any] | None = None) -> float:
@@ -230,6 +219,8 @@ def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int
         with replacing(path) as final, tempfile.TemporaryFile(dir=final.parent) as raw:
             for block in blocks:
                 values = _finite(path, block)
+                if values.shape[0] != 2:
+                    raise ValueError(f"expected blocks (2, T), got {values.shape}")
                 peak = max(peak, float(np.abs(values).max(initial=0.0)))
                 raw.write(values.T.tobytes())
             gain = 1.0 / max(peak, 1.0)
@@ -267,20 +258,34 @@ def read_metadata(path: str | Path) -> Metadata:
     return Metadata(title=tags.get("title") or None, settings=settings if isinstance(settings, dict) else {})
 
 
+_SHORTENED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "OGG")
+
+
+def _shortened(log: str) -> str | None:
+    """What libsndfile's log says of a file that was cut off, which it reads to its early end without complaint."""
+    if "Last page lacks an end-of-stream bit" in log:
+        return "its last page is missing"
+    for match in re.finditer(r"^\s*(?:data|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+        claimed, found = int(match[1]), int(match[2])
+        if claimed not in (0, _UNKNOWN_SIZE) and found < claimed:
+            return f"holds {found} of {claimed} bytes"
+    return None
+
+
 def _open(path: AudioSource) -> soundfile.SoundFile:
     import soundfile
 
     if not isinstance(path, Stored) and not Path(path).is_file():
         raise UserError(f"{path}: no such audio file")
     try:
-        file = soundfile.SoundFile(path.open() if isinstance(path, Stored) else str(path))
-    except soundfile.SoundFileError as error:
+        file = soundfile.SoundFile(path.open() if isinstance(path, Stored) else os.fsencode(path))
+    except OSError as error:
+        raise UserError(f"{path}: can't be opened ({' '.join(str(error).split())[:160]})") from error
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: raw samples, by their suffix
         raise UserError(f"{path}: can't be read as audio; give a WAV, FLAC, OGG or MP3 file") from error
-    # libsndfile silently shortens a cut-off WAV and only says so in its log.
-    short = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if short and int(short[1]) not in (0, _UNKNOWN_SIZE) and int(short[2]) < int(short[1]):
+    if file.format in _SHORTENED and (loss := _shortened(file.extra_info)):
         file.close()
-        raise UserError(f"{path}: truncated, holds {short[2]} of {short[1]} bytes of samples; fetch it again")
+        raise UserError(f"{path}: truncated, {loss}; fetch it again")
     if file.frames <= 0:
         file.close()
         raise UserError(f"{path}: holds no samples")

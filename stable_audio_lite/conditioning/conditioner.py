@@ -77,7 +77,7 @@ class Conditioner(nn.Module):
         return Condition(tokens, torch.cat([text.mask, attend], dim=1))
 
     def _index(self, name: str, seconds: Tensor, batch: int) -> Tensor:
-        seconds = torch.as_tensor(seconds, dtype=torch.float64)
+        seconds = torch.as_tensor(seconds).detach().cpu().double()  # some devices have no float64
         if seconds.shape != (batch,):
             raise ValueError(f"{name} must hold one value per prompt, ({batch},), got {tuple(seconds.shape)}")
         whole = seconds.round()

@@ -7,8 +7,12 @@ value in one matrix. Sizes are read off the weights.
 from __future__ import annotations
 
 import math
+import pickle
 import re
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +50,7 @@ def read_laion(path: str | Path, tokenizer: str | Path = "FacebookAI/roberta-bas
     """Read a LAION-CLAP checkpoint with an HTSAT and a RoBERTa branch.
 
     Args:
-        path: the `.pt` file; only tensors and plain values are unpickled.
+        path: the `.pt` file; only tensors and plain values are unpickled, and nothing in it is run.
         tokenizer: a `tokenizer.json`, a folder with one, or a hub id; LAION's models use RoBERTa's.
 
     Raises:
@@ -60,9 +64,46 @@ def read_laion(path: str | Path, tokenizer: str | Path = "FacebookAI/roberta-bas
     return ClapWeights(config, state, _tokenizer(tokenizer), str(path))
 
 
+class _Ignored:
+    """Stands in for a NumPy value, which nothing here needs."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Knows how tensors are rebuilt, and nothing else that a pickle could name."""
+
+    _ALLOWED = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        ("torch", "Size"): torch.Size,
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        **{("torch", name): getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "int64")},
+    }
+    _NUMPY = {"numpy", "numpy.core.multiarray", "numpy._core.multiarray"}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in self._NUMPY:
+            return _Ignored
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"names {module}.{name}")
+        return self._ALLOWED[module, name]
+
+
 def _tensors(path: str | Path) -> dict[str, Tensor]:
+    # torch's own `weights_only` refuses these files: they hold training figures as NumPy scalars.
+    safe = ModuleType("tensors alone")  # in the place of the module pickle
+    safe.__dict__.update(Unpickler=_TensorUnpickler, load=lambda file, **more: _TensorUnpickler(file, **more).load())
     try:
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+            raise pickle.UnpicklingError("a TorchScript program, which torch.load would hand to another loader")
+        data: Any = torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; give a LAION-CLAP .pt checkpoint") from error
     except Exception as error:  # torch raises several kinds for broken files and for code in pickles

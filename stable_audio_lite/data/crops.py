@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio
+from stable_audio_lite.audio.io import audio_info, read_audio
 from stable_audio_lite.data.latents import read_latents
 from stable_audio_lite.data.manifest import Item
+from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 
 
@@ -30,17 +31,14 @@ class Crop:
 class Crops:
     """Crops of `samples` samples at `sample_rate`, silence-padded where the file ends before.
 
-    Batches are functions of (seed, number, process), so that a resumed run sees the same ones. In the place of a file
-    that can't be read comes the next one.
+    Batches are functions of (seed, number, process), so that a resumed run sees the same ones. In the place of a crop
+    that can't be read comes one of the next file.
 
     Args:
         endings: share of the crops that lie across an item's end, where half a crop on average is silence.
         gain_db: the level of each crop is changed by up to this many dB either way.
         inverted: share of the crops whose polarity is inverted.
-        max_unreadable: share of the items that may be unreadable.
-
-    Attributes:
-        unreadable: the items met so far that can't be read, and why.
+        unreadable: takes note of what can't be read; None allows nothing of that.
     """
 
     def __init__(
@@ -53,18 +51,17 @@ class Crops:
         endings: float = 0.0,
         gain_db: float = 0.0,
         inverted: float = 0.0,
-        max_unreadable: float = 0.0,
+        unreadable: Unreadable | None = None,
     ):
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
         self.endings, self.gain_db, self.inverted = endings, gain_db, inverted
-        self.max_unreadable = max_unreadable
-        self.unreadable: dict[AudioSource, str] = {}
+        self.unreadable = Unreadable(len(items), 0.0) if unreadable is None else unreadable
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
         """Audio (batch_size, 2, samples) of the `number`-th batch; each epoch goes through all items in a new order.
 
         Raises:
-            UserError: more than `max_unreadable` of the items can't be read.
+            UserError: more of the items can't be read than may be.
         """
         return torch.stack([self.crop(n).audio for n in item_numbers(number, rank, world, batch_size)])
 
@@ -73,12 +70,10 @@ class Crops:
         index = epoch_index(number, len(self.items), self.seed)
         for other in range(len(self.items)):
             item = self.items[(index + other) % len(self.items)]
-            if item.path in self.unreadable:
-                continue
             try:
                 return self._cut(item, random.Random(f"{self.seed}/{number}"))
             except UserError as error:
-                self._note(item, error)
+                self.unreadable.add(item.path, error)
         raise UserError(f"none of the {len(self.items)} files can be read")
 
     def _cut(self, item: Item, rng: random.Random) -> Crop:
@@ -95,20 +90,12 @@ class Crops:
             gain = -gain
         return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total)
 
-    def _note(self, item: Item, error: UserError) -> None:
-        self.unreadable[item.path] = str(error)
-        if len(self.unreadable) > self.max_unreadable * len(self.items):
-            raise UserError(
-                f"{error} ({len(self.unreadable)} of {len(self.items)} files can't be read, max_unreadable allows "
-                f"{self.max_unreadable:.2%}; stable-audio-lite validate-dataset lists them)"
-            ) from error
-
 
 class LatentCrops:
     """Crops of recordings with the latents that are to be decoded into them, both cut at whole latent frames.
 
     Args:
-        items: the recordings, those that `folder` was made of.
+        items: the recordings, those that `folder` was made of; those without a latent are left out.
         folder: latents of the items from their beginning, perhaps with silence after their end.
         encoder: hash of the encoder whose latents they are.
         hop: samples per latent frame.
@@ -130,11 +117,10 @@ class LatentCrops:
         seed: int,
         endings: float = 0.0,
     ):
-        self.items, self.sample_rate, self.hop, self.frames = items, sample_rate, hop, frames
+        self.sample_rate, self.hop, self.frames = sample_rate, hop, frames
         self.seed, self.endings = seed, endings
-        self.latents = read_latents(folder, encoder)
-        if len(self.latents) != len(items):
-            raise UserError(f"{folder}: holds latents of {len(self.latents)} items, the data has {len(items)}")
+        found = read_latents(folder, encoder, [item.name for item in items])
+        self.items, self.latents = [items[i] for i in found], list(found.values())
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         """Audio (batch_size, 2, frames * hop) and latents (batch_size, C, frames) of the `number`-th batch."""
@@ -149,7 +135,7 @@ class LatentCrops:
         sounding = min(math.ceil(audio_info(path).seconds * self.sample_rate / self.hop), latent.shape[1])
         first, last = 0, max(sounding - self.frames, 0)
         if self.endings and rng.random() < self.endings:
-            first, last = last, max(min(sounding - self.frames // 16, latent.shape[1] - self.frames), last)
+            first, last = last, max(min(sounding - max(self.frames // 16, 1), latent.shape[1] - self.frames), last)
         start = rng.randint(first, last)
         seconds = self.hop / self.sample_rate
         samples = self.frames * self.hop

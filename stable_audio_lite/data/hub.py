@@ -52,4 +52,6 @@ def read_items(name: str) -> list[Item]:
 
 def _open(table: Any, index: int, column: str) -> BinaryIO:
     stored = table[index][column]
+    if stored is None:
+        raise FileNotFoundError(f"column '{column}' is empty")
     return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"]).open("rb")

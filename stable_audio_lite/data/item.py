@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from stable_audio_lite.audio.io import AudioSource
@@ -24,6 +25,11 @@ class Item:
     path: AudioSource
     captions: tuple[str, ...] = ()
     truth: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name, without the folder that it lies in."""
+        return PurePath(str(self.path)).name
 
 
 def captions_of(row: dict[str, Any], where: str) -> tuple[str, ...]:

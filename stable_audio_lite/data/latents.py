@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import replacing, save_tensors
 
 _INDEX = "latents.json"
 
@@ -46,31 +46,43 @@ class LatentCache:
 
     def path(self, index: int) -> Path:
         """File of item `index`."""
-        return self.folder / f"{index:08d}.safetensors"
+        return _path(self.folder, index)
+
+    def holds(self, index: int, name: str) -> bool:
+        """Whether the latent of item `index`, the file `name`, is there.
+
+        Raises:
+            UserError: another file's is.
+        """
+        if not self.path(index).exists():
+            return False
+        if (other := _load(self.path(index))[1].get("name") or name) != name:
+            raise UserError(f"{self.path(index)}: is the latent of {other}, not of {name}; choose a new output")
+        return True
 
 
 def write_latent(
-    cache: LatentCache, index: int, latent: Tensor, captions: Sequence[str], truth: Mapping[str, Any]
+    cache: LatentCache, index: int, latent: Tensor, name: str, captions: Sequence[str], truth: Mapping[str, Any]
 ) -> None:
-    """Store the latent (C, F) of item `index` with its captions and metadata."""
-    from safetensors.torch import save_file
-
-    about = {"captions": json.dumps(captions), "truth": json.dumps(truth)}
+    """Store the latent (C, F) of item `index`, the file `name`, with its captions and metadata."""
+    about = {"name": json.dumps(name), "captions": json.dumps(captions), "truth": json.dumps(truth)}
     with replacing(cache.path(index)) as temporary:
-        save_file({"latent": latent.half().contiguous()}, temporary, metadata=about)
+        save_tensors(temporary, {"latent": latent.half()}, about)
 
 
 def finish_cache(cache: LatentCache, count: int) -> None:
-    """Write the index: number of items, and mean and standard deviation per channel over all frames."""
+    """Write the index: which of `count` items have latents, and mean and deviation per channel over all frames."""
     frames, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for index in range(count):
+    present = [index for index in range(count) if cache.path(index).exists()]
+    for index in present:
         latent = _load(cache.path(index))[0].double()
         frames += latent.shape[1]
         total = total + latent.sum(1)
         squares = squares + latent.square().sum(1)
     mean = total / frames
     std = (squares / frames - mean.square()).clamp_min(1e-8).sqrt()
-    row = {"encoder": cache.encoder, "items": count, "mean": mean.tolist(), "std": std.tolist()}
+    missing = sorted(set(range(count)) - set(present))
+    row = {"encoder": cache.encoder, "items": count, "missing": missing, "mean": mean.tolist(), "std": std.tolist()}
     with replacing(cache.folder / _INDEX) as temporary:
         temporary.write_text(json.dumps(row))
 
@@ -89,33 +101,37 @@ class LatentWindows:
     """Windows of `frames` frames from cached latents held in memory, normalised to unit variance per channel.
 
     Where an item is shorter than the window, the rest is `silence`'s latent: what the VAE gives for digital silence.
+    `numbers` has each entry's place in its data set.
 
     Args:
-        folder: what `training.pre_encode` wrote.
+        folders: what runs of `training.pre_encode` wrote; their items follow one another.
         frames: length of a window.
         silence: latent (C, window) of silence, not normalised.
         encoder: hash of the VAE encoder whose decoder generation will use.
         frame_seconds: seconds per latent frame.
-        statistics: mean and standard deviation (C,) to normalise by; the cache's own where None.
+        statistics: mean and standard deviation (C,) to normalise by; those of all frames where None.
 
     Raises:
-        UserError: the cache is unfinished or of another VAE.
+        UserError: a folder is unfinished or of another VAE.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folders: Sequence[str | Path],
         frames: int,
         silence: Tensor,
         encoder: str,
         frame_seconds: float,
         statistics: tuple[Tensor, Tensor] | None = None,
     ):
-        folder = Path(folder)
-        index = _index(folder, encoder)
-        self.mean, self.std = statistics or (torch.tensor(index["mean"]), torch.tensor(index["std"]))
+        indices = {Path(folder): _index(Path(folder), encoder) for folder in folders}
+        self.items = sum(index["items"] for index in indices.values())
+        self.numbers = [number for index in indices.values() for number in _numbers(index)]
+        groups = [[_load(_path(f, i)) for i in _numbers(index)] for f, index in indices.items()]
+        lengths = [sum(latent.shape[1] for latent, _ in group) for group in groups]
+        self.mean, self.std = statistics or _pooled(list(indices.values()), lengths)
         self.frames, self.frame_seconds, self.silence = frames, frame_seconds, self._normal(silence)
-        self.entries = [_load(folder / f"{i:08d}.safetensors") for i in range(index["items"])]
+        self.entries = [entry for group in groups for entry in group]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -150,14 +166,30 @@ def stack(windows: list[Window]) -> dict[str, Any]:
     }
 
 
-def read_latents(folder: str | Path, encoder: str) -> list[Tensor]:
-    """The latents (C, F) of a finished folder, in the order of the items.
+def read_latents(folder: str | Path, encoder: str, names: Sequence[str]) -> dict[int, Tensor]:
+    """The latents (C, F) of a finished folder by the number of the item, of which `names` are the files' names.
 
     Raises:
-        UserError: the folder is unfinished or of another VAE.
+        UserError: the folder is unfinished, of another VAE or of other items.
     """
-    folder = Path(folder)
-    return [_load(folder / f"{i:08d}.safetensors")[0] for i in range(_index(folder, encoder)["items"])]
+    index = _index(Path(folder), encoder)
+    if index["items"] != len(names):
+        raise UserError(f"{folder}: holds latents of {index['items']} items, the data has {len(names)}")
+    found = {number: _load(_path(Path(folder), number)) for number in _numbers(index)}
+    for number, (_, about) in found.items():
+        if (other := about.get("name") or names[number]) != names[number]:
+            raise UserError(f"{folder}: item {number} is {other} there, and {names[number]} in the data; encode again")
+    return {number: latent for number, (latent, _) in found.items()}
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:08d}.safetensors"
+
+
+def _numbers(index: dict[str, Any]) -> list[int]:
+    """Of the items that have latents."""
+    missing = set(index.get("missing", ()))
+    return [number for number in range(index["items"]) if number not in missing]
 
 
 def _index(folder: Path, encoder: str) -> dict[str, Any]:
@@ -167,6 +199,15 @@ def _index(folder: Path, encoder: str) -> dict[str, Any]:
     if index["encoder"] != encoder:
         raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
     return index
+
+
+def _pooled(indices: list[dict[str, Any]], frames: list[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C,) over the frames of several caches."""
+    share = torch.tensor(frames, dtype=torch.float64)[:, None] / sum(frames)
+    means = torch.tensor([index["mean"] for index in indices], dtype=torch.float64)
+    squares = torch.tensor([index["std"] for index in indices], dtype=torch.float64).square() + means.square()
+    mean = (share * means).sum(0)
+    return mean.float(), ((share * squares).sum(0) - mean.square()).sqrt().float()
 
 
 def _load(path: Path) -> tuple[Tensor, dict[str, Any]]:

@@ -48,7 +48,7 @@ def read_items(source: str | Path) -> list[Item]:
 
 def _json_rows(listing: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) pairs; a row may be anything that JSON can hold."""
-    for number, line in enumerate(_text(listing).splitlines(), 1):
+    for number, line in enumerate(_text(listing).split("\n"), 1):
         if line.strip():
             where = f"{listing}: line {number}"
             try:

@@ -76,8 +76,8 @@ def _open(address: str) -> BinaryIO:
 
     try:
         return fsspec.open(address, "rb").open()
-    except ImportError as error:
-        raise UserError(f"{address}: {error}") from error
+    except Exception as error:  # each kind of storage has errors of its own
+        raise UserError(f"{address}: can't be opened ({' '.join(str(error).split())[:160]})") from error
 
 
 def _open_member(address: str, offset: int, size: int) -> BinaryIO:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
+_MAY_BE_ZERO = ("audio_fusion", "mel_lowest")
 PAD_TOKEN = 1  # RoBERTa's; positions are counted from PAD_TOKEN + 1
 
 
@@ -64,6 +65,11 @@ class ClapConfig:
     embedding: int = 512
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if field.name not in _MAY_BE_ZERO and (not sizes or min(sizes) <= 0):
+                raise ValueError(f"{field.name} must be above 0, got {value}")
         if self.text_layers < 2:
             raise ValueError(f"text_layers must be at least 2 (the next-to-last is used), got {self.text_layers}")
         if self.text_width % self.text_heads:

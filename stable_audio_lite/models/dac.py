@@ -45,13 +45,15 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tenso
     channels = vae.config.audio_channels
     last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
     state = dict(vae.state_dict())
+    first = dac_state.get(_dac_name("encoder.layers.0.weight_v"))
+    mono = channels > 1 and first is not None and first.shape[1] == 1
     for key, value in dac_state.items():
         name = _our_name(key)
         if name is None or name not in state:
             continue
-        if channels > 1 and name == "encoder.layers.0.weight_v" and value.shape[1] == 1:
+        if mono and name == "encoder.layers.0.weight_v":
             value = value.repeat(1, channels, 1)
-        elif channels > 1 and name == "encoder.layers.0.weight_g":
+        elif mono and name == "encoder.layers.0.weight_g":
             # |v| grew by sqrt(channels) with the copies and the response by channels: undo the latter.
             value = value / math.sqrt(channels)
         elif channels > 1 and name.startswith(last) and value.shape[0] == 1:

@@ -261,8 +261,9 @@ class VAE(nn.Module):
         the whole; no more than that and a block is held.
 
         Raises:
-            ValueError: the blocks' shape is not (B, audio_channels, T), or all are empty.
+            ValueError: the blocks' shape is not (B, audio_channels, T), all are empty, or chunks are.
         """
+        _check_chunks(chunk_frames)
         halo = self.encoder_halo
         held: Tensor | None = None
         left = start = 0  # frames: of the first sample held, and of the next posterior
@@ -297,8 +298,9 @@ class VAE(nn.Module):
         much around it as it depends on, so the pieces equal the whole.
 
         Raises:
-            ValueError: the shape is not (B, latent_channels, F) with F > 0.
+            ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
         """
+        _check_chunks(chunk_frames)
         self._check_latents(latents)
         x = latents.to(self.encoder.project.weight.dtype)
         layers = list(self.decoder.layers)
@@ -383,6 +385,11 @@ def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
     return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
+
+
+def _check_chunks(frames: int) -> None:
+    if frames < 1:
+        raise ValueError(f"chunk_frames must be at least 1, got {frames}")
 
 
 def _reach(layers: list[nn.Module]) -> int:

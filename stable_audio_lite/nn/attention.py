@@ -1,7 +1,7 @@
 """Attention over (B, T, C) sequences, and the `Condition` that cross-attention reads.
 
 Keys and values of a condition do not depend on the noisy input, so cross-attention takes them ready-made
-(`CrossAttention.keys_values`): a sampler projects them once per generation, not once per step.
+(`Attention.keys_values`): a sampler projects them once per generation, not once per step.
 """
 
 from __future__ import annotations

@@ -1,0 +1,179 @@
+"""Latents and the U-Net that learns on them: caches that fit, exact continuation, noise levels, dropped conditions."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from training_runs import (
+    ONE_THREAD,
+    ROOT,
+    assert_same_weights,
+    clap_settings,
+    diffusion_settings,
+    kill,
+    load,
+    vae_settings,
+)
+
+from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.errors import UserError
+from training import pre_encode, train_clap, train_diffusion, train_vae
+
+
+def test_stratified_times_cover_every_part() -> None:
+    times = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0))
+    assert sorted((times * 8).long().tolist()) == list(range(8))
+    late = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
+    assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
+
+
+def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Above the lowest time, at every level there, the same on every call."""
+    settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"lowest_time": 0.5}
+    task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    with torch.no_grad():
+        figures = task.evaluate(0)
+        assert figures == task.evaluate(9)
+    assert set(figures) == {"held_out/v", "held_out/v_t2of4", "held_out/v_t3of4"}
+    assert figures["held_out/v"] == pytest.approx((figures["held_out/v_t2of4"] + figures["held_out/v_t3of4"]) / 2)
+
+
+def test_levels_without_items_are_logged_as_nan() -> None:
+    """Every process names every level, or those that log together wait for each other."""
+    figures = train_diffusion.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]))
+    assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
+
+
+def test_some_conditions_are_dropped(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """As many as the share says, other ones in every step."""
+    settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"condition_dropout": 0.25, "batch_size": 20}
+    task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    dropped = torch.stack([task.batch(step, 0, 1)["dropped"] for step in range(20)])
+    assert 0.15 < float(dropped.float().mean()) < 0.35
+    assert not torch.equal(dropped[0], dropped[1])
+
+
+def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """It starts with the bundle's U-Net and statistics; another VAE's or text encoder's bundle is refused."""
+    cls = train_diffusion.TrainDiffusionConfig
+    first = train_diffusion.run(load(cls, diffusion_settings(bundles, tmp_path / "first", 3), tmp_path))
+    again = diffusion_settings(bundles, tmp_path / "again", 3) | {"initial": str(first)}
+    task = train_diffusion.DiffusionTask(load(cls, again, tmp_path))
+    trained = load_file(first / "unet.safetensors")
+    for key, value in task.modules["model"].unet.state_dict().items():
+        assert torch.equal(value, trained[key]), key
+    assert torch.equal(task.windows.mean, trained["latent_mean"])
+    other = tmp_path / "other"
+    for part, words in (("vae", "another VAE"), ("text_encoder", "another text encoder")):
+        shutil.copytree(first, other, dirs_exist_ok=True)
+        state = load_file(first / f"{part}.safetensors")
+        save_file({k: v + 0.1 for k, v in state.items()}, other / f"{part}.safetensors")
+        with pytest.raises(UserError, match=words):
+            train_diffusion.DiffusionTask(load(cls, again | {"initial": str(other)}, tmp_path))
+
+
+def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    other = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "other", 3), tmp_path))
+    settings = diffusion_settings(bundles | {"vae": other}, tmp_path / "run", 1)
+    with pytest.raises(UserError, match="another VAE"):
+        train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    config = pre_encode.PreEncodeConfig(vae=str(other), data=str(data), output=str(bundles["latents"]))
+    with pytest.raises(UserError, match="another VAE"):
+        pre_encode.run(config)
+
+
+def test_smoothing_is_part_of_the_latent_space(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """The same weights with slow channels make other latents, so the cache is another."""
+    state = load_file(bundles["vae"] / "vae.safetensors")
+    assert len({encoder_hash(state, slow) for slow in (0, 8, 16)}) == 3
+    decoder = {k: v + 1 if k.startswith("decoder.") else v for k, v in state.items()}
+    assert encoder_hash(decoder, 8) == encoder_hash(state, 8)
+
+
+def test_items_without_caption_are_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copy(data / "0.wav", tmp_path)
+    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(tmp_path), output=str(tmp_path / "latents"))
+    with pytest.raises(UserError, match="0.wav: has no caption"):
+        pre_encode.run(config)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """By pre-encoding, by what reads its latents and by the CLAP's trainer, which list it; too many end the run."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    (folder / "3.wav").write_bytes(b"no audio")
+    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(folder), output=str(tmp_path / "latents"))
+    with pytest.raises(UserError, match=r"3.wav.*1 of 6 files.*max_unreadable allows 1.00%"):
+        pre_encode.run(config)
+    pre_encode.run(replace(config, max_unreadable=0.2))
+    assert json.loads((tmp_path / "latents/unreadable.jsonl").read_text())["file"].endswith("3.wav")
+    index = json.loads((tmp_path / "latents/latents.json").read_text())
+    assert (index["items"], index["missing"]) == (6, [3])
+    settings = diffusion_settings(bundles | {"latents": tmp_path / "latents"}, tmp_path / "run", 2)
+    task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    assert task.windows.numbers == [0, 1, 2, 4, 5]
+    clap = clap_settings(folder, tmp_path / "clap", 4) | {"max_unreadable": 0.2, "held_out": str(folder)}
+    clap["run"] |= {"evaluate_every": 2}
+    train_clap.run(load(train_clap.TrainClapConfig, clap, tmp_path))
+    assert json.loads((tmp_path / "clap/unreadable.jsonl").read_text())["file"].endswith("3.wav")
+
+
+def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """SIGKILL at a random moment leaves whole latents only; the same command ends with the cache of one whole run."""
+    many, cache = tmp_path / "many", tmp_path / "latents"
+    many.mkdir()
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for copy in range(10):  # long enough to be killed in the middle
+        for row in rows:
+            (many / f"{copy}-{row['file_name']}").symlink_to(data / row["file_name"])
+    copies = [row | {"file_name": f"{copy}-{row['file_name']}"} for copy in range(10) for row in rows]
+    (many / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in copies))
+    config = tmp_path / "pre_encode.yaml"
+    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(cache)}))
+    command = [sys.executable, "-m", "training.pre_encode", "--config", str(config)]
+    kill(command, lambda: any(cache.glob("*.safetensors")), within=0.1)
+    before = {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
+    assert 0 < len(before) < 60 and not (cache / "latents.json").exists()
+    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert all(p.stat().st_mtime_ns == changed for p, changed in before.items())  # those were whole: not encoded again
+    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(many / "whole")}))
+    subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
+    assert len(list((many / "whole").glob("*.safetensors"))) == 60
+    assert_same_weights(many / "whole", cache)
+    assert len(json.loads((cache / "latents.json").read_text())["mean"]) == 64
+
+
+def test_interrupted_pre_encoding_goes_on(
+    data: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after three items, the same command encodes the others only, and the cache is that of one whole run."""
+    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(data), output=str(tmp_path / "latents"))
+    encode, encoded = pre_encode.encode_item, []
+
+    def counting(vae: object, item: object, sample_rate: int) -> torch.Tensor:
+        if len(encoded) == 3:
+            raise InterruptedError
+        encoded.append(item)
+        return encode(vae, item, sample_rate)
+
+    monkeypatch.setattr(pre_encode, "encode_item", counting)
+    with pytest.raises(InterruptedError):
+        pre_encode.run(config)
+    assert not (tmp_path / "latents/latents.json").exists()
+    encoded.clear()
+    pre_encode.run(config)
+    assert len(encoded) == 3  # of six
+    assert_same_weights(bundles["latents"], tmp_path / "latents")
+    whole, parts = (json.loads((f / "latents.json").read_text()) for f in (bundles["latents"], tmp_path / "latents"))
+    assert whole == parts

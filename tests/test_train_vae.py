@@ -1,0 +1,250 @@
+"""Training of the VAE: it learns, its losses' gradients, its phases, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_runs import (
+    TINY,
+    assert_same_curve,
+    assert_same_weights,
+    diffusion_settings,
+    load,
+    losses,
+    stop_after,
+    vae_settings,
+)
+
+from stable_audio_lite.codec import Codec
+from stable_audio_lite.data.latents import encoder_hash, read_latents
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.vae import Posterior
+from training import regenerate, train_diffusion, train_vae
+from training.checkpoint import Resumable, checkpoints
+from training.losses import feature_matching, hinge_discriminator, hinge_generator
+
+
+def test_vae_learns(data: Path, tmp_path: Path) -> None:
+    """Muon and the waveform term bring the loss down at once, as they must on six tones."""
+    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": {"waveform": 1.0, "mel": 1.0}}
+    for key in ("discriminator", "discriminator_optimizer"):
+        settings.pop(key)
+    train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    curve = losses(tmp_path / "run")
+    first = np.mean([curve[s]["loss/total"] for s in range(5)])
+    last = np.mean([curve[s]["loss/total"] for s in range(35, 40)])
+    assert last < 0.9 * first
+
+
+def test_one_look_of_the_discriminator_gives_both_gradients(data: Path, tmp_path: Path) -> None:
+    """Every parameter's gradient is that of the losses written down as in the papers, each network asked anew."""
+    settings = vae_settings(data, tmp_path / "run", 1) | {"discriminator_start": 0}
+    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    vae, judge = task.modules["vae"], task.modules["discriminator"]
+    batch, weights = task.batch(0, 0, 1), task.config.weights
+    audio = batch["audio"]
+    output, mean, std = vae(audio, batch["noise"])
+    stft = task.stft(output, audio)
+    fake, real = judge(output), judge(audio)
+    loss = sum(getattr(weights, name) * value for name, value in stft.items())
+    loss = loss + weights.waveform * task.waveform(output, audio) + weights.kl * Posterior(mean, std).kl()
+    loss = loss + weights.adversarial * hinge_generator(fake) + weights.features * feature_matching(real, fake)
+    expected = torch.autograd.grad(loss, list(vae.parameters()))
+    hinge = hinge_discriminator(judge(audio), judge(output.detach()))
+    expected += torch.autograd.grad(hinge, list(judge.parameters()))
+
+    class Backward:
+        def __call__(self, name: str, loss: torch.Tensor) -> None:
+            loss.backward()
+
+        def gradient(self, loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(loss, at, retain_graph=True)[0]
+
+    figures = task.step(batch, 0, Backward())
+    assert float(figures["loss/total"].detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
+    for parameter, gradient in zip([*vae.parameters(), *judge.parameters()], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
+
+
+def test_balanced_run_resumes(data: Path, tmp_path: Path) -> None:
+    """The balancer's averages are part of a checkpoint: the same curve and weights after an interruption."""
+    more = {"balance": 0.1}
+    for name in ("whole", "parts"):
+        config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / name, 20) | more, tmp_path)
+        if name == "parts":
+            stop_after(config, train_vae, step=13)
+        train_vae.run(config)
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts", 10, 20)
+    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "parts/bundle")
+
+
+def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """To the bit, as the encoder's weights; no gradient reaches it, and the decoder learns."""
+    settings = vae_settings(data, tmp_path / "second", 5) | {"initial": str(bundles["vae"]), "freeze_encoder": True}
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = train_vae.VAETask(config)
+    second = train_vae.fit(config.run, task, config)
+    encoder = task.modules["vae"].encoder
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    before, after = (load_file(b / "vae.safetensors") for b in (bundles["vae"], second))
+    for key in before:
+        same = torch.equal(before[key], after[key])
+        assert same == key.startswith("encoder."), key
+    files = [Codec.from_pretrained(b, "cpu", "float32") for b in (bundles["vae"], second)]
+    for number, codec in enumerate(files):
+        codec.encode_file(data / "0.wav", tmp_path / f"{number}.safetensors")
+    first, again = (load_file(tmp_path / f"{number}.safetensors")["latent"] for number in (0, 1))
+    assert torch.equal(first, again)
+
+
+def test_a_model_that_would_change_the_latents_is_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Smoothing is no weight: the config alone says whether the frozen encoder's latents stay what they are."""
+    model = yaml.safe_load(TINY.read_text())
+    model["vae"]["slow_channels"] = 32
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(model))
+    frozen = {"model": str(tmp_path / "slow.yaml"), "initial": str(bundles["vae"]), "freeze_encoder": True}
+    with pytest.raises(UserError, match=r"freeze_encoder: .* has vae.slow_channels 0, the model has 32"):
+        train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "a", 1) | frozen, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"freeze_encoder": True}, "freeze_encoder needs initial"),
+        ({"stft_windows": []}, "stft_windows"),
+        ({"stft_windows": [32768]}, "8192 samples are too few for a window of 32768"),
+        ({"discriminator": {"windows": [16384], "filters": 4}}, "too few for a window of 16384"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(wrong: dict, words: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "a", 1) | wrong, tmp_path))
+
+
+def test_the_discriminator_learns_before_it_is_heard(data: Path, tmp_path: Path) -> None:
+    """From its own first step on at rates that rise from there."""
+    settings = vae_settings(data, tmp_path / "run", 8) | {"discriminator_start": 2, "adversarial_start": 5}
+    settings["discriminator_optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = train_vae.VAETask(config)
+    train_vae.fit(config.run, task, config)
+    curve = losses(tmp_path / "run")
+    assert [s for s in range(8) if "discriminator/hinge" in curve[s]] == [2, 3, 4, 5, 6, 7]
+    assert [s for s in range(8) if "adversarial/generator" in curve[s]] == [5, 6, 7]
+    rates = [task.rate("discriminator", step, 8) for step in range(2, 8)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert task.rate("vae", 2, 8) == config.optimizer.rate(2, 8)
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_second_phase_continues_or_restarts_the_discriminator(continues: bool, data: Path, tmp_path: Path) -> None:
+    """Its weights and both optimizers' state are the first phase's, where asked for, and new otherwise."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    bundle = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, first, 6), tmp_path))
+    settings = vae_settings(data, second, 2) | {"initial": str(bundle), "freeze_encoder": True}
+    settings |= {"continues": str(first)} if continues else {}
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = train_vae.VAETask(config)
+    optimizers = {name: task.optimizers[name].build(module) for name, module in task.modules.items()}
+    task.begin(Resumable(task.modules, optimizers, {}))
+    last = checkpoints(first / "checkpoints")[-1]
+    trained = load_file(last / "discriminator.safetensors")
+    same = [torch.equal(v, trained[k]) for k, v in task.modules["discriminator"].state_dict().items()]
+    assert all(same) == continues
+    for name, optimizer in optimizers.items():
+        before = load_file(last / f"optimizer_{name}.safetensors")
+        parameters = {k: p for k, p in task.modules[name].named_parameters() if p.requires_grad}
+        assert bool(optimizer.state) == continues
+        for key, parameter in parameters.items() if continues else ():
+            for kind, value in optimizer.state[parameter].items():
+                assert torch.equal(value, before[f"{key}/{kind}"]), (name, key, kind)
+    train_vae.run(config)
+
+
+def test_runs_that_cannot_be_continued_are_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    settings = vae_settings(data, tmp_path / "run", 2) | {"initial": str(bundles["vae"])}
+    with pytest.raises(UserError, match="none: holds no checkpoint"):
+        train_vae.run(load(train_vae.TrainVAEConfig, settings | {"continues": str(tmp_path / "none")}, tmp_path))
+    other = settings | {"continues": str(bundles["vae"].parent), "optimizer": {"lr": 1e-3}}
+    with pytest.raises(UserError, match="step_00000002.*another optimizer's state"):
+        train_vae.run(load(train_vae.TrainVAEConfig, other, tmp_path))
+
+
+def test_unreadable_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> None:
+    """Two of eight files are broken: training ends and lists them, and refuses where fewer are allowed."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in data.glob("*.wav"):
+        (folder / file.name).symlink_to(file)
+    (folder / "a.wav").write_bytes(b"no audio")
+    (folder / "b.wav").write_bytes((data / "0.wav").read_bytes()[:20000])
+    settings = vae_settings(folder, tmp_path / "run", 6)
+    train_vae.run(load(train_vae.TrainVAEConfig, settings | {"max_unreadable": 0.3}, tmp_path))
+    listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
+    assert {Path(row["file"]).name for row in listed} == {"a.wav", "b.wav"}
+    assert losses(tmp_path / "run")[5]["data/unreadable"] == 2
+    settings["run"]["output"] = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"max_unreadable allows 1.00%"):
+        train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+
+
+def test_decoder_learns_on_regenerated_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Little noise gives back nearly the cached latents, much does not; the decoder's crops lie where audio's do."""
+    settings = diffusion_settings(bundles, tmp_path / "unet", 2)
+    bundle = train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    encoder = encoder_hash(load_file(bundle / "vae.safetensors"), 0)
+    names = [row["file_name"] for row in map(json.loads, (data / "metadata.jsonl").read_text().splitlines())]
+    cached, errors = read_latents(bundles["latents"], encoder, names).values(), []
+    for name, level in (("little", 0.05), ("much", 20.0)):
+        made = regenerate.run(
+            regenerate.RegenerateConfig(
+                bundle=str(bundle),
+                latents=str(bundles["latents"]),
+                output=str(tmp_path / name),
+                lowest=level,
+                highest=level,
+                steps=2,
+                batch_size=4,
+            )
+        )
+        again = read_latents(made, encoder, names).values()
+        assert len(again) == len(cached) and len({z.shape for z in again}) == 1  # whole windows
+        pairs = [(z[:, : y.shape[1]].float(), y[:, : z.shape[1]].float()) for z, y in zip(again, cached, strict=True)]
+        errors.append(float(sum((a - b).square().mean() / b.var() for a, b in pairs) / len(pairs)))
+    assert errors[0] < 0.05 < 0.5 < errors[1]
+
+    frozen = {"initial": str(bundle), "freeze_encoder": True, "latents": str(tmp_path / "little")}
+    settings = vae_settings(data, tmp_path / "decoder", 2) | frozen
+    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    batch = task.batch(0, 0, 1)
+    with torch.no_grad():
+        inner = task.modules["vae"].encode(batch["audio"]).mean[:, :, 2:-2]
+    assert float((inner - batch["latents"][:, :, 2:-2]).square().mean()) < 0.1 * float(inner.var())
+    decoder = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    before, after = load_file(bundle / "vae.safetensors"), load_file(decoder / "vae.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+
+
+def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Decoding cached latents needs a finished encoder, and as many items as the data has."""
+    wrong = vae_settings(data, tmp_path / "a", 1) | {"latents": str(bundles["latents"])}
+    with pytest.raises(UserError, match="latents needs freeze_encoder"):
+        load(train_vae.TrainVAEConfig, wrong, tmp_path)
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    shutil.copy(data / "0.wav", fewer)
+    settings = vae_settings(fewer, tmp_path / "b", 1) | {
+        "initial": str(bundles["vae"]),
+        "freeze_encoder": True,
+        "latents": str(bundles["latents"]),
+    }
+    with pytest.raises(UserError, match="6 items, the data has 1"):
+        train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
