@@ -51,9 +51,8 @@ def measure(bundle: str, minutes: float, folder: Path) -> tuple[float, float]:
     sound, latents = folder / "noise.wav", folder / "noise.safetensors"
     write_audio_blocks(sound, noise(60 * minutes), SAMPLE_RATE)
     model = ["--model", bundle, "-o", str(folder)]
-    return peak_megabytes(["encode", str(sound), *model]), peak_megabytes(
-        ["decode", str(latents), "--overwrite", *model]
-    )
+    encoding = peak_megabytes(["encode", str(sound), *model])
+    return encoding, peak_megabytes(["decode", str(latents), "--overwrite", *model])
 
 
 def main() -> None:

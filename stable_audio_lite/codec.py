@@ -19,7 +19,7 @@ from stable_audio_lite.audio.io import stereo_blocks, write_audio_blocks
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_writable, replacing, save_tensors
+from stable_audio_lite.files import check_place, replacing, save_tensors
 from stable_audio_lite.models.vae import VAE
 
 
@@ -61,7 +61,7 @@ class Codec:
         Raises:
             UserError: the audio can't be read or the latents can't be written.
         """
-        check_writable(output)
+        check_place(output)
         samples = 0
 
         def blocks() -> Iterator[Tensor]:

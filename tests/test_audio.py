@@ -134,8 +134,9 @@ def test_silence_and_single_frames_are_sound_too(tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", np.zeros((2, 4410)), 44100)
     assert read_audio(tmp_path / "a.wav").shape == (2, 4410) and not read_audio(tmp_path / "a.wav").any()
     for rate in (44100, 22050):
-        write_audio(tmp_path / "b.wav", np.full((2, 1), 0.5), rate)
-        assert read_audio(tmp_path / "b.wav").shape == (2, 44100 // rate)
+        for channels in (1, 2):
+            write_audio(tmp_path / "b.wav", np.full((channels, 1), 0.5), rate)
+            assert read_audio(tmp_path / "b.wav").shape == (2, 44100 // rate)
 
 
 def test_unwritable_places_are_refused_and_nothing_is_left(tmp_path: Path) -> None:

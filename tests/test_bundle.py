@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_a_bundle_of_another_version_says_so(copy: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "other"}, {"latent_frames": None}, {"latent_frames": 10**6}, {"x": 1}, {"vae": {"audio_channels": 1}}],
+    [{"kind": "other"}, {"latent_frames": None}, {"latent_frames": 10**6}, {"x": 1}],
 )
 def test_wrong_configs_name_file_and_key(copy: Path, change: dict) -> None:
     data = {**yaml.safe_load((copy / "config.yaml").read_text()), **change}
@@ -112,6 +113,13 @@ def test_wrong_configs_name_file_and_key(copy: Path, change: dict) -> None:
     message = failure(copy)
     assert "config.yaml" in message
     assert next(iter(change)) in message or "window" in message
+
+
+def test_sound_has_two_channels(copy: Path) -> None:
+    data = yaml.safe_load((copy / "config.yaml").read_text())
+    data["vae"]["audio_channels"] = 1
+    (copy / "config.yaml").write_text(yaml.safe_dump(data))
+    assert "config.yaml: config: vae.audio_channels must be 2" in failure(copy)
 
 
 def test_names_that_are_no_bundles(tmp_path: Path) -> None:
@@ -147,9 +155,13 @@ def test_pushing_uploads_the_folder_and_failures_are_one_line(
     assert model.push_to_hub("me/model") == "https://huggingface.co/me/model"
     assert [name for name, _ in calls] == ["me/model", "me/model"]
     assert calls[0][1]["private"] is True and calls[1][1]["folder_path"] == tiny_bundle
+    assert not any(fnmatch("notes.txt", pattern) for pattern in calls[1][1]["allow_patterns"])
+
+    class ClientError(Exception):  # of the client's own, no OSError
+        pass
 
     def fail(*_: object, **__: object) -> None:
-        raise ConnectionError("no\nnetwork")
+        raise ClientError("no\nnetwork")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
     with pytest.raises(UserError, match="^me/model: can't be uploaded.*no network"):

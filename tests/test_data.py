@@ -132,18 +132,22 @@ def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path)
     soundfile.write(tmp_path / "half.wav", samples.T.numpy(), 44100, subtype="FLOAT")
     items = [*read_items(folder), Item(path=Stored("s3://far.wav", fail)), Item(path=tmp_path / "half.wav")]
 
-    def drawn(first: int) -> list[torch.Tensor]:
-        crops = Crops(items, 44100, SAMPLES, seed=0, unreadable=Unreadable(len(items), 0.5, tmp_path))
+    def drawn(first: int, folder: Path | None = None) -> list[torch.Tensor]:
+        crops = Crops(items, 44100, SAMPLES, seed=0, unreadable=Unreadable(len(items), 0.5, folder))
         return [crops.crop(n).audio for n in range(first, 40)]
 
-    whole = drawn(0)
+    whole = drawn(0, tmp_path)
     listed = [json.loads(line) for line in (tmp_path / "unreadable.jsonl").read_text().splitlines()]
     assert sorted(Path(row["file"]).name for row in listed) == ["far.wav", "half.wav"]
     assert "no network" in str(listed)
-    assert all(torch.equal(a, b) for a, b in zip(whole[20:], drawn(20), strict=True))
+    for first in (10, 20, 30):
+        assert all(torch.equal(a, b) for a, b in zip(whole[first:], drawn(first), strict=True))
+    with pytest.raises(UserError, match=r"max_unreadable must lie in 0\.\.1"):
+        Unreadable(5, 1.5)
+    mine, others = (Unreadable(5, 0.2, tmp_path / "together") for _ in range(2))  # of two processes
+    others.add("a.wav", UserError("no audio"))
     with pytest.raises(UserError, match="no network.*2 of 5 files.*max_unreadable allows 20.00%"):
-        both = Unreadable(5, 0.2, tmp_path)  # has read what the others met
-        both.add("s3://far.wav", UserError("no network"))
+        mine.add("s3://far.wav", UserError("no network"))
 
 
 def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> None:
@@ -151,14 +155,16 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     items = read_items(folder)
     cache = LatentCache(folder=tmp_path, encoder="a hash")
     for index in (0, 2):
-        write_latent(cache, index, torch.full((4, 30), float(index)), items[index].name, [], {})
+        write_latent(cache, index, torch.full((4, 300), float(index)), items[index].name, [], {})
     finish_cache(cache, 3)
     crops = LatentCrops(items, tmp_path, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
     assert [item.name for item in crops.items] == [items[0].name, items[2].name]
-    levels = {float(crops.crop(n)[1].max()) for n in range(20)}
+    levels = {float(crops.crop(n)[1].max()) for n in range(200)}  # each begins before its item's end
     assert levels == {0.0, 2.0}
     with pytest.raises(UserError, match=f"item 0 is {items[0].name} there, and {items[1].name}"):
         LatentCrops([items[1], items[0], items[2]], tmp_path, "a hash", 44100, 1024, 8, seed=0)
+    with pytest.raises(UserError, match="none of the 3 items"):
+        finish_cache(LatentCache(folder=tmp_path / "empty", encoder="a hash"), 3)
     assert cache.holds(0, items[0].name) and not cache.holds(1, items[1].name)
     with pytest.raises(UserError, match=f"latent of {items[0].name}"):
         cache.holds(0, "other.wav")

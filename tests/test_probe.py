@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,15 @@ class FakeModel:
 
         Result.audio = audio.expand(items, -1, -1)
         return Result
+
+
+def test_a_silent_sound_is_heard_as_silence(trained, monkeypatch):
+    monkeypatch.setattr(obedience, "PROMPTS", (("a pipe", "pipe"),))
+    made = FakeModel().generate(["a pipe"], seed=0, count=1)
+    made.audio = 0 * made.audio
+    silent = SimpleNamespace(generate=lambda *_, **__: made)
+    (row,) = obedience.listen(silent, trained, seed=0)
+    assert (row.heard_family, row.heard_instrument, row.right) == ("silence", "silence", False)
 
 
 def test_obedience_counts_right_families_and_endings(trained, monkeypatch):

@@ -43,6 +43,18 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     assert last < 0.9 * first
 
 
+def test_all_held_out_crops_count_alike(data: Path, tmp_path: Path) -> None:
+    """However many go through the networks at once; and there are as many as asked for."""
+    figures = []
+    for batch in (5, 2):
+        settings = vae_settings(data, tmp_path / "run", 1) | {"held_out": str(data), "held_out_crops": 5}
+        task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings | {"batch_size": batch}, tmp_path))
+        assert len(task.validation) == 5
+        with torch.no_grad():
+            figures.append(task.evaluate(0))
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+
+
 def test_one_look_of_the_discriminator_gives_both_gradients(data: Path, tmp_path: Path) -> None:
     """Every parameter's gradient is that of the losses written down as in the papers, each network asked anew."""
     settings = vae_settings(data, tmp_path / "run", 1) | {"discriminator_start": 0}

@@ -34,6 +34,7 @@ from stable_audio_lite.config import load_config
 from stable_audio_lite.errors import UserError
 from training import assemble, pre_encode, regenerate, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
+from training.loop import _checkpoint, _resume
 from training.update import Update
 
 
@@ -45,7 +46,9 @@ def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, 
     trainer.run(load(cls, settings(whole, 30), tmp_path))
     stop_after(load(cls, settings(parts, 30), tmp_path), trainer, step=13)
     assert checkpoints(parts / "checkpoints")[-1].name == "step_00000010"
+    (parts / "checkpoints/.step_00000020-left").mkdir()  # by a run that was killed while it wrote
     trainer.run(load(cls, settings(parts, 30), tmp_path))
+    assert not list((parts / "checkpoints").glob(".*"))
     assert_same_curve(whole, parts, 10, 30)
     assert_same_weights(whole / "bundle", parts / "bundle")
 
@@ -195,6 +198,27 @@ def test_best_weights_are_kept(data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, average[key]) for key, value in best.items())
 
 
+def test_the_best_is_remembered_over_a_return(data: Path, tmp_path: Path) -> None:
+    """Better than before the checkpoint, worse than after it: what is measured again after a return is not the best."""
+    settings = vae_settings(data, tmp_path / "run", 20, evaluate_every=4)
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = vae_task_with_nans(config, lambda call: 12 <= call < 17)
+    figures, exported = iter((3.0, 2.0, 1.0, 1.5, 1.6, 1.7, 1.8)), []  # the last three after the return to step 10
+    task.evaluate = lambda step: {"held_out/stft/sum": next(figures)}
+    export = task.export
+    task.export = lambda folder, modules: (exported.append(folder.name), export(folder, modules))
+    train_vae.fit(config.run, task, config)
+    assert exported == ["best", "best", "best", "bundle"] and next(figures, None) is None
+    assert losses(tmp_path / "run")[19]["updates/returns"] == 1
+
+
+def test_a_tracker_that_is_not_installed_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 1, tracker="wandb"), tmp_path)
+    monkeypatch.setattr("training.loop.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="tracker: wandb is not installed; pip install wandb"):
+        train_vae.run(config)
+
+
 def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
     save_checkpoint(tmp_path, 1, Resumable({"net": small}, {}, {}), {})
@@ -238,6 +262,11 @@ def test_a_scaled_loss_gives_the_same_updates_and_overflow_is_not_bad(data: Path
     burst("vae", (0 * gradient).sum())
     assert not burst.end() and (burst.health.skipped, burst.bad) == (0, False)
     assert burst.scaler.get_scale() == 2.0**125
+    # The scale goes on from a checkpoint.
+    state = Resumable(burst.task.modules, burst.optimizers, {})
+    _checkpoint(burst.run, 1, state, burst)
+    assert _resume(tmp_path / "run", state, scaled) == 1
+    assert scaled.scaler.get_scale() == 2.0**125
 
 
 def test_shipped_configs_are_right() -> None:

@@ -84,14 +84,13 @@ def run(config: RegenerateConfig) -> Path:
     cache = LatentCache(Path(config.output), encoder)
     batches = [range(i, min(i + config.batch_size, len(windows))) for i in range(0, len(windows), config.batch_size)]
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    todo = [entries for entries in mine if not all(cache.path(windows.numbers[i]).exists() for i in entries)]
+    names = [about.get("name", "") for _, about in windows.entries]
+    todo = [entries for entries in mine if not all(cache.holds(windows.numbers[i], names[i]) for i in entries)]
     for entries in tqdm(todo, unit="batch", disable=not accelerator.is_main_process):
         drawn = [windows.cut(i, 0, windows.entries[i][1]["captions"][0]) for i in entries]
         for index, latent in zip(entries, denoise_again(model, drawn, entries, config), strict=True):
             about = windows.entries[index][1]
-            write_latent(
-                cache, windows.numbers[index], latent, about.get("name", ""), about["captions"], about["truth"]
-            )
+            write_latent(cache, windows.numbers[index], latent, names[index], about["captions"], about["truth"])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         finish_cache(cache, windows.items)

@@ -133,7 +133,7 @@ class TrainVAEConfig:
             raise ValueError("crop_frames, batch_size and held_out_crops must be at least 1")
         if not self.stft_windows or min(self.stft_windows) < 4:
             raise ValueError(f"stft_windows must be one length of at least 4 or several, got {self.stft_windows}")
-        for name in ("endings", "inverted", "max_unreadable"):
+        for name in ("endings", "inverted"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         if self.stft_floor <= 0 or min(self.gain_db, self.noise, self.balance) < 0:

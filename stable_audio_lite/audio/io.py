@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_writable as check_place
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import check_place, replacing
 
 if TYPE_CHECKING:
     import soundfile

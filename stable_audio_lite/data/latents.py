@@ -71,9 +71,15 @@ def write_latent(
 
 
 def finish_cache(cache: LatentCache, count: int) -> None:
-    """Write the index: which of `count` items have latents, and mean and deviation per channel over all frames."""
+    """Write the index: which of `count` items have latents, and mean and deviation per channel over all frames.
+
+    Raises:
+        UserError: none has.
+    """
     frames, total, squares = 0, torch.zeros(()), torch.zeros(())
     present = [index for index in range(count) if cache.path(index).exists()]
+    if not present:
+        raise UserError(f"{cache.folder}: none of the {count} items could be encoded")
     for index in present:
         latent = _load(cache.path(index))[0].double()
         frames += latent.shape[1]

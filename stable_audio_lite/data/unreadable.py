@@ -22,9 +22,14 @@ class Unreadable:
 
     Attributes:
         reasons: messages by file.
+
+    Raises:
+        UserError: the share is none.
     """
 
     def __init__(self, total: int, allowed: float, folder: str | Path | None = None):
+        if not 0 <= allowed <= 1:
+            raise UserError(f"max_unreadable must lie in 0..1, got {allowed}")
         self.total, self.allowed = total, allowed
         self.report = None if folder is None else Path(folder) / REPORT
         self.reasons: dict[str, str] = {}
