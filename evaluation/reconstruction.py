@@ -17,11 +17,8 @@ import importlib.util
 import io
 import json
 import math
-import shutil
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_audio_lite.audio.io import read_audio, resample
+from evaluation.codecs import System, dac_codec, ffmpeg_codec
+from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -45,9 +43,6 @@ DEAD = 0.01
 
 _QUIET = 1e-7  # -70 dB: power, relative to the loudest, below which an octave's level is not compared
 _SHORTEST = 2048  # samples: the distances' longest window
-_LONGEST_DELAY = 4096  # samples that a codec may add at the beginning
-
-System = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,79 +158,6 @@ def describe_latents(posteriors: Sequence[Posterior]) -> Latents:
     return Latents(
         **dict(zip(("mean", "std", "kl"), (tuple(c.tolist()) for c in columns), strict=True)), dead=tuple(dead.tolist())
     )
-
-
-def ffmpeg_codec(name: str, sample_rate: int) -> System:
-    """A codec given as KIND:KBITS, for instance "opus:96", through ffmpeg.
-
-    Raises:
-        UserError: the name is none, or ffmpeg is not installed.
-    """
-    kind, _, rate = name.partition(":")
-    encoders = {"opus": ("libopus", ".opus", 48000), "mp3": ("libmp3lame", ".mp3", 44100)}
-    if kind not in encoders or not rate.isdigit():
-        raise UserError(f"{name}: no codec; give opus:KBITS or mp3:KBITS")
-    if shutil.which("ffmpeg") is None:
-        raise UserError("codecs need ffmpeg (Debian, Ubuntu: apt-get install ffmpeg), or leave them out with --codecs")
-    encoder, suffix, own_rate = encoders[kind]
-
-    def run(audio: Tensor) -> Tensor:
-        import soundfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            plain, packed, again = (str(Path(folder) / n) for n in ("in.wav", f"packed{suffix}", "out.wav"))
-            soundfile.write(plain, resample(audio.numpy(), sample_rate, own_rate).T, own_rate, subtype="FLOAT")
-            for command in (
-                ["-i", plain, "-c:a", encoder, "-b:a", f"{rate}k", packed],
-                ["-i", packed, "-c:a", "pcm_f32le", "-ar", str(own_rate), again],
-            ):
-                done = subprocess.run(["ffmpeg", "-y", "-loglevel", "error", *command], capture_output=True, text=True)
-                if done.returncode:
-                    raise UserError(f"{name}: ffmpeg failed ({' '.join(done.stderr.split())[:200]})")
-            samples = soundfile.read(again, dtype="float32", always_2d=True)[0].T
-        return align(torch.from_numpy(resample(samples, own_rate, sample_rate)), audio)
-
-    return run
-
-
-def dac_codec(path: str, sample_rate: int) -> System:
-    """descript-audio-codec with the weights of a `weights.pth`; each channel by itself.
-
-    Raises:
-        UserError: the file is missing, damaged or for another sample rate.
-    """
-    import dac
-
-    from stable_audio_lite.models.dac import read_dac
-
-    state = read_dac(path)
-    shape = torch.load(path, map_location="cpu", weights_only=True).get("metadata", {}).get("kwargs")
-    try:
-        model = dac.DAC(**shape).eval()
-        model.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: no complete DAC, with quantizer and its shape ({str(error)[:120]})") from error
-    if model.sample_rate != sample_rate:
-        raise UserError(f"{path}: for {model.sample_rate} Hz, the VAE is for {sample_rate} Hz")
-
-    def run(audio: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return align(model(model.preprocess(audio[:, None], sample_rate))["audio"][:, 0], audio)
-
-    return run
-
-
-def align(output: Tensor, target: Tensor) -> Tensor:
-    """`output` moved by the delay at which it is most like `target`, and brought to its length; both (2, T)."""
-    n = 1 << (output.shape[1] + target.shape[1]).bit_length()
-    product = torch.fft.rfft(output.sum(0), n) * torch.fft.rfft(target.sum(0), n).conj()
-    likeness = torch.fft.irfft(product, n)
-    delays = torch.cat((likeness[: _LONGEST_DELAY + 1], likeness[-_LONGEST_DELAY:]))
-    best = int(delays.argmax())
-    delay = best if best <= _LONGEST_DELAY else best - len(delays)
-    moved = output[:, delay:] if delay >= 0 else F.pad(output, (-delay, 0))
-    moved = moved[:, : target.shape[1]]
-    return F.pad(moved, (0, target.shape[1] - moved.shape[1]))
 
 
 def average(rows: Sequence[Figures]) -> Figures:

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.codecs import align, dac_codec, ffmpeg_codec
 from evaluation.reconstruction import (
     OCTAVES,
-    align,
     clicks,
     compare,
-    dac_codec,
     describe_latents,
-    ffmpeg_codec,
     octave_errors,
     phase_error,
     si_sdr,

@@ -81,7 +81,7 @@ def test_dac_file_is_read_and_others_are_refused(tmp_path: Path) -> None:
     """A file as descript-audio-codec saves it loads; code, other weights and a missing file are one-line errors."""
     state = state_to_dac(VAE(SMALL))
     torch.save({"state_dict": state, "metadata": {"kwargs": {"encoder_dim": 4}}}, tmp_path / "weights.pth")
-    assert read_dac(tmp_path / "weights.pth").keys() == state.keys()
+    assert read_dac(tmp_path / "weights.pth").state.keys() == state.keys()
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
     torch.save({"state_dict": Path.cwd}, tmp_path / "code.pth")
     for name, words in (("other.pth", "no DAC"), ("code.pth", "more than weights"), ("none.pth", "no such file")):

@@ -298,7 +298,7 @@ class VAETask(Task):
 def _start_from(source: str, vae: VAE, model: StableAudioConfig, keep_latents: bool) -> None:
     """Load a bundle's VAE, or a DAC's; `keep_latents` refuses a bundle that is configured to make others."""
     if Path(source).suffix in (".pth", ".pt"):
-        vae.load_state_dict(state_from_dac(read_dac(source), vae))
+        vae.load_state_dict(state_from_dac(read_dac(source).state, vae))
         return
     theirs = load_model_config(source)
     pairs = {f"vae.{f.name}": [getattr(c.vae, f.name) for c in (theirs, model)] for f in fields(model.vae)}

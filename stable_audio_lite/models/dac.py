@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +16,16 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
 
 
-def read_dac(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a `weights.pth` that descript-audio-codec saved; only tensors and plain values are unpickled.
+@dataclass(frozen=True)
+class DacWeights:
+    """A `weights.pth` as read: the `state` dict, and the arguments of `dac.DAC` that give its `shape` (may be none)."""
+
+    state: dict[str, Tensor]
+    shape: dict[str, Any]
+
+
+def read_dac(path: str | Path) -> DacWeights:
+    """What descript-audio-codec saved in a `weights.pth`; only tensors and plain values are unpickled.
 
     Raises:
         UserError: the file is missing, damaged, holds code, or is no DAC.
@@ -26,10 +36,11 @@ def read_dac(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: no such file; give a weights.pth of descript-audio-codec") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(f"{path}: damaged, or holds more than weights; it was not loaded") from error
-    state = data.get("state_dict", data) if isinstance(data, dict) else {}
+    data = data if isinstance(data, dict) else {}
+    state = data.get("state_dict", data)
     if not any(str(key).startswith("encoder.block.") for key in state):
         raise UserError(f"{path}: holds no DAC encoder; give a weights.pth of descript-audio-codec")
-    return state
+    return DacWeights(state, data.get("metadata", {}).get("kwargs", {}))
 
 
 def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
