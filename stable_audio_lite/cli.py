@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset.
+"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, doctor.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_corpus(commands)
     _add_validate_dataset(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -393,6 +394,31 @@ def _validate_dataset(args: argparse.Namespace) -> int:
     report = validate(args.path, args.workers)
     print(json.dumps(report.as_json(), indent=2) if args.json else report.as_text())
     return 1 if "broken" in report.faults else 0
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is wrong with this installation or a text encoder",
+        description="Look at packages, programs, the device, and whether a text encoder tells captions apart. The exit "
+        "status is 1 if something is bad.",
+    )
+    parser.set_defaults(run=_doctor)
+    parser.add_argument(
+        "source",
+        nargs="?",
+        default="starter",
+        metavar="MODEL",
+        help="'starter', a bundle's folder, or a CLAP: transformers folder, hub id or LAION .pt (default: starter)",
+    )
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from stable_audio_lite.doctor import examine
+
+    findings = examine(args.source)
+    print("\n".join(finding.as_text() for finding in findings))
+    return int(any(finding.state == "bad" for finding in findings))
 
 
 if __name__ == "__main__":

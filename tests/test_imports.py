@@ -18,7 +18,7 @@ LAYERS = (
     ("conditioning",),
     ("diffusion",),
     ("bundle",),
-    ("pipeline", "codec", "describe"),
+    ("pipeline", "codec", "describe", "doctor"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,162 @@
+"""What may stand in a user's way: packages, programs, the device, and a text encoder that tells no captions apart."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from packaging.requirements import Requirement
+from torch import Tensor
+
+from stable_audio_lite import bundle
+from stable_audio_lite.conditioning.text import TextEncoder, join_clap, load_clap
+from stable_audio_lite.corpus.render import find_soundfont, find_synth
+from stable_audio_lite.devices import choose_device, choose_dtype
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.clap import Clap, ClapWeights, load_state, load_tokenizer
+
+CAPTIONS = (
+    "A slow classical piece for solo piano",
+    "Fast techno with a hard kick drum, 140 bpm",
+    "Acoustic guitar and a warm male voice",
+    "Rain on a tin roof",
+    "Church organ",
+    "A big band plays swing",
+    "distorted electric guitar, heavy metal",
+    "Ambient pad, dark, no drums",
+    "A dog barks twice",
+    "sad violin melody in D minor",
+    "Reggae with bass and drums",
+    "marimba, happy pop, 120 bpm",
+)
+"""Texts that no one would take for one another."""
+
+ALIKE_FEATURES, ALIKE_EMBEDDINGS = 0.99, 0.9
+"""Mean pairwise cosine from which a text encoder is suspect: of RoBERTa's features, which share large constant parts,
+and of CLAP embeddings, which training drives apart (0.2 to 0.3 in sound checkpoints, 0.9993 in a broken one)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        subject: what it is.
+        state: "ok", "note" where some commands alone need what is missing, or "bad".
+        found: a version, a path or a figure.
+        advice: what to do where it is not ok.
+    """
+
+    subject: str
+    state: Literal["ok", "note", "bad"]
+    found: str
+    advice: str = ""
+
+    def as_text(self) -> str:
+        """One line."""
+        return f"{self.state:5} {self.subject:22} {self.found}" + (f"; {self.advice}" if self.state != "ok" else "")
+
+
+def examine(source: str | Path) -> list[Finding]:
+    """Look at this machine and at the text encoder of `source`.
+
+    Raises:
+        UserError: as `text_encoder`.
+    """
+    return [*packages(), *programs(), device(), *text_encoder(source)]
+
+
+def packages() -> list[Finding]:
+    """The installed version of each package that this one requires, against the range that it asks for."""
+    try:
+        wanted = [Requirement(text) for text in importlib.metadata.requires("stable-audio-lite") or []]
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("stable-audio-lite", "bad", "not installed", "pip install -e . in its folder")]
+    return [_package(r) for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _package(requirement: Requirement) -> Finding:
+    advice = f"pip install '{requirement}'"
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(requirement.name, "bad", "missing", advice)
+    fits = requirement.specifier.contains(version, prereleases=True)
+    return Finding(requirement.name, "ok" if fits else "bad", version, advice)
+
+
+def programs() -> list[Finding]:
+    """What renders a corpus, and what MP3 and Opus come from."""
+    findings = []
+    for subject, find in (("fluidsynth", find_synth), ("soundfont", find_soundfont)):
+        try:
+            findings.append(Finding(subject, "ok", str(find())))
+        except UserError as error:
+            findings.append(Finding(subject, "note", "missing", f"needed to render a corpus: {error}"))
+    if (path := shutil.which("ffmpeg")) is not None:
+        return [*findings, Finding("ffmpeg", "ok", path)]
+    advice = "needed to compare with MP3 and Opus (Debian, Ubuntu: apt-get install ffmpeg)"
+    return [*findings, Finding("ffmpeg", "note", "missing", advice)]
+
+
+def device() -> Finding:
+    """Where sound would be made, and in which number type."""
+    where = choose_device("auto")
+    kind = str(choose_dtype(None, where)).removeprefix("torch.")
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return Finding("device", "ok", f"{where.type}, {name}, {kind}")
+
+
+def text_encoder(source: str | Path) -> list[Finding]:
+    """Whether the text encoder of `source` tells captions apart: a bundle's, or a transformers or LAION CLAP's.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    encoder, clap = _load(source)
+    condition = encoder.encode(list(CAPTIONS))
+    features = condition.tokens.sum(1) / condition.mask.sum(1, keepdim=True)
+    findings = [_alike("text features", likeness(features), ALIKE_FEATURES)]
+    if clap is not None:
+        findings.append(_alike("text embeddings", likeness(clap.embed_text(list(CAPTIONS))), ALIKE_EMBEDDINGS))
+    return findings
+
+
+def _alike(subject: str, cosine: float, limit: float) -> Finding:
+    found = f"mean cosine {cosine:.4f} between {len(CAPTIONS)} captions"
+    advice = "different captions give nearly the same, so prompts can't be obeyed; choose another checkpoint"
+    return Finding(subject, "ok" if cosine < limit else "bad", found, advice)
+
+
+def likeness(vectors: Tensor) -> float:
+    """Mean cosine between different rows of (B, D)."""
+    unit = F.normalize(vectors.float(), dim=1)
+    count = len(unit)
+    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
+
+
+def _load(source: str | Path) -> tuple[TextEncoder, Clap | None]:
+    """The text encoder, and the whole CLAP where it is there."""
+    if str(source) != "starter" and not (Path(source) / bundle.CONFIG_FILE).is_file():
+        weights = load_clap(source)
+        return TextEncoder.from_weights(weights), _whole(weights)
+    folder = bundle.resolve(source)
+    config = bundle.load_model_config(folder).clap
+    tokenizer = load_tokenizer(folder / bundle.TOKENIZER_FILE)
+    encoder = TextEncoder(config, tokenizer)
+    bundle.load_part(folder, "text_encoder", encoder)
+    if not bundle.part_path(folder, "audio_encoder").is_file():
+        return encoder, None
+    rest = {name: value.float() for name, value in bundle.read_part(folder, "audio_encoder").items()}
+    return encoder, join_clap(config, tokenizer, dict(encoder.state_dict()), rest, str(folder))
+
+
+def _whole(weights: ClapWeights) -> Clap:
+    clap = Clap(weights.config, weights.tokenizer)
+    load_state(clap.model, weights.state, weights.source)
+    return clap.eval()
