@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, doctor.
+"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, plan, doctor.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_corpus(commands)
     _add_validate_dataset(commands)
+    _add_plan(commands)
     _add_doctor(commands)
     return parser
 
@@ -394,6 +395,27 @@ def _validate_dataset(args: argparse.Namespace) -> int:
     report = validate(args.path, args.workers)
     print(json.dumps(report.as_json(), indent=2) if args.json else report.as_text())
     return 1 if "broken" in report.faults else 0
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a training run will take: memory, disk, time",
+        description="Parameters, memory by part, disk, speed, time to finish and the largest batch of a training run, "
+        "measured over a few of its steps on this machine. Nothing is written.",
+    )
+    parser.set_defaults(run=_plan)
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a trainer's YAML file")
+    parser.add_argument("--steps", type=int, default=3, help="steps to time (default: 3)")
+    parser.add_argument("--processes", type=int, default=1, help="of the run (default: 1)")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if args.steps < 1 or args.processes < 1:
+        raise UserError(f"--steps and --processes must be at least 1, got {args.steps} and {args.processes}")
+    from training.plan import plan
+
+    print(plan(args.config, steps=args.steps, processes=args.processes).as_text())
 
 
 def _add_doctor(commands: Any) -> None:

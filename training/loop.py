@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -59,7 +59,7 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     with Monitor(accelerator, run, task.batch_size, start) as monitor:
         while start < run.steps:
             for step, batches in _batches(task, accelerator, start, run):
-                losses = _step(task, batches, step, update)
+                losses = one_step(task, batches, step, update)
                 start = step + 1
                 if update.end():
                     start = _return(output, step, state, update)
@@ -146,8 +146,8 @@ def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -
             yield step, (take(number) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
-def _step(task: Task, batches: Iterator[Any], step: int, update: Update) -> dict[str, Tensor]:
-    """One update of everything; returns the losses, averaged over the batches."""
+def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> dict[str, Tensor]:
+    """Gradients of one update of everything, which `update.end` does; returns the losses, averaged over batches."""
     accelerator, count = update.accelerator, update.run.accumulate
     update.begin(step)
     rows: list[dict[str, Tensor]] = []

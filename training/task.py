@@ -104,6 +104,8 @@ class Task(ABC):
         averaged: names of the modules whose moving average is kept and exported.
         tensors: whatever else changes in place during training, by name; saved and resumed.
         batch_size: items per process and batch.
+        items: how many make an epoch.
+        frozen: networks that are used but not trained, by name.
         criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
     """
 
@@ -111,6 +113,8 @@ class Task(ABC):
     optimizers: dict[str, OptimizerConfig]
     averaged: tuple[str, ...]
     batch_size: int
+    items: int
+    frozen: dict[str, nn.Module] = {}
     criterion: str = ""
     tensors: dict[str, Tensor] = {}
 

@@ -76,13 +76,13 @@ class Mels:
     """Log-mel spectrograms of items, computed once and kept in memory in half precision (128 kB for 10 s)."""
 
     def __init__(self, items: list[Item], clap: ClapConfig):
-        self.items, self.clap = items, clap
+        self.pieces, self.clap = items, clap
         self.kept: dict[int, Tensor] = {}
 
     def __call__(self, index: int) -> Tensor:
         """Of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated."""
         if index not in self.kept:
-            mono = read_audio(self.items[index].path, SAMPLE_RATE).mean(0)
+            mono = read_audio(self.pieces[index].path, SAMPLE_RATE).mean(0)
             self.kept[index] = clap_mel(self.clap, mono).half()
         return self.kept[index].float()
 
@@ -96,10 +96,11 @@ class ClapTask(Task):
         self.config = config
         self.model = load_config(config.model, StableAudioConfig)
         self.batch_size = config.batch_size
-        self.items = _captioned(config.data)
-        self.mels = Mels(self.items, self.model.clap)
-        self.unreadable = Unreadable(len(self.items), config.max_unreadable, config.run.output)
-        captions = (caption for item in self.items for caption in item.captions)
+        self.pieces = _captioned(config.data)
+        self.items = len(self.pieces)
+        self.mels = Mels(self.pieces, self.model.clap)
+        self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
+        captions = (caption for item in self.pieces for caption in item.captions)
         self.tokenizer = train_tokenizer(captions, self.model.clap.vocab_size)
         torch.manual_seed(config.run.seed)
         clap = Clap(self.model.clap, self.tokenizer, config.dropout)
@@ -108,18 +109,18 @@ class ClapTask(Task):
         self.optimizers = {"clap": config.optimizer}
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
-        if len(self.items) < self.batch_size * world:
+        if len(self.pieces) < self.batch_size * world:
             raise UserError(
                 f"batch_size: {self.batch_size} on {world} processes needs that many items, {self.config.data} has "
-                f"{len(self.items)}"
+                f"{len(self.pieces)}"
             )
         # One permutation for all processes, so that no item meets itself as a negative.
         seed = self.config.run.seed
-        order = torch.randperm(len(self.items), generator=generator(seed, number)).tolist()
+        order = torch.randperm(len(self.pieces), generator=generator(seed, number)).tolist()
         own_places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         chosen, mels = zip(*(self._readable(order, place, world) for place in own_places), strict=True)
         own = [generator(seed, number, index) for index in chosen]
-        captions = [_pick(self.items[i].captions, g) for i, g in zip(chosen, own, strict=True)]
+        captions = [_pick(self.pieces[i].captions, g) for i, g in zip(chosen, own, strict=True)]
         views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
         longer = self._longer(list(mels))
@@ -134,9 +135,9 @@ class ClapTask(Task):
             try:
                 return index, self.mels(index)
             except UserError as error:
-                self.unreadable.add(self.items[index].path, error)
+                self.unreadable.add(self.pieces[index].path, error)
         raise UserError(
-            f"{self.config.data}: no further item can be read in the place of {self.items[order[place]].path}"
+            f"{self.config.data}: no further item can be read in the place of {self.pieces[order[place]].path}"
         )
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:

@@ -111,7 +111,9 @@ class DiffusionTask(Task):
         model = ConditionedUNet(self.model)
         self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
         statistics = self._go_on_from(config.initial, model) if config.initial else None
+        self.frozen = {"text_encoder": self.clap.text}
         self.windows = self._windows(config.latents, statistics)
+        self.items = len(self.windows)
         shared = (self.windows.mean, self.windows.std)
         self.validation = self._windows((config.held_out,), shared) if config.held_out else None
         model.unet.gradient_checkpointing = config.gradient_checkpointing

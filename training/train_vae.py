@@ -157,6 +157,7 @@ class VAETask(Task):
                 f"crop_frames: {samples} samples are too few for a window of {max(windows)}; take longer crops"
             )
         items = read_items(config.data)
+        self.items = len(items)
         self.unreadable = Unreadable(len(items), config.max_unreadable, config.run.output)
         self.crops = Crops(
             items,

@@ -1,0 +1,58 @@
+"""Plans: what autograd keeps, sizes that a real run then has, and nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from training_runs import load, trainer_of
+
+from stable_audio_lite import cli
+from training.plan import Saved, plan
+
+
+def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
+    """x * x saves x alone (twice), exp its result, and a weight is no activation."""
+    x, weight = torch.randn(1000, requires_grad=True), torch.randn(1000, requires_grad=True)
+    with (saved := Saved({weight.untyped_storage().data_ptr()})).hooks:
+        y = (x * x).exp() * weight
+        assert saved.now == 2 * 4000
+        y.sum().backward()
+    del y
+    assert saved.now == 0 and saved.most == 2 * 4000
+
+
+@pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
+def test_sizes_are_those_of_the_run(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    trainer, config_class, settings = trainer_of(name, data, bundles)
+    chosen = settings(tmp_path / "run", 1)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(chosen))
+    found = plan(tmp_path / "c.yaml", steps=1)
+    assert not (tmp_path / "run").exists()
+    assert found.trainer == f"train_{name}" and found.steps == 1 and found.done == 0
+    assert found.items == 6 and found.step_items == chosen["batch_size"]
+    assert found.gradients == 4 * sum(found.trained.values())
+    assert 0 < found.per_item <= found.activations / found.batch_size + 1 and found.largest_batch > 100
+    trainer.run(load(config_class, chosen, tmp_path))
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step_00000001")
+    on_disk = sum(file.stat().st_size for file in checkpoint.iterdir())
+    # Each file has a header; and in its only step a discriminator that starts later has had no update.
+    assert found.checkpoint == pytest.approx(on_disk, rel=0.25)
+    assert plan(tmp_path / "c.yaml", steps=1).done == 1
+
+
+def test_the_command_prints_and_refuses(
+    data: Path, bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = trainer_of("diffusion", data, bundles)[2](tmp_path / "run", 1000)
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert cli.main(["plan", str(path), "--steps", "1", "--processes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "text_encoder" in out and "2 x 4 x 1 a step" in out and "1,000 of 1,000 steps" in out
+    path.write_text(yaml.safe_dump(settings | {"learning": 1}))
+    assert cli.main(["plan", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "c.yaml" in error and "learning" in error

@@ -1,0 +1,286 @@
+"""What a run will take, measured before it begins: stable-audio-lite plan configs/stable_audio/train_diffusion.yaml.
+
+Builds what the trainer builds, does a few of its steps on this machine, and writes nothing. Activations are what
+autograd keeps for the backward pass, at two batch sizes: so much for a batch, so much for each item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
+
+from stable_audio_lite.config import load_config, read_yaml
+from training.checkpoint import checkpoints
+from training.loop import one_step
+from training.task import RunConfig, Task
+from training.train_clap import ClapTask, TrainClapConfig
+from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
+from training.train_vae import TrainVAEConfig, VAETask
+from training.update import Update
+
+TRAINERS: dict[str, tuple[type, type[Task]]] = {
+    "train_clap": (TrainClapConfig, ClapTask),
+    "train_vae": (TrainVAEConfig, VAETask),
+    "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
+}
+_SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run will take; sizes are in bytes.
+
+    Attributes:
+        trainer: whose config it is.
+        trained, frozen: parameters by network.
+        weights, gradients, optimizers, averages: memory of each process throughout.
+        activations: memory that a batch of `batch_size` needs besides, of which `per_item` for each of its items.
+        free: memory that activations may take.
+        checkpoint, bundle: size of each on disk.
+        disk_free: what is left on the disk of the run's output.
+        items: in an epoch.
+        processes, batch_size, accumulate: whose product is the items of a step.
+        seconds: for a step.
+        steps, done: updates in all and up to the newest checkpoint.
+        keep_last: checkpoints kept.
+    """
+
+    trainer: str
+    trained: dict[str, int]
+    frozen: dict[str, int]
+    weights: int
+    gradients: int
+    optimizers: int
+    averages: int
+    activations: int
+    per_item: float
+    free: int
+    checkpoint: int
+    bundle: int
+    disk_free: int
+    items: int
+    processes: int
+    batch_size: int
+    accumulate: int
+    seconds: float
+    steps: int
+    done: int
+    keep_last: int
+
+    @property
+    def largest_batch(self) -> int:
+        """Items of a batch whose activations fit into what is free."""
+        constant = self.activations - self.batch_size * self.per_item
+        return max(0, math.floor((self.free - constant) / max(self.per_item, 1.0)))
+
+    @property
+    def step_items(self) -> int:
+        """Items of an update, over all processes."""
+        return self.processes * self.batch_size * self.accumulate
+
+    @property
+    def disk(self) -> int:
+        """What the run needs at most: one more checkpoint than it keeps, and the last and the best bundle."""
+        return (self.keep_last + 1) * self.checkpoint + 2 * self.bundle
+
+    @property
+    def hours(self) -> float:
+        """Time to finish."""
+        return (self.steps - self.done) * self.seconds / 3600
+
+    def as_text(self) -> str:
+        """A line for each question."""
+        parts = [f"{n} {c:,} trained" for n, c in self.trained.items()]
+        parts += [f"{n} {c:,} frozen" for n, c in self.frozen.items()]
+        fixed = self.weights + self.gradients + self.optimizers + self.averages
+        step = f"{self.processes} x {self.batch_size} x {self.accumulate}"
+        return "\n".join(
+            (
+                f"trainer        training.{self.trainer}",
+                f"parameters     {', '.join(parts)}",
+                f"memory         {_size(fixed + self.activations)} a process: weights {_size(self.weights)}, "
+                f"gradients {_size(self.gradients)}, optimizer {_size(self.optimizers)}, "
+                f"averages {_size(self.averages)}, activations {_size(self.activations)} "
+                f"({_size(self.per_item)} an item)",
+                f"largest batch  {self.largest_batch} items a process, in {_size(self.free)} left for activations",
+                f"disk           {_size(self.disk)} of {_size(self.disk_free)} free: "
+                f"{self.keep_last + 1} checkpoints of {_size(self.checkpoint)}, 2 bundles of {_size(self.bundle)}"
+                + (" - NOT ENOUGH" if self.disk > self.disk_free else ""),
+                f"epoch          {self.items / self.step_items:,.1f} steps ({self.items:,} items, {step} a step: "
+                "processes x batch x accumulated)",
+                f"speed          {self.seconds:.3f} s a step, {self.batch_size * self.accumulate / self.seconds:.1f} "
+                "items/s a process, measured here",
+                f"to go          {self.steps - self.done:,} of {self.steps:,} steps: {self.hours:.2f} h",
+            )
+        )
+
+
+def plan(path: str | Path, *, steps: int = 3, processes: int = 1) -> Plan:
+    """Measure the run that a trainer's config describes.
+
+    Args:
+        path: the YAML file of any trainer.
+        steps: how many to time, after two others.
+        processes: of the run; each is taken to be as fast as one is here.
+
+    Raises:
+        UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
+    """
+    trainer, config_class, task_class = _trainer(path)
+    config = load_config(path, config_class)
+    run: RunConfig = config.run
+    with tempfile.TemporaryDirectory() as nowhere:
+        task = task_class(dataclasses.replace(config, run=dataclasses.replace(run, output=nowhere)))  # type: ignore[call-arg]
+        return _measure(trainer, task, run, steps, processes)
+
+
+def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
+    """The trainer that has most of the file's keys: the strict reading of the file then names what is wrong."""
+    keys = set(read_yaml(path))
+    shared = {name: len(keys & {f.name for f in dataclasses.fields(c)}) for name, (c, _) in TRAINERS.items()}
+    best = max(shared, key=lambda name: shared[name])
+    return best, *TRAINERS[best]
+
+
+def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: int) -> Plan:
+    accelerator = Accelerator(mixed_precision=run.precision)
+    plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
+    optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
+    if run.compile:
+        for module in plain.values():
+            module.compile(dynamic=False)
+    update = Update(accelerator, run, task, optimizers)
+    whole, part = task.batch_size, max(1, task.batch_size // 2)
+    kept = {size: _step_kept(task, size, index, update) for index, size in enumerate({part: 0, whole: 0})}
+    per_item = (kept[whole] - kept[part]) / (whole - part) if whole > part else kept[whole]
+    begun = time.perf_counter()
+    for step in range(2, 2 + steps):
+        one_step(task, _batches(task, step, run), step, update)
+        update.end()
+        _wait(accelerator.device)
+    seconds = (time.perf_counter() - begun) / steps
+    trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in plain.items()}
+    weights = {name: _bytes(module.state_dict().values()) for name, module in plain.items()}
+    averages = sum(weights[name] for name in task.averaged) if run.ema_decay else 0
+    frozen_weights = sum(_bytes(m.state_dict().values()) for m in task.frozen.values())
+    gradients = sum(_bytes(p for p in m.parameters() if p.requires_grad) for m in plain.values())
+    states = sum(_optimizer_bytes(optimizer) for optimizer in optimizers.values())
+    done = checkpoints(Path(run.output) / "checkpoints")
+    fixed = sum(weights.values()) + frozen_weights + gradients * (2 if processes > 1 else 1) + states + averages
+    return Plan(
+        trainer=trainer,
+        trained=trained,
+        frozen={n: sum(p.numel() for p in m.parameters()) for n, m in task.frozen.items()}
+        | {n: c for n, m in plain.items() if (c := sum(p.numel() for p in m.parameters()) - trained[n])},
+        weights=sum(weights.values()) + frozen_weights,
+        gradients=gradients * (2 if processes > 1 else 1),  # DDP's buckets hold them once more
+        optimizers=states,
+        averages=averages,
+        activations=kept[whole],
+        per_item=per_item,
+        free=_free(accelerator.device, fixed, averages),
+        checkpoint=sum(weights.values()) + averages + states,
+        bundle=sum(weights[name] for name in task.averaged) + frozen_weights,
+        disk_free=shutil.disk_usage(_existing(Path(run.output))).free,
+        items=task.items,
+        processes=processes,
+        batch_size=whole,
+        accumulate=run.accumulate,
+        seconds=seconds,
+        steps=run.steps,
+        done=int(done[-1].name.removeprefix("step_")) if done else 0,
+        keep_last=run.keep_last,
+    )
+
+
+def _batches(task: Task, step: int, run: RunConfig) -> Iterable[Any]:
+    return (task.batch(number, 0, 1) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
+
+
+def _step_kept(task: Task, size: int, step: int, update: Update) -> int:
+    """Do a step with batches of `size` items; bytes that autograd kept at most."""
+    before, task.batch_size = task.batch_size, size
+    constant = {t.untyped_storage().data_ptr() for m in task.modules.values() for t in m.state_dict().values()}
+    with (saved := Saved(constant)).hooks:
+        one_step(task, _batches(task, step, update.run), step, update)
+        update.end()
+    task.batch_size = before
+    return saved.most
+
+
+class Saved:
+    """Counts the memory behind the tensors that autograd saves, each once, without that at `constant` addresses."""
+
+    def __init__(self, constant: set[int]):
+        self.constant, self.now, self.most = constant, 0, 0
+        self.holders: Counter[int] = Counter()
+        self.hooks = saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def _pack(self, tensor: Tensor) -> _Kept:
+        return _Kept(self, tensor)
+
+    def add(self, tensor: Tensor, holders: int) -> None:
+        """Count one holder more, or less, of the tensor's memory."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address in self.constant:
+            return
+        before = self.holders[address]
+        self.holders[address] += holders
+        self.now += storage.nbytes() * (int(before + holders > 0) - int(before > 0))
+        self.most = max(self.most, self.now)
+
+
+class _Kept:
+    """A saved tensor, counted for as long as it is."""
+
+    def __init__(self, saved: Saved, tensor: Tensor):
+        self.saved, self.tensor = saved, tensor
+        saved.add(tensor, 1)
+
+    def __del__(self) -> None:
+        self.saved.add(self.tensor, -1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free(device: torch.device, fixed: int, averages: int) -> int:
+    """Memory left for activations; the averages are not made here, all else already is."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1] * (1 - _SPARE)) - fixed
+    return psutil.virtual_memory().available - averages
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _optimizer_bytes(optimizer: Optimizer) -> int:
+    return _bytes(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
