@@ -87,6 +87,8 @@ def _add_generate(commands: Any) -> None:
     add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
     add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
     _add_model(parser)
+    add("--lora", metavar="FOLDER", type=Path, help="a LoRA that was trained for this model")
+    add("--lora-strength", type=float, default=1.0, help="1 is as trained (default: 1)")
     add(
         "-o",
         "--output",
@@ -146,7 +148,9 @@ def _generate(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     from stable_audio_lite.pipeline import StableAudio
 
-    model = StableAudio.from_pretrained(args.model, device=args.device, dtype=args.dtype)
+    model = StableAudio.from_pretrained(
+        args.model, device=args.device, dtype=args.dtype, lora=args.lora, lora_strength=args.lora_strength
+    )
     loaded = time.perf_counter()
     seconds = 0.0
     with _Progress(len(items)) as progress:

@@ -25,12 +25,14 @@ from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import StableAudioConfig
 from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.conditioning.text import TextEncoder
+from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing_folder
+from stable_audio_lite.files import replacing_folder, save_tensors
+from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.clap import load_tokenizer
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
@@ -90,17 +92,24 @@ class StableAudio:
         text_encoder: TextEncoder,
         conditioner: Conditioner,
         unet: UNet,
+        lora: dict[str, Any] | None = None,
     ):
-        """Take loaded parts; `folder` is the bundle that they came from."""
+        """Take loaded parts of the bundle `folder`; `lora` says what was merged into the U-Net."""
         self.folder, self.config = folder, config
         self.vae, self.text_encoder, self.conditioner, self.unet = vae, text_encoder, conditioner, unet
         self.latent_mean = unet.latent_mean.float()[:, None]  # C, 1
         self.latent_std = unet.latent_std.float()[:, None]
         self.hash = bundle.model_hash(folder)
+        self.lora = lora or {}
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None
+        cls,
+        name: str | Path,
+        device: str = "auto",
+        dtype: torch.dtype | str | None = None,
+        lora: str | Path | None = None,
+        lora_strength: float = 1.0,
     ) -> StableAudio:
         """Load a bundle for inference.
 
@@ -109,9 +118,11 @@ class StableAudio:
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
             dtype: of the VAE's and U-Net's weights and activations; None or "auto" is bfloat16 where the processor
                 multiplies it in hardware and float32 elsewhere. The text encoder stays float32.
+            lora: folder with a LoRA that training.train_diffusion made for this model; it is merged into the U-Net.
+            lora_strength: 1 is as trained, 0 without.
 
         Raises:
-            UserError: there is no such bundle or device, or a file is damaged or doesn't fit its config.
+            UserError: there is no such bundle, LoRA or device, or a file is damaged or doesn't fit.
         """
         folder = bundle.resolve(name)
         config = bundle.load_model_config(folder)
@@ -119,11 +130,16 @@ class StableAudio:
         kind = choose_dtype(dtype, where)
         vae = _load(folder, "vae", lambda: VAE(config.vae)).float().prepare_for_inference()
         unet = _load(folder, "unet", lambda: bundle.build_unet(config))
+        merged = None
+        if lora is not None:
+            latents = encoder_hash(bundle.read_part(folder, "vae"), config.vae.slow_channels)
+            merge_lora(unet.float(), lora, latents, lora_strength)
+            merged = {"lora": str(lora), "lora_strength": lora_strength}
         conditioner = _load(folder, "conditioner", lambda: Conditioner(config.timing, config.context_width)).float()
         tokenizer = _tokenizer(folder, config)
         text_encoder = _load(folder, "text_encoder", lambda: TextEncoder(config.clap, tokenizer)).float()
-        model = cls(folder, config, vae=vae, text_encoder=text_encoder, conditioner=conditioner, unet=unet)
-        return model.to(where, kind)
+        parts = {"vae": vae, "text_encoder": text_encoder, "conditioner": conditioner, "unet": unet}
+        return cls(folder, config, **parts, lora=merged).to(where, kind)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableAudio:
         """Move to `device`, the VAE and the U-Net in `dtype`; returns self."""
@@ -211,17 +227,23 @@ class StableAudio:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the bundle that this model was loaded from to `folder`, byte for byte; returns `folder`.
 
+        Where a LoRA was merged, the U-Net is written with it, in the floating type that it has here.
+
         Raises:
             UserError: `folder` holds something other than a bundle, or can't be written.
         """
         target = Path(folder)
         if target.exists() and target.samefile(self.folder):
+            if self.lora:
+                raise UserError(f"{target}: holds the model without its LoRA; choose another folder")
             return target
         bundle.check_replaceable(target)
         with replacing_folder(target) as temporary:
             for file in sorted(self.folder.iterdir()):
                 if file.is_file() and not file.name.startswith("."):
                     shutil.copyfile(file, temporary / file.name)
+            if self.lora:
+                save_tensors(bundle.part_path(temporary, "unet"), self.unet.state_dict(), {"format": "pt"})
         return target
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
@@ -230,6 +252,8 @@ class StableAudio:
         Raises:
             UserError: not logged in, no permission, or no connection.
         """
+        if self.lora:
+            raise UserError("a LoRA was merged: save_pretrained to a folder and upload that")
         import huggingface_hub
 
         hub = huggingface_hub.HfApi()
@@ -314,6 +338,7 @@ class StableAudio:
             "rho": defaults.rho,
             "dtype": str(self.dtype).removeprefix("torch."),
             "model": self.hash,
+            **self.lora,
         }
 
 

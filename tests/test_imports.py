@@ -17,7 +17,7 @@ LAYERS = (
     ("models",),
     ("conditioning",),
     ("diffusion",),
-    ("bundle",),
+    ("bundle", "lora"),
     ("pipeline", "codec", "describe", "doctor"),
     ("cli",),
 )

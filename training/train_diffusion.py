@@ -22,6 +22,7 @@ from stable_audio_lite.data.crops import epoch_index, item_numbers
 from stable_audio_lite.data.latents import LatentWindows, encoder_hash, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.nn.attention import Condition
@@ -47,6 +48,7 @@ class TrainDiffusionConfig:
         clap: bundle with the text encoder, or a pretrained CLAP: transformers folder, hub id or LAION `.pt`.
         initial: bundle whose U-Net and timing embeddings to go on from, or null; its VAE's encoder and its text encoder
             have to be those of `vae` and `clap`.
+        lora: size of a LoRA to train in the place of all weights, or null; it is what the run exports.
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest t that is trained. A generator that ends above that noise level (generation.sigma_min of
             the model, tan(pi t / 2)) has no use for what is below, where most of the loss is.
@@ -59,6 +61,7 @@ class TrainDiffusionConfig:
     vae: str
     clap: str
     initial: str | None = None
+    lora: LoraConfig | None = None
     batch_size: int = 16
     condition_dropout: float = 0.1
     lowest_time: float = 0.0
@@ -69,6 +72,8 @@ class TrainDiffusionConfig:
     def __post_init__(self) -> None:
         if not self.latents:
             raise ValueError("latents is empty; list the folders that training.pre_encode wrote")
+        if self.lora and not self.initial:
+            raise ValueError("lora needs `initial`, the bundle that it changes")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.condition_dropout <= 1:
@@ -119,6 +124,9 @@ class DiffusionTask(Task):
         model.unet.gradient_checkpointing = config.gradient_checkpointing
         model.unet.latent_mean.copy_(self.windows.mean)
         model.unet.latent_std.copy_(self.windows.std)
+        if config.lora:
+            model.requires_grad_(False)
+            add_lora(model.unet, config.lora)
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
 
@@ -161,6 +169,9 @@ class DiffusionTask(Task):
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]
+        if self.config.lora:
+            save_lora(folder, model.unet, self.config.lora, self._encoder)  # type: ignore[arg-type]
+            return
         parts = self.clap.parts | {"vae": read_part(self.config.vae, "vae")}
         parts["conditioner"] = model.conditioner.state_dict()  # type: ignore[operator, union-attr]
         parts["unet"] = model.unet.state_dict()  # type: ignore[operator, union-attr]
