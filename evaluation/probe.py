@@ -69,28 +69,37 @@ class Answer:
     family_probability: float
 
 
-class Probe(nn.Module):
-    """Small convolutional network over normalised log-mel crops (B, mels, frames) -> instrument logits (B, classes)."""
+class Trunk(nn.Module):
+    """Normalised log-mel crops (B, mels, frames) -> features (B, `features`)."""
 
     def __init__(self, config: ProbeConfig):
         super().__init__()
-        self.config = config
         layers: list[nn.Module] = [_block(1, _WIDTHS[0], stride=2)]
         for before, width in zip(_WIDTHS, _WIDTHS[1:], strict=False):
             layers += [_block(before, width), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(*layers)
         # Time is averaged away; frequency stays, for where the partials lie is what tells timbres apart.
-        features = _WIDTHS[-1] * (config.mels // 2 ** len(_WIDTHS))
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * features, len(config.instruments)))
+        self.features = 2 * _WIDTHS[-1] * (config.mels // 2 ** len(_WIDTHS))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        x = self.layers(crops[:, None])  # B, width, mels / 16, frames / 16
+        return torch.cat([x.mean(3), x.amax(3)], 1).flatten(1)
+
+
+class Probe(Trunk):
+    """Small convolutional network over normalised log-mel crops (B, mels, frames) -> instrument logits (B, classes)."""
+
+    def __init__(self, config: ProbeConfig):
+        super().__init__(config)
+        self.config = config
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(self.features, len(config.instruments)))
         names = sorted(set(config.families))
         membership = torch.tensor([names.index(family) for family in config.families])
         self.register_buffer("membership", membership, persistent=False)
         self.family_names = names
 
     def forward(self, crops: Tensor) -> Tensor:
-        x = self.layers(crops[:, None])  # B, width, mels / 16, frames / 16
-        pooled = torch.cat([x.mean(3), x.amax(3)], 1).flatten(1)
-        return self.head(pooled)
+        return self.head(super().forward(crops))
 
     def family_log_probabilities(self, log_probabilities: Tensor) -> Tensor:
         """(B, classes) -> (B, families): log of the sum over each family's instruments."""
@@ -106,7 +115,7 @@ class Probe(nn.Module):
         """
         self.eval()
         mono = resample(audio.float().mean(0, keepdim=True).numpy(), sample_rate, self.config.sample_rate)
-        crops = _normalise(_all_crops(mel_power(torch.from_numpy(mono[0]), self.config), self.config.frames))
+        crops = normalise(all_crops(mel_power(torch.from_numpy(mono[0]), self.config), self.config.frames))
         logs = self(crops).log_softmax(1).mean(0, keepdim=True).log_softmax(1)
         families = self.family_log_probabilities(logs)[0].exp()
         best = int(families.argmax())
@@ -194,8 +203,8 @@ def train(examples: list[Example], config: ProbeConfig, *, steps: int = 1000, ba
     present = torch.tensor([label for label, powers in enumerate(by_class) if powers])
     for _ in range(steps):
         labels = present[torch.randint(len(present), (batch,), generator=generator)]
-        crops = torch.stack([_random_crop(by_class[label], config.frames, generator) for label in labels.tolist()])
-        logs = probe(_normalise(_augment(crops, generator))).log_softmax(1)
+        crops = torch.stack([random_crop(by_class[label], config.frames, generator) for label in labels.tolist()])
+        logs = probe(normalise(augment(crops, generator))).log_softmax(1)
         loss = F.nll_loss(logs, labels)
         loss = loss + F.nll_loss(probe.family_log_probabilities(logs), probe.membership[labels])
         optimizer.zero_grad()
@@ -227,7 +236,7 @@ def accuracy(probe: Probe, examples: list[Example]) -> Accuracy:
     right_instrument, right_family = [], []
     owners = [int(probe.membership[e.label]) for e in examples]
     for example, owner in zip(examples, owners, strict=True):
-        crops = _normalise(_all_crops(example.power, probe.config.frames))
+        crops = normalise(all_crops(example.power, probe.config.frames))
         logs = probe(crops).log_softmax(1).mean(0, keepdim=True)
         right_instrument.append(float(int(logs.argmax()) == example.label))
         right_family.append(float(int(probe.family_log_probabilities(logs).argmax()) == owner))
@@ -277,7 +286,7 @@ def train_on_corpus(corpus: Path, *, steps: int = 1000, per_class: int | None = 
     return train(load_examples(items, config, per_class), config, steps=steps, seed=seed)
 
 
-def _random_crop(powers: list[Tensor], frames: int, generator: torch.Generator) -> Tensor:
+def random_crop(powers: list[Tensor], frames: int, generator: torch.Generator) -> Tensor:
     """A random crop, (mels, frames), of one of the pieces, not of a silence in it."""
     power = powers[int(torch.randint(len(powers), (1,), generator=generator))]
     crops = _loud_starts(power, frames)
@@ -285,7 +294,7 @@ def _random_crop(powers: list[Tensor], frames: int, generator: torch.Generator) 
     return _cut(power, start, frames)
 
 
-def _all_crops(power: Tensor, frames: int) -> Tensor:
+def all_crops(power: Tensor, frames: int) -> Tensor:
     """Crops that overlap by half and aren't silent: (N, mels, frames)."""
     starts = _loud_starts(power, frames).tolist()
     wanted = [s for s in starts if s % (frames // 2) == 0] or starts[:1]
@@ -308,14 +317,14 @@ def _cut(power: Tensor, start: int, frames: int) -> Tensor:
     return F.pad(crop, (0, frames - crop.shape[1]))
 
 
-def _normalise(power: Tensor) -> Tensor:
+def normalise(power: Tensor) -> Tensor:
     """dB below each crop's peak, (B, mels, frames), centred and scaled; makes level and distant noise irrelevant."""
     decibels = 10 * power.clamp_min(1e-14).log10()
     decibels = decibels - decibels.amax((1, 2), keepdim=True)
     return (decibels.clamp_min(-_RANGE_DB) + _RANGE_DB / 2) / (_RANGE_DB / 4)
 
 
-def _augment(power: Tensor, generator: torch.Generator) -> Tensor:
+def augment(power: Tensor, generator: torch.Generator) -> Tensor:
     """Random versions of (B, mels, frames) power: what a codec or another mix might have made of the same sound."""
     size, mels, _ = power.shape
 

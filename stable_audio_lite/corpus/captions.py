@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Mapping
+from typing import Any
 
 from stable_audio_lite.corpus.instruments import caption_names
 from stable_audio_lite.corpus.piece import Piece
@@ -69,6 +72,22 @@ def captions(piece: Piece, count: int = 6) -> list[str]:
 def speed_of(bpm: int) -> str:
     """The tempo in a word: slow, medium or fast."""
     return "slow" if bpm <= SLOW_UP_TO else "fast" if bpm >= FAST_FROM else "medium"
+
+
+def facts_told(caption: str, truth: Mapping[str, Any]) -> frozenset[str]:
+    """Which of "tempo" (as a number), "key", "mode", "style" and "drums" the caption of a piece says; `truth` is the
+    piece's metadata."""
+    low, mode, tonic = caption.lower(), truth["mode"], truth["key"]
+    names = "|".join((tonic, SHARPS_AS_FLATS.get(tonic, tonic)))
+    key = re.search(rf"(?<!\w)({names}) {mode}\b(?! key)", caption) is not None  # "in a minor key" names none
+    told = {
+        "tempo": re.search(rf"\b{truth['bpm']}(?!\d)", low) is not None,
+        "key": key,
+        "mode": key or re.search(rf"\b({mode}|{'|'.join(MOODS[mode])})\b", low) is not None,
+        "style": any(word.lower() in low for word in STYLES[truth["style"]].words),
+        "drums": "drum" in low or "percussion" in low,
+    }
+    return frozenset(name for name, said in told.items() if said)
 
 
 def _caption(rng: random.Random, piece: Piece, everything: bool) -> str:
