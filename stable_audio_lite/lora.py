@@ -30,11 +30,11 @@ class LoraConfig:
     """Size of the change: its `rank`, and `alpha`, by which it is scaled (alpha / rank)."""
 
     rank: int = 16
-    alpha: float = 16.0
+    alpha: int = 16
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank must be at least 1 and alpha above 0, got {self.rank} and {self.alpha}")
+        if self.rank < 1 or self.alpha < 1:
+            raise ValueError(f"rank and alpha must be at least 1, got {self.rank} and {self.alpha}")
 
 
 def add_lora(unet: nn.Module, config: LoraConfig) -> None:

@@ -138,8 +138,8 @@ class StableAudio:
         conditioner = _load(folder, "conditioner", lambda: Conditioner(config.timing, config.context_width)).float()
         tokenizer = _tokenizer(folder, config)
         text_encoder = _load(folder, "text_encoder", lambda: TextEncoder(config.clap, tokenizer)).float()
-        parts = {"vae": vae, "text_encoder": text_encoder, "conditioner": conditioner, "unet": unet}
-        return cls(folder, config, **parts, lora=merged).to(where, kind)
+        model = cls(folder, config, vae=vae, text_encoder=text_encoder, conditioner=conditioner, unet=unet, lora=merged)
+        return model.to(where, kind)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> StableAudio:
         """Move to `device`, the VAE and the U-Net in `dtype`; returns self."""

@@ -39,7 +39,7 @@ def config_of(bundles: dict[str, Path], output: Path, folder: Path, steps: int, 
 def lora(base: Path, bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained from `base` for ten steps."""
     folder = tmp_path_factory.mktemp("lora")
-    config = config_of(bundles, folder / "run", folder, 10, initial=str(base), lora={"rank": 4, "alpha": 8.0})
+    config = config_of(bundles, folder / "run", folder, 10, initial=str(base), lora={"rank": 4, "alpha": 8})
     return train_diffusion.run(config)
 
 
@@ -98,7 +98,7 @@ def test_merging_is_what_peft_computes(base: Path, lora: Path) -> None:
 
 
 def test_a_stopped_run_goes_on(base: Path, lora: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"initial": str(base), "lora": {"rank": 4, "alpha": 8.0}}
+    settings = {"initial": str(base), "lora": {"rank": 4, "alpha": 8}}
     config = config_of(bundles, tmp_path / "run", tmp_path, 10, **settings)
     stop_after(config, train_diffusion, 6)
     assert_same_weights(lora, train_diffusion.run(config))
