@@ -25,8 +25,10 @@ from training_runs import (
     vae_settings,
 )
 
+from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.pipeline import StableAudio
 from training import pre_encode, train_clap, train_diffusion, train_vae
 
 
@@ -52,6 +54,49 @@ def test_levels_without_items_are_logged_as_nan() -> None:
     """Every process names every level, or those that log together wait for each other."""
     figures = train_diffusion.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]))
     assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
+
+
+def test_padding_counts_only_if_it_should(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Without it, what is predicted behind an item's end changes nothing; with it, it does."""
+    settings = diffusion_settings(bundles, tmp_path / "run", 1)
+    losses = {}
+    for padding in (True, False):
+        task = train_diffusion.DiffusionTask(
+            load(train_diffusion.TrainDiffusionConfig, settings | {"padding": padding}, tmp_path)
+        )
+        batch = task.batch(0, 0, 1)
+        assert 0 < int(batch["frames"].min()) < batch["latents"].shape[2]
+        for wrong in (0.0, 100.0):
+            own = torch.arange(batch["latents"].shape[2]) < batch["frames"][:, None]
+            task.modules["model"] = lambda x, *_, own=own, wrong=wrong: torch.where(own[:, None], 0.0, wrong).expand_as(
+                x
+            )
+            losses[padding, wrong] = float(task._errors(batch).mean())
+    assert losses[False, 0.0] == losses[False, 100.0] and losses[True, 100.0] > 10 * losses[True, 0.0]
+
+
+def test_demos_sound_like_the_bundle_and_leave_training_alone(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """In files and in TensorBoard, at each guidance scale; the weights are those of a run without."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cls = train_diffusion.TrainDiffusionConfig
+    plain = train_diffusion.run(load(cls, diffusion_settings(bundles, tmp_path / "plain", 4), tmp_path))
+    demos = {"every": 2, "prompts": ["a tone", "another"], "cfg": [1.0, 3.0], "seconds": 0.3, "steps": 2}
+    settings = diffusion_settings(bundles, tmp_path / "run", 4, tracker="tensorboard") | {"demos": demos}
+    made = train_diffusion.run(load(cls, settings, tmp_path))
+    assert_same_weights(plain, made)
+    folders = sorted((tmp_path / "run/demos").iterdir())
+    names = {f"prompt{i}-cfg{cfg}" for i in (1, 2) for cfg in (1, 3)}
+    assert [f.name for f in folders] == ["step_00000002", "step_00000004"]
+    assert all({p.stem for p in f.glob(f"*{kind}")} == names for f in folders for kind in (".wav", ".png"))
+    model = StableAudio.from_pretrained(made, "cpu")
+    expected = model.generate(["a tone", "another"], seconds=0.3, steps=2, cfg=3.0, seed=0).audio[1]
+    last = read_audio(folders[1] / "prompt2-cfg3.wav", 44100)
+    torch.testing.assert_close(last, expected / expected.abs().max().clamp_min(1.0), rtol=0, atol=2e-3)
+    (events,) = (tmp_path / "run/logs").glob("events*")
+    board = EventAccumulator(str(events), size_guidance={"audio": 0, "images": 0}).Reload()
+    assert {f"demo/{name}" for name in names} == set(board.Tags()["audio"]) == set(board.Tags()["images"])
+    assert [e.step for e in board.Audio("demo/prompt1-cfg1")] == [1, 3]
 
 
 def test_some_conditions_are_dropped(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
                         monitor.write(step, figures := task.evaluate(step))
                         if update.health.improved(figures.get(task.criterion)) and accelerator.is_main_process:
                             task.export(output / "best", plain)
+                if _due(task.demonstrate_every, step, run.steps) and accelerator.is_main_process:
+                    with _Averaged(plain, averages), torch.no_grad():
+                        monitor.play(step, task.demonstrate(plain))
                 monitor.show(step, losses | update.grad_norms, update.health)
                 if _due(run.checkpoint_every, step, run.steps) and not update.bad:
                     _checkpoint(run, start, state, update)

@@ -9,12 +9,14 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from training.task import RunConfig
+from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.audio.plot import plot_spectrogram
+from training.task import RunConfig, Sound
 from training.update import Health
 
 
 class Monitor:
-    """Progress bar, trackers and `losses.jsonl`."""
+    """Progress bar, trackers, `losses.jsonl` and `demos`."""
 
     def __init__(self, accelerator: Accelerator, run: RunConfig, batch_size: int, start: int):
         from tqdm import tqdm
@@ -61,3 +63,18 @@ class Monitor:
         if self.accelerator.is_main_process:
             with (Path(self.run.output) / "losses.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | {k: float(f"{v:.8g}") for k, v in figures.items()}) + "\n")
+
+    def play(self, step: int, sounds: list[Sound]) -> None:
+        """Write sounds and their spectrograms to `demos/step_N`, and to TensorBoard, which plays one channel."""
+        folder = Path(self.run.output) / "demos" / f"step_{step + 1:08d}"
+        for sound in sounds:
+            write_audio(folder / f"{sound.name}.wav", sound.audio, sound.sample_rate)
+            plot_spectrogram(folder / f"{sound.name}.png", sound.audio, sound.sample_rate, sound.name)
+            if self.run.tracker == "tensorboard":
+                from matplotlib.image import imread
+
+                writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
+                mono = sound.audio.mean(0, keepdim=True).clamp(-1, 1)
+                writer.add_audio(f"demo/{sound.name}", mono, step, sound.sample_rate)
+                picture = imread(str(folder / f"{sound.name}.png"))
+                writer.add_image(f"demo/{sound.name}", picture, step, dataformats="HWC")

@@ -63,14 +63,19 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then exponential, cosine or no decay."""
+    """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then a decay or none.
+
+    Exponential: `gamma`^step. Inverse: (1 + step / `inverse_gamma`)^-`inverse_power`. Cosine: to a hundredth.
+    """
 
     lr: float
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_steps: int = 0
-    decay: Literal["none", "exponential", "cosine"] = "none"
+    decay: Literal["none", "exponential", "inverse", "cosine"] = "none"
     gamma: float = 0.999996
+    inverse_gamma: float = 1e6
+    inverse_power: float = 0.5
     muon_lr: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,9 +95,20 @@ class OptimizerConfig:
         rate = self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
         if self.decay == "exponential":
             return rate * self.gamma**step
+        if self.decay == "inverse":
+            return rate * (1 + step / self.inverse_gamma) ** -self.inverse_power
         if self.decay == "cosine":
             return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         return rate
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Something to listen to while a run goes on: (C, T) `audio`, full scale 1, and its `name`."""
+
+    name: str
+    audio: Tensor
+    sample_rate: int
 
 
 class Task(ABC):
@@ -106,6 +122,7 @@ class Task(ABC):
         batch_size: items per process and batch.
         items: how many make an epoch.
         frozen: networks that are used but not trained, by name.
+        demonstrate_every: steps between demonstrations; 0 for none.
         criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
     """
 
@@ -115,6 +132,7 @@ class Task(ABC):
     batch_size: int
     items: int
     frozen: dict[str, nn.Module] = {}
+    demonstrate_every: int = 0
     criterion: str = ""
     tensors: dict[str, Tensor] = {}
 
@@ -143,3 +161,7 @@ class Task(ABC):
     def evaluate(self, step: int) -> dict[str, float]:
         """Named figures on held-out data; {} for none."""
         return {}
+
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
+        """What unwrapped modules that hold the averaged weights sound like; on one process alone."""
+        return []

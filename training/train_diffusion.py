@@ -8,6 +8,7 @@ uniform in [0, 1] and stratified over the batch (Salimans & Ho 2022, arXiv 2202.
 from __future__ import annotations
 
 import random
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +27,37 @@ from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.nn.attention import Condition
+from stable_audio_lite.pipeline import StableAudio
 from training.command import main
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
-from training.task import OptimizerConfig, RunConfig, Task
+from training.task import OptimizerConfig, RunConfig, Sound, Task
 from training.update import Update
 
 _LEVELS = 4  # noise-level bins of the logged loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemosConfig:
+    """Sounds made while training, of the same seeds each time.
+
+    Attributes:
+        every: steps between them.
+        prompts: one sound each, at every guidance scale in `cfg`.
+        seconds: length of each, or null for the window.
+        steps: sampling steps, or null for the model's own.
+    """
+
+    every: int
+    prompts: tuple[str, ...]
+    cfg: tuple[float, ...] = (1.0, 3.0, 6.0)
+    seconds: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not self.prompts or not self.cfg:
+            raise ValueError("every must be at least 1, and prompts and cfg not empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +76,8 @@ class TrainDiffusionConfig:
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest t that is trained. A generator that ends above that noise level (generation.sigma_min of
             the model, tan(pi t / 2)) has no use for what is below, where most of the loss is.
+        padding: whether the silence after an item's end is part of the loss, and so learned.
+        demos: sounds to make while training, or null.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
     """
 
@@ -65,6 +91,8 @@ class TrainDiffusionConfig:
     batch_size: int = 16
     condition_dropout: float = 0.1
     lowest_time: float = 0.0
+    padding: bool = True
+    demos: DemosConfig | None = None
     gradient_checkpointing: bool = False
     run: RunConfig
     optimizer: OptimizerConfig
@@ -111,6 +139,7 @@ class DiffusionTask(Task):
         self.config = config
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
+        self.demonstrate_every = config.demos.every if config.demos else 0
         self.silence = silence_latent(config.vae)
         torch.manual_seed(config.run.seed)
         model = ConditionedUNet(self.model)
@@ -177,13 +206,35 @@ class DiffusionTask(Task):
         parts["unet"] = model.unet.state_dict()  # type: ignore[operator, union-attr]
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
+        """Each prompt at each guidance scale, by the bundle that the run would export now."""
+        demos = self.config.demos
+        assert demos is not None
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(exported := Path(folder) / "bundle", modules)
+            device = str(next(modules["model"].parameters()).device)
+            if self.config.lora:
+                model = StableAudio.from_pretrained(self.config.initial or "", device=device, lora=exported)
+            else:
+                model = StableAudio.from_pretrained(exported, device=device)
+            sounds = []
+            for cfg in demos.cfg:
+                made = model.generate(list(demos.prompts), seconds=demos.seconds, steps=demos.steps, cfg=cfg, seed=0)
+                rows = enumerate(made.audio, 1)
+                sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
+        return sounds
+
     def _errors(self, batch: dict[str, Any]) -> Tensor:
         """Mean squared error of v per item, (B,)."""
         x0, eps, t = batch["latents"], batch["eps"], batch["t"]
         text = self.clap.text.to(x0.device).encode(batch["captions"])
         timing = (batch["seconds_start"], batch["seconds_total"])
         v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, batch["dropped"])
-        return (v.float() - v_target(x0, eps, t)).square().mean((1, 2))
+        errors = (v.float() - v_target(x0, eps, t)).square().mean(1)  # B, T
+        if self.config.padding:
+            return errors.mean(1)
+        own = torch.arange(errors.shape[1], device=errors.device) < batch["frames"][:, None]
+        return (errors * own).sum(1) / own.sum(1)
 
     def _batch(self, windows: LatentWindows, numbers: range, seed: int) -> dict[str, Any]:
         drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]

@@ -95,9 +95,13 @@ def finish_cache(cache: LatentCache, count: int) -> None:
 
 @dataclass(frozen=True)
 class Window:
-    """A training example: standardised `latent` (C, window), one of the item's captions, and its timing in seconds."""
+    """A training example: standardised `latent` (C, window), one of the item's captions, and its timing in seconds.
+
+    The first `frames` frames are the item's, the rest is silence.
+    """
 
     latent: Tensor
+    frames: int
     caption: str
     seconds_start: float
     seconds_total: float
@@ -152,20 +156,21 @@ class LatentWindows:
         """The window of item `index` that begins with frame `start`."""
         latent, about = self.entries[index]
         piece = self._normal(latent[:, start : start + self.frames].float())
-        rest = self.frames - piece.shape[1]
-        if rest:
+        frames = piece.shape[1]
+        if rest := self.frames - frames:
             piece = torch.cat((piece, self.silence[:, -rest:]), 1)
         total = float(about["truth"].get("seconds", latent.shape[1] * self.frame_seconds))
-        return Window(piece, caption, start * self.frame_seconds, total)
+        return Window(piece, frames, caption, start * self.frame_seconds, total)
 
     def _normal(self, latent: Tensor) -> Tensor:
         return (latent - self.mean[:, None]) / self.std[:, None]
 
 
 def stack(windows: list[Window]) -> dict[str, Any]:
-    """Latents (B, C, T), captions, and timing (B,) of a batch."""
+    """Latents (B, C, T), the frames that are no padding (B,), captions, and timing (B,) of a batch."""
     return {
         "latents": torch.stack([w.latent for w in windows]),
+        "frames": torch.tensor([w.frames for w in windows]),
         "captions": [w.caption for w in windows],
         "seconds_start": torch.tensor([w.seconds_start for w in windows]),
         "seconds_total": torch.tensor([w.seconds_total for w in windows]),
