@@ -18,10 +18,11 @@ from stable_audio_lite import cli
 from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
 from stable_audio_lite.data.crops import Crops, LatentCrops
 from stable_audio_lite.data.item import Item
-from stable_audio_lite.data.latents import LatentCache, LatentWindows, finish_cache, write_latent
+from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, read_cache
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
+from stable_audio_lite.data.windows import LatentWindows
 from stable_audio_lite.errors import UserError
 
 SAMPLES = 22050
@@ -106,15 +107,64 @@ def test_a_batch_does_not_depend_on_the_number_of_processes(folder: Path) -> Non
     assert np.array_equal(whole, np.concatenate(halves))
 
 
+def write_cache(folder: Path, entries: list[tuple[str, torch.Tensor | None]]) -> LatentCache:
+    """Items by name, their names also their captions, in shards of two; None: the item has no latent."""
+    cache = LatentCache(folder, "a hash", len(entries), shard_items=2)
+    for shard, numbers in enumerate(cache.shards):
+        rows = [(n, *entries[n]) for n in numbers if entries[n][1] is not None]
+        abouts = [
+            About(name=name, captions=(name,), truth={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
+            for _, name, latent in rows
+        ]
+        cache.write(shard, [CachedLatent(n, z, about) for (n, _, z), about in zip(rows, abouts, strict=True)])
+    cache.finish()
+    return cache
+
+
+def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
+    """A tar of NUMBER.npy and NUMBER.json, the same bytes for the same latents; other shards or damage are refused."""
+    latents = [torch.randn(4, 5 + i, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    caches = [write_cache(tmp_path / n, [(f"{i}.wav", z) for i, z in enumerate(latents)]) for n in ("a", "b")]
+    with tarfile.open(caches[0].path(0)) as tar:
+        assert tar.getnames() == ["00000000.npy", "00000000.json", "00000001.npy", "00000001.json"]
+    assert caches[0].path(1).read_bytes() == caches[1].path(1).read_bytes()
+    index, entries = read_cache(tmp_path / "a", "a hash")
+    assert (index.items, index.shards, index.frames) == (3, 2, 18) and [e.number for e in entries] == [0, 1, 2]
+    assert all(torch.equal(e.latent, z.half()) for e, z in zip(entries, latents, strict=True))
+    torch.testing.assert_close(torch.tensor(index.mean), torch.cat(latents, 1).mean(1), rtol=0, atol=1e-3)
+    with pytest.raises(UserError, match="choose a new output"):
+        LatentCache(tmp_path / "a", "a hash", 3, shard_items=3)
+    with pytest.raises(UserError, match="another VAE"):
+        LatentCache(tmp_path / "a", "another", 3, shard_items=2)
+    caches[1].path(1).write_bytes(caches[1].path(1).read_bytes()[:1000])
+    with pytest.raises(UserError, match="000001.tar: missing or damaged"):
+        read_cache(tmp_path / "b", "a hash")
+
+
+def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
+    """Latents that count their frames: seconds_start is that of the first frame, in the file and not in the latent."""
+    about = About(name="a", captions=("a",), truth={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
+    cache = LatentCache(tmp_path, "a hash", 1)
+    cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
+    cache.finish()
+    identity = torch.zeros(2), torch.ones(2)
+    windows = LatentWindows([tmp_path], 8, torch.zeros(2, 8), "a hash", 0.1, identity)
+    drawn = [windows.window(0, random.Random(i)) for i in range(40)]
+    for window in drawn:
+        assert window.seconds_start == pytest.approx(3.0 + 0.1 * float(window.latent[0, 0]))
+        assert window.seconds_total == 8.0 and window.frames == 8
+    assert len({window.seconds_start for window in drawn}) > 15
+
+
 def test_latents_lie_where_the_sound_does(folder: Path, tmp_path: Path) -> None:
     """Latents that hold the mean of each frame's samples equal those of the crop's own sound, endings included."""
     hop, items = 1024, read_items(folder)
-    cache = LatentCache(folder=tmp_path, encoder="a hash")
-    for index, item in enumerate(items):
+    entries = []
+    for item in items:
         audio = read_audio(item.path, 44100)
         frames = F.pad(audio, (0, 20 * hop - audio.shape[1] % hop)).unflatten(1, (-1, hop))
-        write_latent(cache, index, frames.mean(2), item.name, [], {})
-    finish_cache(cache, len(items))
+        entries.append((item.name, frames.mean(2)))
+    write_cache(tmp_path, entries)
     crops = LatentCrops(items, tmp_path, "a hash", 44100, hop, 24, seed=0, endings=0.3)
     audio, latents = crops.batch(0, 40)
     torch.testing.assert_close(audio.unflatten(2, (-1, hop)).mean(3), latents, atol=5e-4, rtol=0)  # kept in float16
@@ -153,10 +203,8 @@ def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path)
 def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> None:
     """An item that has no latent is left out; a file of another name in an item's place is refused."""
     items = read_items(folder)
-    cache = LatentCache(folder=tmp_path, encoder="a hash")
-    for index in (0, 2):
-        write_latent(cache, index, torch.full((4, 300), float(index)), items[index].name, [], {})
-    finish_cache(cache, 3)
+    latents = [None if index == 1 else torch.full((4, 300), float(index)) for index in range(3)]
+    cache = write_cache(tmp_path, [(item.name, latent) for item, latent in zip(items, latents, strict=True)])
     crops = LatentCrops(items, tmp_path, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
     assert [item.name for item in crops.items] == [items[0].name, items[2].name]
     levels = {float(crops.crop(n)[1].max()) for n in range(200)}  # each begins before its item's end
@@ -164,10 +212,11 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match=f"item 0 is {items[0].name} there, and {items[1].name}"):
         LatentCrops([items[1], items[0], items[2]], tmp_path, "a hash", 44100, 1024, 8, seed=0)
     with pytest.raises(UserError, match="none of the 3 items"):
-        finish_cache(LatentCache(folder=tmp_path / "empty", encoder="a hash"), 3)
-    assert cache.holds(0, items[0].name) and not cache.holds(1, items[1].name)
+        write_cache(tmp_path / "empty", [("", None)] * 3)
+    names = [item.name for item in items]
+    assert cache.holds(0, names) and cache.holds(1, names) and not cache.holds(2, names)
     with pytest.raises(UserError, match=f"latent of {items[0].name}"):
-        cache.holds(0, "other.wav")
+        cache.holds(0, ["other.wav", *names[1:]])
 
 
 def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
@@ -175,11 +224,8 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     draws = torch.Generator().manual_seed(0)
     latents = [torch.randn(64, 8, generator=draws) * (1 + i) + i for i in range(5)]
     for name, part in (("a", latents[:3]), ("b", latents[3:])):
-        cache = LatentCache(tmp_path / name, "some encoder")
-        for index, latent in enumerate(part):
-            write_latent(cache, index, latent, "", [f"{name}{index}"], {})
-        finish_cache(cache, len(part))
-    windows = LatentWindows([tmp_path / "a", tmp_path / "b"], 8, torch.zeros(64, 8), "some encoder", 0.1)
+        write_cache(tmp_path / name, [(f"{name}{index}", latent) for index, latent in enumerate(part)])
+    windows = LatentWindows([tmp_path / "a", tmp_path / "b"], 8, torch.zeros(64, 8), "a hash", 0.1)
     captions = [windows.window(i, random.Random(0)).caption for i in range(len(windows))]
     assert captions == ["a0", "a1", "a2", "b0", "b1"]
     given = torch.cat([windows.window(i, random.Random(0)).latent for i in range(5)], 1)

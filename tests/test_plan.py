@@ -10,7 +10,7 @@ import yaml
 from training_runs import load, trainer_of
 
 from stable_audio_lite import cli
-from training.plan import Saved, plan
+from training.plan import Flops, Saved, plan
 
 
 def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
@@ -24,6 +24,18 @@ def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
     assert saved.now == 0 and saved.most == 2 * 4000
 
 
+def test_operations_are_torchs_own_count() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layers = torch.nn.Sequential(torch.nn.Conv1d(3, 8, 5), torch.nn.GELU(), torch.nn.Linear(28, 4))
+    counts = []
+    for counter in (Flops(), FlopCounterMode(display=False)):
+        with counter:
+            layers(torch.randn(2, 3, 32)).sum().backward()
+        counts.append(counter.total if isinstance(counter, Flops) else counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
 def test_sizes_are_those_of_the_run(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     trainer, config_class, settings = trainer_of(name, data, bundles)
@@ -33,6 +45,7 @@ def test_sizes_are_those_of_the_run(name: str, data: Path, bundles: dict[str, Pa
     assert not (tmp_path / "run").exists()
     assert found.trainer == f"train_{name}" and found.steps == 1 and found.done == 0
     assert found.items == 6 and found.step_items == chosen["batch_size"]
+    assert found.flops > 1e6
     assert found.gradients == 4 * sum(found.trained.values())
     assert 0 < found.per_item <= found.activations / found.batch_size + 1 and found.largest_batch > 100
     trainer.run(load(config_class, chosen, tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from training_runs import (
 )
 
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.data.latents import encoder_hash, read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 from training import pre_encode, train_clap, train_diffusion, train_vae
@@ -167,7 +168,7 @@ def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], 
     assert (index["items"], index["missing"]) == (6, [3])
     settings = diffusion_settings(bundles | {"latents": tmp_path / "latents"}, tmp_path / "run", 2)
     task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
-    assert task.windows.numbers == [0, 1, 2, 4, 5]
+    assert [entry.number for entry in task.windows.entries] == [0, 1, 2, 4, 5]
     clap = clap_settings(folder, tmp_path / "clap", 4) | {"max_unreadable": 0.2, "held_out": str(folder)}
     clap["run"] |= {"evaluate_every": 2}
     train_clap.run(load(train_clap.TrainClapConfig, clap, tmp_path))
@@ -175,7 +176,7 @@ def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], 
 
 
 def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """SIGKILL at a random moment leaves whole latents only; the same command ends with the cache of one whole run."""
+    """SIGKILL at a random moment leaves whole shards only; the same command ends with the cache of one whole run."""
     many, cache = tmp_path / "many", tmp_path / "latents"
     many.mkdir()
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
@@ -185,40 +186,58 @@ def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_p
     copies = [row | {"file_name": f"{copy}-{row['file_name']}"} for copy in range(10) for row in rows]
     (many / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in copies))
     config = tmp_path / "pre_encode.yaml"
-    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(cache)}))
+    settings = {"vae": str(bundles["vae"]), "data": str(many), "output": str(cache), "shard_items": 2}
+    config.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "training.pre_encode", "--config", str(config)]
-    kill(command, lambda: any(cache.glob("*.safetensors")), within=0.1)
-    before = {p: p.stat().st_mtime_ns for p in cache.glob("*.safetensors")}
-    assert 0 < len(before) < 60 and not (cache / "latents.json").exists()
+    kill(command, lambda: any(cache.glob("*.tar")), within=0.1)
+    before = {p: p.stat().st_mtime_ns for p in cache.glob("*.tar")}
+    assert 0 < len(before) < 30 and not (cache / "latents.json").exists()
     subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
     assert all(p.stat().st_mtime_ns == changed for p, changed in before.items())  # those were whole: not encoded again
-    config.write_text(yaml.safe_dump({"vae": str(bundles["vae"]), "data": str(many), "output": str(many / "whole")}))
+    config.write_text(yaml.safe_dump(settings | {"output": str(many / "whole")}))
     subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
-    assert len(list((many / "whole").glob("*.safetensors"))) == 60
-    assert_same_weights(many / "whole", cache)
+    assert_same_shards(many / "whole", cache, 30)
     assert len(json.loads((cache / "latents.json").read_text())["mean"]) == 64
 
 
 def test_interrupted_pre_encoding_goes_on(
     data: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after three items, the same command encodes the others only, and the cache is that of one whole run."""
-    config = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(data), output=str(tmp_path / "latents"))
+    """Stopped in the second shard, the same command goes on with it, and the cache is that of one whole run."""
+    settings = {"vae": str(bundles["vae"]), "data": str(data), "shard_items": 2}
+    config = pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "latents"))
     encode, encoded = pre_encode.encode_item, []
 
-    def counting(vae: object, item: object, sample_rate: int) -> torch.Tensor:
+    def counting(vae: object, number: int, item: object, sample_rate: int) -> object:
         if len(encoded) == 3:
-            raise InterruptedError
+            raise KeyboardInterrupt
         encoded.append(item)
-        return encode(vae, item, sample_rate)
+        return encode(vae, number, item, sample_rate)
 
     monkeypatch.setattr(pre_encode, "encode_item", counting)
-    with pytest.raises(InterruptedError):
+    with pytest.raises(KeyboardInterrupt):
         pre_encode.run(config)
     assert not (tmp_path / "latents/latents.json").exists()
+    monkeypatch.setattr(pre_encode, "encode_item", lambda *args: encoded.append(args[1]) or encode(*args))
     encoded.clear()
     pre_encode.run(config)
-    assert len(encoded) == 3  # of six
-    assert_same_weights(bundles["latents"], tmp_path / "latents")
-    whole, parts = (json.loads((f / "latents.json").read_text()) for f in (bundles["latents"], tmp_path / "latents"))
-    assert whole == parts
+    assert encoded == [2, 3, 4, 5]
+    pre_encode.run(pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "whole")))
+    assert_same_shards(tmp_path / "whole", tmp_path / "latents", 3)
+
+
+def assert_same_shards(one: Path, other: Path, count: int) -> None:
+    names = sorted(path.name for path in one.glob("*.tar"))
+    assert len(names) == count
+    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in (*names, "latents.json"))
+
+
+def test_cached_items_say_what_they_are(data: Path, bundles: dict[str, Path]) -> None:
+    """Length to the sample, the file's own hash, captions and metadata."""
+    encoder = encoder_hash(load_file(bundles["vae"] / "vae.safetensors"), 0)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for entry, row in zip(read_cache(bundles["latents"], encoder)[1], rows, strict=True):
+        assert entry.about.name == row["file_name"] and list(entry.about.captions) == row["captions"]
+        assert (entry.about.seconds_start, entry.about.truth) == (0.0, row)
+        assert entry.about.seconds == pytest.approx(row["seconds"], abs=1 / 44100)
+        assert entry.about.audio == hashlib.sha256((data / row["file_name"]).read_bytes()).hexdigest()

@@ -23,6 +23,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from stable_audio_lite.config import load_config, read_yaml
 from training.checkpoint import checkpoints
@@ -56,6 +58,7 @@ class Plan:
         items: in an epoch.
         processes, batch_size, accumulate: whose product is the items of a step.
         seconds: for a step.
+        flops: floating-point operations of a step as torch counts them: matrix products, convolutions and attention.
         steps, done: updates in all and up to the newest checkpoint.
         keep_last: checkpoints kept.
     """
@@ -78,6 +81,7 @@ class Plan:
     batch_size: int
     accumulate: int
     seconds: float
+    flops: int
     steps: int
     done: int
     keep_last: int
@@ -124,7 +128,7 @@ class Plan:
                 f"epoch          {self.items / self.step_items:,.1f} steps ({self.items:,} items, {step} a step: "
                 "processes x batch x accumulated)",
                 f"speed          {self.seconds:.3f} s a step, {self.batch_size * self.accumulate / self.seconds:.1f} "
-                "items/s a process, measured here",
+                f"items/s and {self.flops / self.seconds / 1e9:.0f} GFLOP/s a process, measured here",
                 f"to go          {self.steps - self.done:,} of {self.steps:,} steps: {self.hours:.2f} h",
             )
         )
@@ -166,7 +170,8 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
             module.compile(dynamic=False)
     update = Update(accelerator, run, task, optimizers)
     whole, part = task.batch_size, max(1, task.batch_size // 2)
-    kept = {size: _step_kept(task, size, index, update) for index, size in enumerate({part: 0, whole: 0})}
+    counts = {size: _counted_step(task, size, index, update) for index, size in enumerate({part: 0, whole: 0})}
+    kept = {size: count.kept for size, count in counts.items()}
     per_item = (kept[whole] - kept[part]) / (whole - part) if whole > part else kept[whole]
     begun = time.perf_counter()
     for step in range(2, 2 + steps):
@@ -202,6 +207,7 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
         batch_size=whole,
         accumulate=run.accumulate,
         seconds=seconds,
+        flops=counts[whole].flops,
         steps=run.steps,
         done=int(done[-1].name.removeprefix("step_")) if done else 0,
         keep_last=run.keep_last,
@@ -212,15 +218,37 @@ def _batches(task: Task, step: int, run: RunConfig) -> Iterable[Any]:
     return (task.batch(number, 0, 1) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
-def _step_kept(task: Task, size: int, step: int, update: Update) -> int:
-    """Do a step with batches of `size` items; bytes that autograd kept at most."""
+@dataclass(frozen=True)
+class _Counts:
+    """Of one step: bytes that autograd kept at most, and floating-point operations."""
+
+    kept: int
+    flops: int
+
+
+def _counted_step(task: Task, size: int, step: int, update: Update) -> _Counts:
+    """Do a step with batches of `size` items."""
     before, task.batch_size = task.batch_size, size
     constant = {t.untyped_storage().data_ptr() for m in task.modules.values() for t in m.state_dict().values()}
-    with (saved := Saved(constant)).hooks:
+    with (flops := Flops()), (saved := Saved(constant)).hooks:
         one_step(task, _batches(task, step, update.run), step, update)
         update.end()
     task.batch_size = before
-    return saved.most
+    return _Counts(saved.most, flops.total)
+
+
+class Flops(TorchDispatchMode):
+    """Counts by torch's own formulas. (Its FlopCounterMode follows modules too, and so forbids autograd.grad.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class Saved:

@@ -1,27 +1,30 @@
 """Encode a data set once: python -m training.pre_encode --config configs/stable_audio/pre_encode.yaml.
 
-Each item becomes one latent of its whole length with its captions and timing; the mean and standard deviation per
-latent channel are stored beside them. Rerunning the command goes on where it stopped.
+Each item becomes one latent of its whole length, with its captions and timing, in WebDataset shards; the mean and
+standard deviation per latent channel are stored beside them. Rerunning the command makes the shards that are missing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.audio.io import audio_hash, read_audio
 from stable_audio_lite.bundle import load_model_config, load_part, read_part
-from stable_audio_lite.data.latents import LatentCache, encoder_hash, finish_cache, write_latent
+from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, encoder_hash
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
 from training.command import main
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class PreEncodeConfig:
         output: folder for the latents.
         max_unreadable: share of the data's files that may be unreadable; they are left out and listed in the output's
             `unreadable.jsonl`.
+        shard_items: items of a shard.
         dtype: of the VAE's weights and activations; the posterior is float32 either way.
     """
 
@@ -41,7 +45,12 @@ class PreEncodeConfig:
     data: str
     output: str
     max_unreadable: float = 0.01
+    shard_items: int = 256
     dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if self.shard_items < 1:
+            raise ValueError(f"shard_items must be at least 1, got {self.shard_items}")
 
 
 def run(config: PreEncodeConfig) -> Path:
@@ -61,30 +70,54 @@ def run(config: PreEncodeConfig) -> Path:
     vae = VAE(model.vae)
     load_part(config.vae, "vae", vae)
     vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
-    cache = LatentCache(Path(config.output), encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels))
-    # Items belong to a process by number, not by what is left: another one may already be writing.
-    mine = range(accelerator.process_index, len(items), accelerator.num_processes)
-    todo = [i for i in mine if not cache.holds(i, items[i].name)]
+    encoder = encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels)
+    cache = LatentCache(Path(config.output), encoder, len(items), config.shard_items)
+    # Shards belong to a process by number, not by what is left: another one may already be writing.
+    mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
+    names = [item.name for item in items]
+    todo = [shard for shard in mine if not cache.holds(shard, names)]
     unreadable = Unreadable(len(items), config.max_unreadable, config.output)
-    for index in tqdm(todo, unit="item", disable=not accelerator.is_main_process):
-        item = items[index]
-        try:
-            latent = encode_item(vae, item, model.sample_rate)
-        except UserError as error:
-            unreadable.add(item.path, error)
-        else:
-            write_latent(cache, index, latent, item.name, item.captions, item.truth)
+    count = sum(len(cache.shards[shard]) for shard in todo)
+    with tqdm(total=count, unit="item", disable=not accelerator.is_main_process) as bar:
+        for shard in todo:
+            cache.write(shard, _encoded(cache.shards[shard], items, vae, model.sample_rate, unreadable, bar))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_cache(cache, len(items))
+        cache.finish()
     return cache.folder
 
 
+def _encoded(
+    numbers: range, items: Sequence[Item], vae: VAE, sample_rate: int, unreadable: Unreadable, bar: tqdm[Any]
+) -> Iterator[CachedLatent]:
+    """Latents of the items that can be read."""
+    for number in numbers:
+        item = items[number]
+        try:
+            yield encode_item(vae, number, item, sample_rate)
+        except UserError as error:
+            unreadable.add(item.path, error)
+        bar.update()
+
+
 @torch.inference_mode()
-def encode_item(vae: VAE, item: Item, sample_rate: int) -> Tensor:
-    """Posterior mean (latent_channels, F) float32 of an item's whole audio on the CPU."""
+def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLatent:
+    """Posterior mean (latent_channels, F) float32 of an item's whole audio, on the CPU, and what is known of it.
+
+    Raises:
+        UserError: the audio can't be read.
+    """
     audio = read_audio(item.path, sample_rate)
-    return vae.encode_chunked(audio[None].to(next(vae.parameters()).device)).mean[0].float().cpu()
+    latent = vae.encode_chunked(audio[None].to(next(vae.parameters()).device)).mean[0].float().cpu()
+    about = About(
+        name=item.name,
+        captions=item.captions,
+        truth=item.truth,
+        seconds_start=0.0,
+        seconds=audio.shape[1] / sample_rate,
+        audio=audio_hash(item.path),
+    )
+    return CachedLatent(number, latent, about)
 
 
 if __name__ == "__main__":

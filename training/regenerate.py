@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from stable_audio_lite.bundle import read_part
-from stable_audio_lite.data.latents import LatentCache, LatentWindows, Window, encoder_hash, finish_cache, write_latent
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, encoder_hash
+from stable_audio_lite.data.windows import LatentWindows
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
@@ -81,36 +81,40 @@ def run(config: RegenerateConfig) -> Path:
         model.config.hop / model.config.sample_rate,
         (model.latent_mean[:, 0].cpu(), model.latent_std[:, 0].cpu()),
     )
-    cache = LatentCache(Path(config.output), encoder)
-    batches = [range(i, min(i + config.batch_size, len(windows))) for i in range(0, len(windows), config.batch_size)]
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    names = [about.get("name", "") for _, about in windows.entries]
-    todo = [entries for entries in mine if not all(cache.holds(windows.numbers[i], names[i]) for i in entries)]
-    for entries in tqdm(todo, unit="batch", disable=not accelerator.is_main_process):
-        drawn = [windows.cut(i, 0, windows.entries[i][1]["captions"][0]) for i in entries]
-        for index, latent in zip(entries, denoise_again(model, drawn, entries, config), strict=True):
-            about = windows.entries[index][1]
-            write_latent(cache, windows.numbers[index], latent, names[index], about["captions"], about["truth"])
+    cache = LatentCache(Path(config.output), encoder, windows.items)
+    names = dict.fromkeys(range(windows.items), "") | {e.number: e.about.name for e in windows.entries}
+    places = {entry.number: place for place, entry in enumerate(windows.entries)}
+    for shard in range(accelerator.process_index, len(cache.shards), accelerator.num_processes):
+        if not cache.holds(shard, list(names.values())):
+            own = [places[number] for number in cache.shards[shard] if number in places]
+            parts = [own[i : i + config.batch_size] for i in range(0, len(own), config.batch_size)]
+            bar = tqdm(parts, unit="batch", desc=f"shard {shard}", disable=not accelerator.is_main_process)
+            cache.write(shard, (entry for part in bar for entry in denoise_again(model, windows, part, config)))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish_cache(cache, windows.items)
+        cache.finish()
     return cache.folder
 
 
 @torch.inference_mode()
-def denoise_again(model: StableAudio, drawn: list[Window], numbers: range, config: RegenerateConfig) -> Tensor:
-    """Latents (B, C, F) in the VAE's scale, on the CPU; the draws are the numbers' own."""
+def denoise_again(
+    model: StableAudio, windows: LatentWindows, places: list[int], config: RegenerateConfig
+) -> list[CachedLatent]:
+    """New latents (C, F) in the VAE's scale, on the CPU, of the windows that entries begin with."""
+    entries = [windows.entries[place] for place in places]
+    drawn = [windows.cut(p, 0, e.about.captions[0]) for p, e in zip(places, entries, strict=True)]
     x0 = torch.stack([w.latent for w in drawn]).to(model.device)
-    place = torch.rand((), generator=generator(config.seed, numbers[0]))
+    place = torch.rand((), generator=generator(config.seed, places[0]))
     level = config.lowest * (config.highest / config.lowest) ** float(place)
-    noise = ItemNoise([config.seed * 1_000_003 + n for n in numbers], x0.shape[1:], model.device)
+    noise = ItemNoise([config.seed * 1_000_003 + place for place in places], x0.shape[1:], model.device)
     starts = torch.tensor([w.seconds_start for w in drawn], device=model.device)
     totals = torch.tensor([w.seconds_total for w in drawn], device=model.device)
     condition = model.conditioner(model.text_encoder.encode([w.caption for w in drawn]), starts, totals)
     sigmas = polyexponential_sigmas(config.steps, model.config.generation.sigma_min, level, 1.0)
     denoiser = Guidance(model.unet, condition, scale=config.cfg)
     latents = SAMPLERS["dpmpp-2m"](denoiser, x0 + level * noise(), sigmas, noise=noise)
-    return (latents * model.latent_std + model.latent_mean).float().cpu()
+    latents = (latents * model.latent_std + model.latent_mean).float().cpu()
+    return [CachedLatent(e.number, latent, e.about) for e, latent in zip(entries, latents, strict=True)]
 
 
 if __name__ == "__main__":

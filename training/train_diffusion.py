@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_part, read_part, save_bundle
 from stable_audio_lite.conditioning.conditioner import Conditioner, drop
 from stable_audio_lite.data.crops import epoch_index, item_numbers
-from stable_audio_lite.data.latents import LatentWindows, encoder_hash, stack
+from stable_audio_lite.data.latents import encoder_hash
+from stable_audio_lite.data.windows import LatentWindows, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora

@@ -9,6 +9,7 @@ the settings stored inside the file.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -114,6 +115,15 @@ def read_audio(
     skip = round((first - begin) * sample_rate / rate)
     stretch = samples[:, skip : skip + round(wanted * sample_rate)]
     return torch.from_numpy(np.ascontiguousarray(stretch))
+
+
+def audio_hash(path: AudioSource) -> str:
+    """Hexadecimal SHA-256 of the stored bytes, whatever they decode to."""
+    digest = hashlib.sha256()
+    with path.open() if isinstance(path, Stored) else open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarray]:

@@ -1,22 +1,28 @@
-"""Cached latents: one safetensors file per item, the channel statistics, and windows cut from them."""
+"""Cached latents: WebDataset shards of a data set's items, and an index with the statistics of their channels.
+
+A shard `000000.tar` holds for each item `NUMBER.npy`, its latent (C, F) in float16, and `NUMBER.json`: the file's name
+and SHA-256, captions, metadata, and the second of the file at which the latent begins and how many it covers.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing, save_tensors
+from stable_audio_lite.files import replacing
 
-_INDEX = "latents.json"
+_INDEX, _MARK = "latents.json", "cache.json"
 
 
 def encoder_hash(vae_state: Mapping[str, Tensor], slow_channels: int) -> str:
@@ -29,152 +35,187 @@ def encoder_hash(vae_state: Mapping[str, Tensor], slow_channels: int) -> str:
     return digest.hexdigest()
 
 
-class LatentCache:
-    """A folder of latents that the encoder with hash `encoder` made.
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is known of a cached item.
 
-    Raises:
-        UserError: the folder holds another VAE's latents.
+    Attributes:
+        name: of its file.
+        captions: texts that describe it.
+        truth: its metadata row.
+        seconds_start: second of the file at which the latent begins.
+        seconds: length of the sound that the latent covers; its last frame may cover more.
+        audio: SHA-256 of the file, "" where it is not known.
     """
 
-    def __init__(self, folder: Path, encoder: str):
-        self.folder, self.encoder = folder, encoder
-        mark = folder / "encoder.sha256"
-        if mark.exists() and mark.read_text() != encoder:
-            raise UserError(f"{folder}: holds latents of another VAE; choose a new output or remove the folder")
-        with replacing(mark) as temporary:
-            temporary.write_text(encoder)
-
-    def path(self, index: int) -> Path:
-        """File of item `index`."""
-        return _path(self.folder, index)
-
-    def holds(self, index: int, name: str) -> bool:
-        """Whether the latent of item `index`, the file `name`, is there.
-
-        Raises:
-            UserError: another file's is.
-        """
-        if not self.path(index).exists():
-            return False
-        if (other := _load(self.path(index))[1].get("name") or name) != name:
-            raise UserError(f"{self.path(index)}: is the latent of {other}, not of {name}; choose a new output")
-        return True
-
-
-def write_latent(
-    cache: LatentCache, index: int, latent: Tensor, name: str, captions: Sequence[str], truth: Mapping[str, Any]
-) -> None:
-    """Store the latent (C, F) of item `index`, the file `name`, with its captions and metadata."""
-    about = {"name": json.dumps(name), "captions": json.dumps(captions), "truth": json.dumps(truth)}
-    with replacing(cache.path(index)) as temporary:
-        save_tensors(temporary, {"latent": latent.half()}, about)
-
-
-def finish_cache(cache: LatentCache, count: int) -> None:
-    """Write the index: which of `count` items have latents, and mean and deviation per channel over all frames.
-
-    Raises:
-        UserError: none has.
-    """
-    frames, total, squares = 0, torch.zeros(()), torch.zeros(())
-    present = [index for index in range(count) if cache.path(index).exists()]
-    if not present:
-        raise UserError(f"{cache.folder}: none of the {count} items could be encoded")
-    for index in present:
-        latent = _load(cache.path(index))[0].double()
-        frames += latent.shape[1]
-        total = total + latent.sum(1)
-        squares = squares + latent.square().sum(1)
-    mean = total / frames
-    std = (squares / frames - mean.square()).clamp_min(1e-8).sqrt()
-    missing = sorted(set(range(count)) - set(present))
-    row = {"encoder": cache.encoder, "items": count, "missing": missing, "mean": mean.tolist(), "std": std.tolist()}
-    with replacing(cache.folder / _INDEX) as temporary:
-        temporary.write_text(json.dumps(row))
+    name: str
+    captions: tuple[str, ...]
+    truth: Mapping[str, Any]
+    seconds_start: float
+    seconds: float
+    audio: str = ""
 
 
 @dataclass(frozen=True)
-class Window:
-    """A training example: standardised `latent` (C, window), one of the item's captions, and its timing in seconds.
+class CachedLatent:
+    """Item `number` of a data set: its latent (C, F) and what is known of it."""
 
-    The first `frames` frames are the item's, the rest is silence.
-    """
-
+    number: int
     latent: Tensor
-    frames: int
-    caption: str
-    seconds_start: float
-    seconds_total: float
+    about: About
 
 
-class LatentWindows:
-    """Windows of `frames` frames from cached latents held in memory, normalised to unit variance per channel.
-
-    Where an item is shorter than the window, the rest is `silence`'s latent: what the VAE gives for digital silence.
-    `numbers` has each entry's place in its data set.
+class LatentCache:
+    """A folder of shards with the latents of `items` items, made by the encoder with hash `encoder`.
 
     Args:
-        folders: what runs of `training.pre_encode` wrote; their items follow one another.
-        frames: length of a window.
-        silence: latent (C, window) of silence, not normalised.
-        encoder: hash of the VAE encoder whose decoder generation will use.
-        frame_seconds: seconds per latent frame.
-        statistics: mean and standard deviation (C,) to normalise by; those of all frames where None.
+        folder: where the shards lie; made if need be.
+        encoder: hash of the VAE's encoder.
+        items: of the data set.
+        shard_items: of each shard but the last.
 
     Raises:
-        UserError: a folder is unfinished or of another VAE.
+        UserError: the folder holds latents of another VAE or data set, or in other shards.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[str | Path],
-        frames: int,
-        silence: Tensor,
-        encoder: str,
-        frame_seconds: float,
-        statistics: tuple[Tensor, Tensor] | None = None,
-    ):
-        indices = {Path(folder): _index(Path(folder), encoder) for folder in folders}
-        self.items = sum(index["items"] for index in indices.values())
-        self.numbers = [number for index in indices.values() for number in _numbers(index)]
-        groups = [[_load(_path(f, i)) for i in _numbers(index)] for f, index in indices.items()]
-        lengths = [sum(latent.shape[1] for latent, _ in group) for group in groups]
-        self.mean, self.std = statistics or _pooled(list(indices.values()), lengths)
-        self.frames, self.frame_seconds, self.silence = frames, frame_seconds, self._normal(silence)
-        self.entries = [entry for group in groups for entry in group]
+    def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256):
+        self.folder, self.encoder, self.items, self.shard_items = folder, encoder, items, shard_items
+        mark, own = folder / _MARK, {"encoder": encoder, "items": items, "shard_items": shard_items}
+        if mark.exists():
+            theirs = json.loads(mark.read_text())
+            if theirs.get("encoder") != encoder:
+                raise UserError(f"{folder}: holds latents of another VAE; choose a new output or remove the folder")
+            if theirs != own:
+                raise UserError(f"{folder}: holds latents of {theirs}, not {own}; choose a new output")
+        with replacing(mark) as temporary:
+            temporary.write_text(json.dumps(own))
 
-    def __len__(self) -> int:
-        return len(self.entries)
+    @property
+    def shards(self) -> list[range]:
+        """Numbers of the items of each shard."""
+        return [range(i, min(i + self.shard_items, self.items)) for i in range(0, self.items, self.shard_items)]
 
-    def window(self, index: int, rng: random.Random) -> Window:
-        """A uniformly placed window of item `index`, with one of its captions."""
-        latent, about = self.entries[index]
-        start = rng.randint(0, max(latent.shape[1] - self.frames, 0))
-        return self.cut(index, start, rng.choice(about["captions"]))
+    def path(self, shard: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"{shard:06d}.tar"
 
-    def cut(self, index: int, start: int, caption: str) -> Window:
-        """The window of item `index` that begins with frame `start`."""
-        latent, about = self.entries[index]
-        piece = self._normal(latent[:, start : start + self.frames].float())
-        frames = piece.shape[1]
-        if rest := self.frames - frames:
-            piece = torch.cat((piece, self.silence[:, -rest:]), 1)
-        total = float(about["truth"].get("seconds", latent.shape[1] * self.frame_seconds))
-        return Window(piece, frames, caption, start * self.frame_seconds, total)
+    def holds(self, shard: int, names: Sequence[str]) -> bool:
+        """Whether a shard is there; `names` are the data set's files.
 
-    def _normal(self, latent: Tensor) -> Tensor:
-        return (latent - self.mean[:, None]) / self.std[:, None]
+        Raises:
+            UserError: it holds the latents of other files.
+        """
+        if not self.path(shard).exists():
+            return False
+        for entry in read_shard(self.path(shard)):
+            if entry.about.name != names[entry.number]:
+                raise UserError(
+                    f"{self.path(shard)}: item {entry.number} is the latent of {entry.about.name}, not of "
+                    f"{names[entry.number]}; choose a new output"
+                )
+        return True
+
+    def write(self, shard: int, entries: Iterable[CachedLatent]) -> None:
+        """Write a shard, whole or not at all; `entries` are taken one by one."""
+        with replacing(self.path(shard)) as temporary, tarfile.open(temporary, "w") as tar:
+            for entry in entries:
+                array = io.BytesIO()
+                np.save(array, entry.latent.half().cpu().numpy(), allow_pickle=False)
+                _add(tar, f"{entry.number:08d}.npy", array.getvalue())
+                _add(tar, f"{entry.number:08d}.json", json.dumps(asdict(entry.about)).encode())
+
+    def finish(self) -> None:
+        """Write the index: which items have latents, and mean and deviation per channel over all frames.
+
+        Raises:
+            UserError: none has, or a shard is missing.
+        """
+        frames, total, squares = 0, torch.zeros(()), torch.zeros(())
+        present = []
+        for shard in range(len(self.shards)):
+            for entry in read_shard(self.path(shard)):
+                latent = entry.latent.double()
+                present.append(entry.number)
+                frames += latent.shape[1]
+                total = total + latent.sum(1)
+                squares = squares + latent.square().sum(1)
+        if not present:
+            raise UserError(f"{self.folder}: none of the {self.items} items could be encoded")
+        mean = total / frames
+        std = (squares / frames - mean.square()).clamp_min(1e-8).sqrt()
+        missing = sorted(set(range(self.items)) - set(present))
+        row = {"encoder": self.encoder, "items": self.items, "missing": missing, "frames": frames}
+        row |= {"shards": len(self.shards), "mean": mean.tolist(), "std": std.tolist()}
+        with replacing(self.folder / _INDEX) as temporary:
+            temporary.write_text(json.dumps(row))
 
 
-def stack(windows: list[Window]) -> dict[str, Any]:
-    """Latents (B, C, T), the frames that are no padding (B,), captions, and timing (B,) of a batch."""
-    return {
-        "latents": torch.stack([w.latent for w in windows]),
-        "frames": torch.tensor([w.frames for w in windows]),
-        "captions": [w.caption for w in windows],
-        "seconds_start": torch.tensor([w.seconds_start for w in windows]),
-        "seconds_total": torch.tensor([w.seconds_total for w in windows]),
-    }
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    header = tarfile.TarInfo(name)  # of the year 1970 and no one's: the same latents make the same bytes
+    header.size = len(data)
+    tar.addfile(header, io.BytesIO(data))
+
+
+def read_shard(path: Path) -> list[CachedLatent]:
+    """All latents of a shard.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+        return [
+            CachedLatent(
+                int(name.removesuffix(".npy")),
+                torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)),
+                _about(json.loads(files[name.replace(".npy", ".json")])),
+            )
+            for name, data in files.items()
+            if name.endswith(".npy")
+        ]
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
+
+
+def _about(row: dict[str, Any]) -> About:
+    return About(**row | {"captions": tuple(row["captions"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIndex:
+    """What the index of a finished folder says.
+
+    Attributes:
+        items: of the data set, also those without latents.
+        shards, frames: how many there are in all.
+        mean, std: of each channel over all frames.
+    """
+
+    items: int
+    shards: int
+    frames: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
+    """Everything in a finished folder.
+
+    Raises:
+        UserError: the folder is unfinished, of another VAE, or damaged.
+    """
+    path = Path(folder) / _INDEX
+    if not path.exists():
+        raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
+    row = json.loads(path.read_text())
+    if row["encoder"] != encoder:
+        raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
+    if "shards" not in row:
+        raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
+    sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
+    index = CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
+    return index, [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
 
 
 def read_latents(folder: str | Path, encoder: str, names: Sequence[str]) -> dict[int, Tensor]:
@@ -183,51 +224,12 @@ def read_latents(folder: str | Path, encoder: str, names: Sequence[str]) -> dict
     Raises:
         UserError: the folder is unfinished, of another VAE or of other items.
     """
-    index = _index(Path(folder), encoder)
-    if index["items"] != len(names):
-        raise UserError(f"{folder}: holds latents of {index['items']} items, the data has {len(names)}")
-    found = {number: _load(_path(Path(folder), number)) for number in _numbers(index)}
-    for number, (_, about) in found.items():
-        if (other := about.get("name") or names[number]) != names[number]:
-            raise UserError(f"{folder}: item {number} is {other} there, and {names[number]} in the data; encode again")
-    return {number: latent for number, (latent, _) in found.items()}
-
-
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"{index:08d}.safetensors"
-
-
-def _numbers(index: dict[str, Any]) -> list[int]:
-    """Of the items that have latents."""
-    missing = set(index.get("missing", ()))
-    return [number for number in range(index["items"]) if number not in missing]
-
-
-def _index(folder: Path, encoder: str) -> dict[str, Any]:
-    if not (folder / _INDEX).exists():
-        raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
-    index = json.loads((folder / _INDEX).read_text())
-    if index["encoder"] != encoder:
-        raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
-    return index
-
-
-def _pooled(indices: list[dict[str, Any]], frames: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (C,) over the frames of several caches."""
-    share = torch.tensor(frames, dtype=torch.float64)[:, None] / sum(frames)
-    means = torch.tensor([index["mean"] for index in indices], dtype=torch.float64)
-    squares = torch.tensor([index["std"] for index in indices], dtype=torch.float64).square() + means.square()
-    mean = (share * means).sum(0)
-    return mean.float(), ((share * squares).sum(0) - mean.square()).sqrt().float()
-
-
-def _load(path: Path) -> tuple[Tensor, dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            entry = file.get_tensor("latent"), {k: json.loads(v) for k, v in about.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged latent; remove the file and run training.pre_encode again") from error
-    return entry
+    index, entries = read_cache(folder, encoder)
+    if index.items != len(names):
+        raise UserError(f"{folder}: holds latents of {index.items} items, the data has {len(names)}")
+    for e in entries:
+        if e.about.name != names[e.number]:
+            raise UserError(
+                f"{folder}: item {e.number} is {e.about.name} there, and {names[e.number]} in the data; encode again"
+            )
+    return {entry.number: entry.latent for entry in entries}
