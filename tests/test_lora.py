@@ -94,6 +94,8 @@ def test_merging_is_what_peft_computes(base: Path, lora: Path) -> None:
         changes.append(unet.state_dict()["middle.blocks.0.attention.to_q.weight"])
         if strength == 1.0:
             torch.testing.assert_close(output(unet), theirs, rtol=1e-4, atol=1e-5)
+    assert torch.equal(changes[0], unet_of(base).state_dict()["middle.blocks.0.attention.to_q.weight"])
+    assert not torch.equal(changes[1], changes[0])
     torch.testing.assert_close(changes[2] - changes[0], (changes[1] - changes[0]) / 2)
 
 

@@ -79,7 +79,7 @@ def facts_told(caption: str, truth: Mapping[str, Any]) -> frozenset[str]:
     piece's metadata."""
     low, mode, tonic = caption.lower(), truth["mode"], truth["key"]
     names = "|".join((tonic, SHARPS_AS_FLATS.get(tonic, tonic)))
-    key = re.search(rf"(?<!\w)({names}) {mode}\b(?! key)", caption) is not None  # "in a minor key" names none
+    key = re.search(rf"(?<!\w)({names}) {mode}\b", caption) is not None  # "in a minor key" names no A
     told = {
         "tempo": re.search(rf"\b{truth['bpm']}(?!\d)", low) is not None,
         "key": key,
