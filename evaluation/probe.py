@@ -25,7 +25,7 @@ from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing, save_tensors
 
-WEIGHTS, CONFIG = "probe.safetensors", "probe.yaml"
+CONFIG = "probe.yaml"
 _WIDTHS = (16, 24, 48, 64)
 _RANGE_DB = 70.0
 _QUIET_DB = 40.0  # a crop's loudest frame lies at most this far below the piece's
@@ -251,10 +251,7 @@ def accuracy(probe: Probe, examples: list[Example]) -> Accuracy:
 
 def save_probe(probe: Probe, folder: str | Path) -> None:
     """Write `probe.yaml` and `probe.safetensors` into `folder`."""
-    folder = Path(folder)
-    save_config(probe.config, folder / CONFIG)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_tensors(temporary, probe.state_dict(), {"format": "pt"})
+    save_listener(probe, probe.config, Path(folder) / CONFIG)
 
 
 def load_probe(folder: str | Path) -> Probe:
@@ -263,16 +260,32 @@ def load_probe(folder: str | Path) -> Probe:
     Raises:
         UserError: a file is missing or the weights don't fit the config.
     """
+    probe = Probe(load_config(Path(folder) / CONFIG, ProbeConfig))
+    load_listener(probe, Path(folder) / CONFIG)
+    return probe.eval()
+
+
+def save_listener(module: nn.Module, config: ProbeConfig, path: Path) -> None:
+    """Write a config to `path` and weights beside it, as `.safetensors`."""
+    save_config(config, path)
+    with replacing(path.with_suffix(".safetensors")) as temporary:
+        save_tensors(temporary, module.state_dict(), {"format": "pt"})
+
+
+def load_listener(module: nn.Module, path: Path) -> None:
+    """Load the weights that lie beside the config at `path`.
+
+    Raises:
+        UserError: they are missing, damaged or don't fit.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    probe = Probe(load_config(folder / CONFIG, ProbeConfig))
+    weights = path.with_suffix(".safetensors")
     try:
-        probe.load_state_dict(load_file(folder / WEIGHTS))
+        module.load_state_dict(load_file(weights))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: no weights for this probe; train it again") from error
-    return probe.eval()
+        raise UserError(f"{weights}: no weights that fit {path.name}; train it again") from error
 
 
 def train_on_corpus(corpus: Path, *, steps: int = 1000, per_class: int | None = 80, seed: int = 0) -> Probe:

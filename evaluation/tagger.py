@@ -19,14 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.probe import ProbeConfig, Trunk, all_crops, augment, mel_power, normalise, random_crop
+from evaluation.probe import (
+    ProbeConfig,
+    Trunk,
+    all_crops,
+    augment,
+    load_listener,
+    mel_power,
+    normalise,
+    random_crop,
+    save_listener,
+)
 from stable_audio_lite.audio.io import read_audio, resample
-from stable_audio_lite.config import load_config, save_config
+from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing, save_tensors
 
-WEIGHTS, CONFIG = "tagger.safetensors", "tagger.yaml"
+CONFIG = "tagger.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +166,7 @@ def train_on_corpus(corpus: Path, *, steps: int = 1500, seed: int = 0) -> Tagger
 
 def save_tagger(tagger: Tagger, folder: Path) -> None:
     """Write `tagger.yaml` and `tagger.safetensors` into `folder`."""
-    save_config(tagger.config, folder / CONFIG)
-    with replacing(folder / WEIGHTS) as temporary:
-        save_tensors(temporary, tagger.state_dict(), {"format": "pt"})
+    save_listener(tagger, tagger.config, folder / CONFIG)
 
 
 def load_tagger(folder: Path) -> Tagger:
@@ -168,14 +175,8 @@ def load_tagger(folder: Path) -> Tagger:
     Raises:
         UserError: a file is missing or the weights don't fit the config.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     tagger = Tagger(load_config(folder / CONFIG, TaggerConfig))
-    try:
-        tagger.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: no weights for this tagger; train it again") from error
+    load_listener(tagger, folder / CONFIG)
     return tagger.eval()
 
 

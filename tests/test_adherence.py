@@ -75,7 +75,7 @@ def test_a_saved_tagger_hears_the_same(corpus: Path, trained: tagger.Tagger, tmp
     audio = read_audio(corpus / "held_out/4.wav", RATE)
     assert tagger.load_tagger(tmp_path).hear(audio, RATE) == trained.hear(audio, RATE)
     with pytest.raises(UserError, match="train it again"):
-        (tmp_path / tagger.WEIGHTS).write_bytes(b"nothing")
+        (tmp_path / "tagger.safetensors").write_bytes(b"nothing")
         tagger.load_tagger(tmp_path)
 
 

@@ -119,11 +119,8 @@ def read_audio(
 
 def audio_hash(path: AudioSource) -> str:
     """Hexadecimal SHA-256 of the stored bytes, whatever they decode to."""
-    digest = hashlib.sha256()
     with path.open() if isinstance(path, Stored) else open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarray]:
