@@ -36,13 +36,12 @@ from evaluation.frechet import Gaussian, frechet_distance
 from evaluation.music import key, tempo, width_db
 from evaluation.obedience import sound_end
 from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
-from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.conditioning.text import join_clap
+from stable_audio_lite.bundle import load_whole_clap
 from stable_audio_lite.corpus.captions import facts_told
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, load_tokenizer
+from stable_audio_lite.models.clap import Clap
 from stable_audio_lite.pipeline import StableAudio
 
 MEASURES = ("families", "instruments", "drums", "style", "tempo", "tempo octave", "key", "mode", "end", "width")
@@ -207,18 +206,6 @@ def _summary(
     return Measure(name=name, n=len(values), **{k: float(v) for k, v in means.items()})
 
 
-def whole_clap(model: StableAudio) -> Clap | None:
-    """The bundle's CLAP, or None where it lacks the audio tower."""
-    if not bundle.part_path(model.folder, "audio_encoder").is_file():
-        return None
-    text, audio = (
-        {k: v.float() for k, v in bundle.read_part(model.folder, part).items()}
-        for part in ("text_encoder", "audio_encoder")
-    )
-    tokenizer = load_tokenizer(model.folder / bundle.TOKENIZER_FILE)
-    return join_clap(model.config.clap, tokenizer, text, audio, str(model.folder))
-
-
 def distances(clap: Clap, requests: Sequence[Request], sounds: Sequence[Tensor], sample_rate: int) -> Distances:
     """Fréchet distances of the first half of the sounds, and of the recordings, to the other half of the recordings.
 
@@ -267,7 +254,7 @@ def main() -> None:
         tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
         sounds = generate(model, requests, args.seed)
         measures = measure(tagger, requests, sounds, model.config.sample_rate)
-        clap = whole_clap(model)
+        clap = load_whole_clap(model.folder)
         apart = distances(clap, requests, sounds, model.config.sample_rate) if clap else None
     except UserError as error:
         sys.exit(f"error: {error}")

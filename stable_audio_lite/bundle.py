@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_lite.conditioning.conditioner import TimingConfig
+from stable_audio_lite.conditioning.text import join_clap
 from stable_audio_lite.config import from_dict, read_yaml, save_config
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors, sha256
-from stable_audio_lite.models.clap import ClapConfig
+from stable_audio_lite.models.clap import Clap, ClapConfig, load_tokenizer
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.models.vae import VAEConfig
 
@@ -272,6 +273,22 @@ def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = F
     state = read_part(folder, name)
     check_state(state, module, str(part_path(folder, name)))
     module.load_state_dict(state, assign=assign)
+
+
+def load_whole_clap(folder: str | Path) -> Clap | None:
+    """Both towers of a bundle's CLAP in float32, or None where the bundle lacks the audio tower.
+
+    Raises:
+        UserError: a file is missing or damaged, or its weights don't fit.
+    """
+    if not part_path(folder, "audio_encoder").is_file():
+        return None
+    text, audio = (
+        {k: v.float() if v.is_floating_point() else v for k, v in read_part(folder, part).items()}
+        for part in ("text_encoder", "audio_encoder")
+    )
+    tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
+    return join_clap(load_model_config(folder).clap, tokenizer, text, audio, str(folder))
 
 
 class WithoutInitialisation(TorchFunctionMode):

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from stable_audio_lite import bundle
-from stable_audio_lite.conditioning.text import TextEncoder, join_clap, load_clap
+from stable_audio_lite.conditioning.text import TextEncoder, load_clap
 from stable_audio_lite.corpus.render import find_soundfont, find_synth
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
@@ -150,10 +150,7 @@ def _load(source: str | Path) -> tuple[TextEncoder, Clap | None]:
     tokenizer = load_tokenizer(folder / bundle.TOKENIZER_FILE)
     encoder = TextEncoder(config, tokenizer)
     bundle.load_part(folder, "text_encoder", encoder)
-    if not bundle.part_path(folder, "audio_encoder").is_file():
-        return encoder, None
-    rest = {name: value.float() for name, value in bundle.read_part(folder, "audio_encoder").items()}
-    return encoder, join_clap(config, tokenizer, dict(encoder.state_dict()), rest, str(folder))
+    return encoder, bundle.load_whole_clap(folder)
 
 
 def _whole(weights: ClapWeights) -> Clap:

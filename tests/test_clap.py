@@ -1,6 +1,7 @@
 """CLAP: its features, loss, files, and one real training run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import soundfile
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from stable_audio_lite.audio.mel import SAMPLE_RATE, log_mel, repeat_pad
-from stable_audio_lite.bundle import load_part
+from stable_audio_lite.bundle import load_part, load_whole_clap
 from stable_audio_lite.conditioning.text import TextEncoder
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.config import from_dict, load_config, to_dict
@@ -203,6 +205,31 @@ def test_training_writes_a_bundle_and_resumes(corpus, tmp_path):
     expected = TextEncoder.from_transformers(tmp_path / "run/transformers").encode(CAPTIONS)
     torch.testing.assert_close(encoder.encode(CAPTIONS).tokens, expected.tokens)
     assert run(config) == bundle
+
+
+def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
+    """The audio tower goes on from a bundle; what a U-Net sees of a prompt is the same to the bit."""
+    settings = {
+        "model": "configs/stable_audio/tiny.yaml",
+        "data": str(corpus),
+        "batch_size": 3,
+        "optimizer": OptimizerConfig(lr=1e-2),
+    }
+    run_config = RunConfig(output=str(tmp_path / "first"), steps=1, tracker="none")
+    first = run(TrainClapConfig(run=run_config, **settings))
+    again = replace(run_config, output=str(tmp_path / "again"), steps=2)
+    second = run(TrainClapConfig(run=again, initial=str(first), freeze_text=True, **settings))
+    before, after = (load_file(folder / "text_encoder.safetensors") for folder in (first, second))
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    whole, changed = (load_whole_clap(folder) for folder in (first, second))
+    assert not torch.equal(whole.embed_text(CAPTIONS), changed.embed_text(CAPTIONS))  # by its last layer
+    assert not torch.equal(whole.embed_audio(sounds()), changed.embed_audio(sounds()))
+    assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+    (first / "audio_encoder.safetensors").unlink()
+    with pytest.raises(UserError, match="no audio_encoder"):
+        run(TrainClapConfig(run=replace(again, output=str(tmp_path / "x")), initial=str(first), **settings))
+    with pytest.raises(ValueError, match="freeze_text needs initial"):
+        TrainClapConfig(run=again, freeze_text=True, **settings)
 
 
 def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):

@@ -37,19 +37,24 @@ def load_frozen_clap(source: str, model: StableAudioConfig) -> FrozenClap:
     """
     folder = Path(source)
     if (folder / CONFIG_FILE).is_file():
-        _compare(load_model_config(folder).clap, model.clap, source)
+        compare_claps(load_model_config(folder).clap, model.clap, source)
         text = TextEncoder(model.clap, load_tokenizer(folder / TOKENIZER_FILE))
         load_part(folder, "text_encoder", text)
         names = [n for n in ("text_encoder", "audio_encoder") if part_path(folder, n).is_file()]
         return FrozenClap(text, {n: read_part(folder, n) for n in names})
     weights = load_clap(source)
-    _compare(weights.config, model.clap, source)
+    compare_claps(weights.config, model.clap, source)
     clap = Clap(weights.config, weights.tokenizer)
     load_state(clap.model, weights.state, weights.source)
     return FrozenClap(TextEncoder.from_weights(weights), split_clap(clap))
 
 
-def _compare(found: ClapConfig, wanted: ClapConfig, source: str) -> None:
+def compare_claps(found: ClapConfig, wanted: ClapConfig, source: str) -> None:
+    """Refuse a CLAP at `source` of other sizes than those `wanted`.
+
+    Raises:
+        UserError: names what differs.
+    """
     different = [
         f"clap.{k} is {v!r} there, {getattr(wanted, k)!r} here"
         for k, v in vars(found).items()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.audio.mel import CLIP_FRAMES, SAMPLE_RATE
-from stable_audio_lite.bundle import StableAudioConfig, save_bundle
-from stable_audio_lite.conditioning.text import split_clap
+from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_whole_clap, resolve, save_bundle
+from stable_audio_lite.conditioning.text import in_text_encoder, split_clap
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
@@ -28,6 +28,7 @@ from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
 from training.command import main
+from training.frozen import compare_claps
 from training.loop import fit
 from training.noise import generator
 from training.task import OptimizerConfig, RunConfig, Task
@@ -43,6 +44,9 @@ class TrainClapConfig:
         data: folder of captioned audio to train on; the tokenizer learns from all its captions.
         held_out: folder of captioned audio for retrieval figures, or null.
         held_out_items: how many of those to use; 0 for all.
+        initial: bundle whose CLAP, tokenizer included, to go on from, or null.
+        freeze_text: keep the text features that a U-Net sees as they are, so that U-Nets trained with them stay valid;
+            the last text layer, the projections and the audio tower learn. With `initial`.
         max_unreadable: share of the data's files that may be unreadable; others take their place, and
             `unreadable.jsonl` beside the checkpoints lists them.
         gain_db: the level of each crop is changed by up to this many dB either way.
@@ -55,6 +59,8 @@ class TrainClapConfig:
     data: str
     held_out: str | None = None
     held_out_items: int = 0
+    initial: str | None = None
+    freeze_text: bool = False
     max_unreadable: float = 0.01
     batch_size: int = 64
     dropout: float = 0.1
@@ -66,6 +72,8 @@ class TrainClapConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2: a contrast needs two pairs, got {self.batch_size}")
+        if self.freeze_text and not self.initial:
+            raise ValueError("freeze_text needs initial: the bundle whose text features are to stay")
         if self.gain_db < 0:
             raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
         if not (0 <= self.masked < 1 and 0 <= self.dropout < 1):
@@ -100,13 +108,30 @@ class ClapTask(Task):
         self.items = len(self.pieces)
         self.mels = Mels(self.pieces, self.model.clap)
         self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
-        captions = (caption for item in self.pieces for caption in item.captions)
-        self.tokenizer = train_tokenizer(captions, self.model.clap.vocab_size)
         torch.manual_seed(config.run.seed)
-        clap = Clap(self.model.clap, self.tokenizer, config.dropout)
-        _unshrink(clap.model.text_model, self.model.clap.text_layers)
+        clap = self._go_on_from(config.initial) if config.initial else self._new()
+        self.tokenizer = clap.tokenizer
+        if config.freeze_text:
+            for name, parameter in clap.model.named_parameters():
+                parameter.requires_grad_(not in_text_encoder(name, clap.config))
         self.modules: dict[str, nn.Module] = {"clap": clap}
         self.optimizers = {"clap": config.optimizer}
+
+    def _new(self) -> Clap:
+        captions = (caption for item in self.pieces for caption in item.captions)
+        clap = Clap(self.model.clap, train_tokenizer(captions, self.model.clap.vocab_size), self.config.dropout)
+        _unshrink(clap.model.text_model, self.model.clap.text_layers)
+        return clap
+
+    def _go_on_from(self, bundle: str) -> Clap:
+        folder = resolve(bundle)
+        compare_claps(load_model_config(folder).clap, self.model.clap, bundle)
+        whole = load_whole_clap(folder)
+        if whole is None:
+            raise UserError(f"initial: {bundle} has no audio_encoder.safetensors; give a bundle with both CLAP towers")
+        clap = Clap(self.model.clap, whole.tokenizer, self.config.dropout)
+        clap.load_state_dict(whole.state_dict())
+        return clap
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         if len(self.pieces) < self.batch_size * world:

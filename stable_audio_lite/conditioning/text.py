@@ -184,11 +184,14 @@ def split_clap(clap: Clap) -> dict[str, dict[str, Tensor]]:
 
     A generator needs the first alone; `join_clap` takes both.
     """
-    last = f"layers.{clap.config.text_layers - 1}."  # the tower ends before it
-    names = {name: _our_name(name) for name in clap.model.state_dict()}
-    in_tower = {name for name, ours in names.items() if ours and not ours.startswith(last)}
-    rest = {name: value for name, value in clap.model.state_dict().items() if name not in in_tower}
+    rest = {name: value for name, value in clap.model.state_dict().items() if not in_text_encoder(name, clap.config)}
     return {"text_encoder": TextEncoder.from_clap(clap).state_dict(), "audio_encoder": rest}
+
+
+def in_text_encoder(name: str, config: ClapConfig) -> bool:
+    """Whether the weight that transformers calls `name` is part of the features that a U-Net sees."""
+    ours = _our_name(name)
+    return ours is not None and not ours.startswith(f"layers.{config.text_layers - 1}.")  # the tower ends before it
 
 
 def join_clap(
