@@ -33,7 +33,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
 """What a bundle on the hub is made of, the card's pictures included."""
-STARTER = Path(__file__).parent / "starter"
+SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae")}
+"""Bundles that come with the package."""
 
 _TIMING_TOKENS = 2
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -169,15 +170,15 @@ def load_model_config(path: str | Path) -> StableAudioConfig:
 
 
 def resolve(name: str | Path) -> Path:
-    """The folder of a bundle given as "starter", a path, or an id on the Hugging Face hub.
+    """The folder of a bundle given as one of the names in `SHIPPED`, a path, or an id on the Hugging Face hub.
 
     Raises:
         UserError: there is no such bundle, or it can't be downloaded.
     """
-    if str(name) == "starter":
-        if not (STARTER / CONFIG_FILE).is_file():
-            raise UserError(f"{STARTER}: the starter weights are missing from this installation; install it again")
-        return STARTER
+    if (shipped := SHIPPED.get(str(name))) is not None:
+        if not (shipped / CONFIG_FILE).is_file():
+            raise UserError(f"{shipped}: these weights are missing from this installation; install it again")
+        return shipped
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / CONFIG_FILE).is_file():
@@ -186,7 +187,9 @@ def resolve(name: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path}: a bundle is a folder with {CONFIG_FILE} and weights; give the folder")
     if not _HUB_ID.fullmatch(str(name)):
-        raise UserError(f"{name}: no such bundle; give 'starter', a folder, or a hub id such as someone/model")
+        raise UserError(
+            f"{name}: no such bundle; give {' or '.join(SHIPPED)}, a folder or a hub id like a/b"
+        )
     return _download(str(name))
 
 

@@ -98,9 +98,9 @@ def _add_generate(commands: Any) -> None:
     add("--plot", action="store_true", help="also write a spectrogram as .png beside each sound")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, default: str = "starter") -> None:
     add = parser.add_argument
-    add("--model", default="starter", help="'starter', a bundle's folder or a hub id (default: starter)")
+    add("--model", default=default, help=f"a shipped model, a bundle's folder or a hub id (default: {default})")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
 
@@ -124,7 +124,7 @@ def _add_decode(commands: Any) -> None:
 def _add_files(parser: argparse.ArgumentParser, files: str, output: str) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=files)
     parser.add_argument("-o", "--output", type=Path, required=True, help=output)
-    _add_model(parser)
+    _add_model(parser, "starter-vae")
 
 
 def _add_info(commands: Any) -> None:

@@ -1,6 +1,6 @@
 """Audio files to latent files and back, in memory that does not grow with their length.
 
-codec = Codec.from_pretrained("starter")
+codec = Codec.from_pretrained("starter-vae")
 codec.encode_file("song.flac", "song.safetensors")
 codec.decode_file("song.safetensors", "again.wav")
 """

@@ -142,7 +142,7 @@ def likeness(vectors: Tensor) -> float:
 
 def _load(source: str | Path) -> tuple[TextEncoder, Clap | None]:
     """The text encoder, and the whole CLAP where it is there."""
-    if str(source) != "starter" and not (Path(source) / bundle.CONFIG_FILE).is_file():
+    if str(source) not in bundle.SHIPPED and not (Path(source) / bundle.CONFIG_FILE).is_file():
         weights = load_clap(source)
         return TextEncoder.from_weights(weights), _whole(weights)
     folder = bundle.resolve(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stable_audio_lite.bundle import STARTER
+from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.pipeline import StableAudio
 
 MEGABYTE = 2**20
@@ -33,5 +33,5 @@ def test_same_alone_and_in_a_batch(starter: StableAudio) -> None:
 
 
 def test_is_small_and_has_a_card() -> None:
-    assert sum(file.stat().st_size for file in STARTER.iterdir()) < 70 * MEGABYTE
-    assert "\n# Starter" in (STARTER / "README.md").read_text()
+    assert sum(file.stat().st_size for file in SHIPPED["starter"].iterdir()) < 70 * MEGABYTE
+    assert "\n# Starter" in (SHIPPED["starter"] / "README.md").read_text()

@@ -30,6 +30,8 @@ from training_runs import (
     vae_settings,
 )
 
+from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import load_config
 from stable_audio_lite.errors import UserError
 from training import assemble, pre_encode, regenerate, train_clap, train_diffusion, train_vae
@@ -283,10 +285,23 @@ def test_shipped_configs_are_right() -> None:
     for path in folder.glob("*.yaml"):
         for cls in (cls for start, cls in classes.items() if path.stem.startswith(start)):
             loaded[path.stem] = asdict(load_config(path, cls))
-    assert len(loaded) == len(list(folder.glob("*.yaml"))) - len(("paper", "starter", "tiny"))
+    assert len(loaded) == len(list(folder.glob("*.yaml"))) - len(("paper", "starter", "starter_vae", "tiny"))
     first, second = loaded["train_vae_paper"], loaded["train_vae_paper_decoder"]
     differing = {key for key in first if first[key] != second[key]}
     assert differing == {"initial", "continues", "freeze_encoder", "run"}
+
+
+def test_a_shipped_vae_has_latents_of_unit_deviation(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Of the folder that was measured, as the codec reads it; what lies beside the weights stays."""
+    (tmp_path / "README.md").write_text("a card")
+    config = assemble.AssembleConfig(bundle=str(bundles["vae"]), unit_latents=str(data), output=str(tmp_path))
+    before, after = (Codec.from_pretrained(b, "cpu", "float32").vae for b in (bundles["vae"], assemble.run(config)))
+    audio = [read_audio(path)[None] for path in sorted(data.glob("*.wav"))]
+    deviations = torch.cat([after.encode(a).mean[0] for a in audio], 1).std(1)
+    torch.testing.assert_close(deviations, torch.ones_like(deviations), rtol=1e-3, atol=0)
+    sounds = [vae.decode(vae.encode(audio[0]).mean) for vae in (before, after)]
+    torch.testing.assert_close(*sounds, rtol=1e-3, atol=1e-5)
+    assert (tmp_path / "README.md").read_text() == "a card"
 
 
 def test_half_precision_needs_a_gpu(data: Path, tmp_path: Path) -> None:
