@@ -187,9 +187,7 @@ def resolve(name: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path}: a bundle is a folder with {CONFIG_FILE} and weights; give the folder")
     if not _HUB_ID.fullmatch(str(name)):
-        raise UserError(
-            f"{name}: no such bundle; give {' or '.join(SHIPPED)}, a folder or a hub id like a/b"
-        )
+        raise UserError(f"{name}: no such bundle; give {' or '.join(SHIPPED)}, a folder or a hub id like a/b")
     return _download(str(name))
 
 

@@ -22,11 +22,12 @@ from stable_audio_lite.models.clap import (
     ClapConfig,
     config_from_transformers,
     load_tokenizer,
+    retrieval,
     tokenize,
     transformers_config,
 )
 from training.task import OptimizerConfig, RunConfig
-from training.train_clap import ClapTask, TrainClapConfig, retrieval, run
+from training.train_clap import ClapTask, TrainClapConfig, run
 
 CAPTIONS = ["a low hum", "a high whistle"]
 SIZES = {
@@ -172,6 +173,12 @@ def test_retrieval_counts():
     assert set(retrieval(vectors, vectors).values()) == {100.0}
     shifted = retrieval(vectors, 0.5 * vectors + vectors.roll(1, 0))
     assert shifted["text_to_audio/R@1"] == 0 and shifted["audio_to_text/R@10"] == 100
+
+
+def test_ranks_do_not_favour_a_clap_that_says_nothing():
+    """Where all embeddings agree, every match is last among equals."""
+    same = torch.ones(20, 4)
+    assert set(retrieval(same, same).values()) == {0.0}
 
 
 @pytest.fixture

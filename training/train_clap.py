@@ -26,7 +26,7 @@ from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, tokenize
+from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, retrieval, tokenize
 from training.command import main
 from training.frozen import compare_claps
 from training.loop import fit
@@ -252,16 +252,6 @@ class ClapTask(Task):
             width = _integer(int(self.config.masked * size) + 1, own)
             views.narrow(axis, _integer(size - width + 1, own), width).fill_(floor)
         return views
-
-
-def retrieval(text: Tensor, audio: Tensor) -> dict[str, float]:
-    """Recall at 1 and 10 in percent of matching unit vectors (N, D), from text to audio and back."""
-    similarity = text @ audio.T  # N texts, N sounds
-    figures: dict[str, float] = {}
-    for name, scores in (("text_to_audio", similarity), ("audio_to_text", similarity.T)):
-        rank = (scores > scores.diag()[:, None]).sum(1)
-        figures |= {f"{name}/R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 10)}
-    return figures
 
 
 @torch.no_grad()

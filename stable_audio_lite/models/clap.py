@@ -325,6 +325,19 @@ class Clap(nn.Module):
         return clap.eval()
 
 
+def retrieval(text: Tensor, audio: Tensor) -> dict[str, float]:
+    """Recall at 1 and 10 in percent of matching unit vectors (N, D), from text to audio and back.
+
+    A match that is no nearer than others counts as found after them.
+    """
+    similarity = text @ audio.T  # N texts, N sounds
+    figures: dict[str, float] = {}
+    for name, scores in (("text_to_audio", similarity), ("audio_to_text", similarity.T)):
+        rank = (scores >= scores.diag()[:, None]).sum(1) - 1
+        figures |= {f"{name}/R@{k}": 100 * float((rank < k).float().mean()) for k in (1, 10)}
+    return figures
+
+
 @dataclass(frozen=True)
 class ClapWeights:
     """A CLAP as read from files: `state` has transformers' `ClapModel` names; `source` is for messages."""

@@ -1,0 +1,65 @@
+"""Which text belongs to which sound? Recall of a CLAP among held-out pieces, both ways.
+
+    python -m evaluation.retrieval starter corpus/held_out --items 500
+
+Each piece's first caption is looked for among all sounds, and each sound among all captions (Wu et al. 2023, section
+4.2). Chance finds 10 of 500 in 2 % of cases. Beside them the mean cosine between the embeddings of different captions:
+near 1, a text encoder tells nothing apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.audio.mel import SAMPLE_RATE
+from stable_audio_lite.bundle import load_whole_clap, resolve
+from stable_audio_lite.data.manifest import Item, read_items
+from stable_audio_lite.doctor import likeness
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.clap import Clap, retrieval
+
+
+def measure(clap: Clap, items: Sequence[Item]) -> dict[str, float]:
+    """Recall at 1 and 10 in percent, both ways, and "texts/cosine"."""
+    from tqdm import tqdm
+
+    sounds = (read_audio(item.path, SAMPLE_RATE)[None] for item in tqdm(items, unit="piece"))
+    audio = torch.cat([clap.embed_audio(sound, SAMPLE_RATE) for sound in sounds])
+    text = torch.cat([clap.embed_text([item.captions[0]]) for item in items])
+    return retrieval(text, audio) | {"texts/cosine": likeness(text)}
+
+
+def main() -> None:
+    """Run the command; mistakes end in one line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", help="a shipped model, a bundle's folder or a hub id, with both CLAP towers")
+    parser.add_argument("data", type=Path, help="a folder of captioned audio")
+    parser.add_argument("--items", type=int, default=500, help="pieces at most (default: 500)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    try:
+        if (clap := load_whole_clap(resolve(args.bundle))) is None:
+            raise UserError(f"{args.bundle}: has no audio_encoder.safetensors; give a bundle with both CLAP towers")
+        items = [item for item in read_items(args.data) if item.captions][: args.items]
+        if len(items) < 2:
+            raise UserError(f"{args.data}: {len(items)} items with captions; two are needed at least")
+        figures = measure(clap, items)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    if args.json:
+        print(json.dumps({"items": len(items), **figures}))
+        return
+    print(f"{len(items)} pieces")
+    for name, value in figures.items():
+        print(f"{name:22}{value:.3f}" if name == "texts/cosine" else f"{name:22}{value:.1f} %")
+
+
+if __name__ == "__main__":
+    main()
