@@ -242,17 +242,3 @@ def test_config_refuses_what_cannot_be_built() -> None:
         with pytest.raises(ValueError, match="clock"):
             VAEConfig(clock=clock)
     assert math.prod(VAEConfig().strides) == VAEConfig().hop == 1024
-
-
-def test_scaled_latents_decode_to_the_same_sound() -> None:
-    """With a clock too; the posterior grows as the latents do."""
-    torch.manual_seed(0)
-    vae = VAE(VAEConfig(encoder_width=4, decoder_width=16, strides=(2, 4), latent_channels=4, slow_channels=2, clock=4))
-    audio, factors = torch.randn(1, 2, 400), torch.tensor([0.5, 1.0, 2.0, 3.0])
-    before = vae.encode(audio)
-    sound = vae.decode(before.mean)
-    vae.scale_latents(factors)
-    after = vae.encode(audio)
-    torch.testing.assert_close(after.mean, before.mean * factors[:, None])
-    torch.testing.assert_close(after.std, before.std * factors[:, None], rtol=0.1, atol=1e-3)
-    torch.testing.assert_close(vae.decode(after.mean), sound, rtol=1e-4, atol=1e-6)

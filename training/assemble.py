@@ -1,8 +1,7 @@
 """Put a bundle to ship together: python -m training.assemble --config configs/stable_audio/assemble.yaml.
 
 Takes the U-Net and text encoder of one bundle and the VAE of another whose encoder is the same (its decoder may have
-been trained on), and stores all but the VAE in half the bytes. A VAE alone can have its latents brought to unit
-deviation.
+been trained on), and stores all but the VAE in half the bytes.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.bundle import (
     CARD_FILE,
     PARTS,
     TOKENIZER_FILE,
-    StableAudioConfig,
     load_model_config,
     part_path,
     read_part,
@@ -26,12 +22,8 @@ from stable_audio_lite.bundle import (
 )
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.data.latents import encoder_hash
-from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE
 from training.command import main
-
-_MEASURED = 200  # files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +34,12 @@ class AssembleConfig:
         bundle: complete bundle that training.train_diffusion wrote, or one of a VAE alone.
         vae: bundle whose VAE replaces the bundle's, or null.
         model: model YAML whose `generation` defaults the result gets, or null to keep the bundle's.
-        unit_latents: folder of audio over which each latent channel of the result has a standard deviation of 1, or
-            null (its first 200 files are measured); for bundles without a U-Net, which knows the latents as they were.
         output: folder for the result; what documents it there, README.md and pictures, is kept.
     """
 
     bundle: str
     vae: str | None = None
     model: str | None = None
-    unit_latents: str | None = None
     output: str
 
 
@@ -72,10 +61,6 @@ def run(config: AssembleConfig) -> Path:
         if encoder_hash(vae, theirs.slow_channels) != encoder_hash(parts["vae"], model.vae.slow_channels):
             raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")
         parts["vae"], model = vae, replace(model, vae=theirs)
-    if config.unit_latents:
-        if "unet" in parts:
-            raise UserError(f"unit_latents: the U-Net of {source} knows its latents as they are; leave it out")
-        parts["vae"] = _with_unit_latents(model, parts["vae"], read_items(config.unit_latents)[:_MEASURED])
     halved = {
         name: {k: v if name == "vae" or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in state.items()}
         for name, state in parts.items()
@@ -84,16 +69,6 @@ def run(config: AssembleConfig) -> Path:
     tokenizer = file.read_text(encoding="utf-8") if file.is_file() else None
     save_bundle(output, model, halved, tokenizer, _kept(output))
     return output
-
-
-@torch.no_grad()
-def _with_unit_latents(model: StableAudioConfig, state: dict[str, Tensor], items: list[Item]) -> dict[str, Tensor]:
-    vae = VAE(model.vae)
-    vae.load_state_dict(state)
-    sounds = (read_audio(item.path, model.sample_rate)[None] for item in items)
-    latents = torch.cat([vae.encode_chunked(sound).mean[0] for sound in sounds], 1)  # C, frames of all
-    vae.scale_latents(latents.std(1).reciprocal())
-    return vae.state_dict()
 
 
 def _kept(output: Path) -> dict[str, bytes]:

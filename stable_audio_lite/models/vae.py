@@ -329,20 +329,6 @@ class VAE(nn.Module):
         smoothing = SLOW_REACH if self.config.slow_channels else 0
         return math.ceil(_reach(list(self.encoder.layers)) / self.hop) + smoothing
 
-    @torch.no_grad()
-    def scale_latents(self, factors: Tensor) -> None:
-        """Multiply the mean of each latent channel by (latent_channels,) `factors`; decoded sound stays the same.
-
-        The posterior's standard deviation is multiplied as well, but for the small part of it that is not exponential.
-        """
-        project, first, channels = self.encoder.project, self.decoder.layers[0], self.config.latent_channels
-        assert isinstance(first, WeightNormConv1d) and project.bias is not None and len(factors) == channels
-        project.weight[:channels] *= factors[:, None, None]
-        project.bias[:channels] *= factors
-        project.bias[channels:] += factors.log()
-        first.weight_v.copy_(first.weight / factors.repeat(self.config.clock)[:, None])
-        first.weight_g.copy_(first.weight_v.flatten(1).norm(dim=1).view(-1, 1, 1))
-
     def prepare_for_inference(self) -> VAE:
         """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
         for module in list(self.modules()):
