@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder
+from training.shard import sharded_like, whole
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -37,24 +38,23 @@ class Resumable:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any], main: bool = True) -> Path:
     """Write checkpoint `step` under `folder` and return its path.
+
+    Where weights are sharded, all processes take part and the `main` one writes; what is written is the same.
 
     Raises:
         UserError: the folder can't be written or the disk is full.
     """
     path = folder / f"step_{step:08d}"
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path) if main else nullcontext(path) as temporary:
         try:
-            for name, module in state.modules.items():
-                _save(module.state_dict(), temporary / f"{name}.safetensors")
-            for name, average in state.averages.items():
-                _save(average, temporary / f"ema_{name}.safetensors")
-            for name, optimizer in state.optimizers.items():
-                _save(_optimizer_tensors(optimizer, state.modules[name]), temporary / f"optimizer_{name}.safetensors")
-            if state.tensors:
-                _save(state.tensors, temporary / "tensors.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step, **info}))
+            for name, tensors in _files(state):
+                kept = whole(tensors, keep=main)
+                if main:
+                    _save(kept, temporary / f"{name}.safetensors")
+            if main:
+                (temporary / "state.json").write_text(json.dumps({"step": step, **info}))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: the checkpoint can't be written ({error}); free some space") from error
     return path
@@ -69,10 +69,10 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
     with _refusing(path, "remove this folder to go back one checkpoint"):
         info = json.loads((path / "state.json").read_text())
         for name, module in state.modules.items():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
+            _load_module(module, load_file(path / f"{name}.safetensors"))
         for name, average in state.averages.items():
             for key, value in load_file(path / f"ema_{name}.safetensors").items():
-                average[key].copy_(value)
+                average[key].copy_(sharded_like(value, average[key]))
         for name, optimizer in state.optimizers.items():
             _load_optimizer(optimizer, state.modules[name], load_file(path / f"optimizer_{name}.safetensors"))
         for key, value in load_file(path / "tensors.safetensors").items() if state.tensors else ():
@@ -93,7 +93,7 @@ def take_over(run: Path, state: Resumable, modules: Collection[str]) -> None:
         raise UserError(f"{run}: holds no checkpoint to continue from; give the `output` of an earlier run")
     with _refusing(done[-1], "continue a run of the same networks and optimizers"):
         for name in modules:
-            state.modules[name].load_state_dict(load_file(done[-1] / f"{name}.safetensors"))
+            _load_module(state.modules[name], load_file(done[-1] / f"{name}.safetensors"))
         for name, optimizer in state.optimizers.items():
             _load_optimizer(optimizer, state.modules[name], load_file(done[-1] / f"optimizer_{name}.safetensors"))
 
@@ -126,8 +126,25 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def _files(state: Resumable) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and tensors of each file."""
+    for name, module in state.modules.items():
+        yield name, module.state_dict()
+    for name, average in state.averages.items():
+        yield f"ema_{name}", average
+    for name, optimizer in state.optimizers.items():
+        yield f"optimizer_{name}", _optimizer_tensors(optimizer, state.modules[name])
+    if state.tensors:
+        yield "tensors", state.tensors
+
+
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+
+
+def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({k: sharded_like(v, own.get(k)) for k, v in tensors.items()})
 
 
 def _optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -138,10 +155,10 @@ def _optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Ten
 
 def _load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Take what is there of the parameters that the optimizer has."""
-    entries: dict[str, dict[str, Tensor]] = {}
+    own, entries = module.state_dict(), dict[str, dict[str, Tensor]]()
     for key, value in tensors.items():
         parameter, name = key.rsplit("/", 1)
-        entries.setdefault(parameter, {})[name] = value
+        entries.setdefault(parameter, {})[name] = sharded_like(value, own.get(parameter)) if value.ndim else value
     names = _parameters(optimizer, module)
     state = {i: entries[name] for i, name in enumerate(names) if name in entries}
     first = 0

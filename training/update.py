@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from training.shard import full
 from training.task import RunConfig, Task
 
 
@@ -73,6 +74,10 @@ class Update:
         """`values` averaged over the processes."""
         return self.accelerator.reduce(values, "mean")
 
+    def agreed(self, decision: bool) -> bool:
+        """The main process's `decision`, for what all processes have to do together."""
+        return bool(self.accelerator.gather(torch.tensor([decision], device=self.accelerator.device))[0])
+
     def end(self) -> bool:
         """Update each module that a loss was given for; whether too many steps in a row were bad by now.
 
@@ -102,7 +107,8 @@ class Update:
         """Bring the gradient down to the largest norm; whether it can be used."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)  # and notes what is not finite, for its own step
-        norm = nn.utils.clip_grad_norm_(self.task.modules[name].parameters(), self.run.max_grad_norm or math.inf)
+        parameters = self.task.modules[name].parameters()
+        norm = full(nn.utils.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf))
         self.grad_norms[f"grad_norm/{name}"] = norm
         return self.scaler is not None or bool(torch.isfinite(norm))
 
