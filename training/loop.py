@@ -19,15 +19,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint, tidy
 from training.ema import EMA
 from training.monitor import Monitor
-from training.shard import shard, to_shard
+from training.shard import shard, sharding
 from training.task import RunConfig, Task
 from training.update import Health, Update
+from training.zero import Zero
 
 
 def fit(run: RunConfig, task: Task, config: Any) -> Path:
@@ -39,11 +41,14 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
         UserError: the output can't be written, its newest checkpoint doesn't fit, or losses stay not finite.
     """
     output = Path(run.output)
-    parts = to_shard(task.parts)
-    accelerator = _accelerator(run, output, sharded=bool(parts))
+    kind = sharding(task.parts)
+    accelerator = _accelerator(run, output, kind)
+    kind = kind if accelerator.num_processes > 1 else ""
     plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
-    gather = shard(plain, parts, accelerator)
-    optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
+    gather = shard(plain, task.parts if kind == "FSDP" else {}, accelerator)
+    optimizers: dict[str, Optimizer | Zero] = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
+    if kind == "DEEPSPEED":
+        optimizers = {n: Zero(plain[n], o, run, task.batch_size) for n, o in optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
     state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
     new = not checkpoints(output / "checkpoints")
@@ -54,7 +59,10 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     if run.compile:
         for module in plain.values():
             module.compile(dynamic=False)
-    task.modules = {n: accelerator.prepare_model(m, evaluation_mode=bool(parts)) for n, m in plain.items()}
+    if kind == "DEEPSPEED":
+        task.modules = {n: o.engine for n, o in optimizers.items()}
+    else:  # sharded weights need no DDP around them
+        task.modules = {n: accelerator.prepare_model(m, evaluation_mode=bool(kind)) for n, m in plain.items()}
     update = Update(accelerator, run, task, optimizers)
     if new:
         task.begin(state)
@@ -119,7 +127,7 @@ def _due(every: int, step: int, steps: int) -> bool:
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
-def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
+def _accelerator(run: RunConfig, output: Path, kind: str) -> Accelerator:
     trackers = [] if run.tracker == "none" else [run.tracker]
     if trackers and importlib.util.find_spec(run.tracker) is None:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
@@ -128,7 +136,7 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
     except OSError as error:
         raise UserError(f"output: {output} can't be made ({error.strerror})") from error
     # Autocast would keep a copy of every weight that was whole for a while.
-    handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
+    handlers = [AutocastKwargs(cache_enabled=False)] if kind else []
     accelerator = Accelerator(
         mixed_precision=run.precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
     )
@@ -169,7 +177,8 @@ def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> d
         with ExitStack() as stack:
             if index + 1 < count:  # processes share gradients once, with the last batch
                 for module in task.modules.values():
-                    stack.enter_context(accelerator.no_sync(module))
+                    if isinstance(module, nn.parallel.DistributedDataParallel):
+                        stack.enter_context(module.no_sync())
             stack.enter_context(accelerator.autocast())
             losses = task.step(_to(batch, accelerator.device), step, update)
         rows.append({k: v.detach().float() for k, v in losses.items()})  # their graphs may go

@@ -20,35 +20,46 @@ from stable_audio_lite.errors import UserError
 Parts = Mapping[type[nn.Module], tuple[str, ...]]
 """Classes of the parts that are made whole one at a time, and their methods besides `forward` that use weights."""
 
-_SUPPORTED = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
+_SUPPORTED = {
+    "FSDP": {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"},
+    "DEEPSPEED": {
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+    },
+}
 
 
-def to_shard(parts: Parts) -> Parts:
-    """`parts` if `accelerate launch` was given a configuration with FSDP, else none.
+def sharding(parts: Parts) -> str:
+    """FSDP, DEEPSPEED or "": what the configuration given to `accelerate launch` asks for.
 
-    Accelerate itself is then not told: what it would do needs GPUs, and network and optimizer at once.
+    Accelerate itself is then not told. What it would do needs GPUs, takes network and optimizer at once, and takes
+    updates and checkpoints out of the loop's hands.
 
     Raises:
         UserError: the configuration asks for what is not supported, or the trainer has no `parts` to shard.
     """
-    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return {}
-    for key, value in _SUPPORTED.items():
-        if (given := os.environ.get(key, value).lower()) != value:
-            raise UserError(f"{key.lower()}: must be {value}, got {given}; see configs/accelerate/fsdp.yaml")
-    if not parts:
-        raise UserError("distributed_type: FSDP is for train_diffusion; launch this trainer with --multi_gpu instead")
-    return parts
+    for kind, supported in _SUPPORTED.items():
+        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() != "true":
+            continue
+        for key, value in supported.items():
+            if (given := os.environ.get(key, value).lower()) != value:
+                name = key.removeprefix("ACCELERATE_DEEPSPEED_").lower()
+                raise UserError(f"{name}: must be {value}, got {given}; see configs/accelerate/{kind.lower()}.yaml")
+        if not parts:
+            raise UserError(f"distributed_type: {kind} is for train_diffusion; launch this trainer with --multi_gpu")
+        return kind
+    return ""
 
 
 def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator) -> Callable[[], dict[str, nn.Module]]:
-    """Leave each process its slices of `modules`, in place, if there are `parts` and several processes.
+    """Leave each process its slices of `modules`, in place, which have to be the same in all; none without `parts`.
 
-    All have to hold the same weights. Returns a function that all have to call, which gives the main process the
-    modules, whole, and the others {}; sharded ones are copied to the CPU.
+    Returns a function that all processes have to call: it gives the main one the modules, whole, and the others {}.
+    Those that were sharded are copied to the CPU.
     """
     main = accelerator.is_main_process
-    if not parts or accelerator.num_processes == 1:
+    if not parts:
         return lambda: modules if main else {}
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
