@@ -10,10 +10,10 @@ import json
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,10 @@ from torch.optim import Optimizer
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder
+from training.shard import sharded_like, whole
+
+if TYPE_CHECKING:
+    from training.zero import Zero
 
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -32,29 +36,28 @@ class Resumable:
     """All that a resumed run needs besides its configuration; each optimizer has the name of the module it updates."""
 
     modules: dict[str, nn.Module]
-    optimizers: dict[str, Optimizer]
+    optimizers: dict[str, Optimizer | Zero]
     averages: dict[str, dict[str, Tensor]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any], main: bool = True) -> Path:
     """Write checkpoint `step` under `folder` and return its path.
+
+    Where weights are sharded, all processes take part and the `main` one writes; what is written is the same.
 
     Raises:
         UserError: the folder can't be written or the disk is full.
     """
     path = folder / f"step_{step:08d}"
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path) if main else nullcontext(path) as temporary:
         try:
-            for name, module in state.modules.items():
-                _save(module.state_dict(), temporary / f"{name}.safetensors")
-            for name, average in state.averages.items():
-                _save(average, temporary / f"ema_{name}.safetensors")
-            for name, optimizer in state.optimizers.items():
-                _save(_optimizer_tensors(optimizer, state.modules[name]), temporary / f"optimizer_{name}.safetensors")
-            if state.tensors:
-                _save(state.tensors, temporary / "tensors.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": step, **info}))
+            for name, tensors in _files(state):
+                kept = whole(tensors, keep=main)
+                if main:
+                    _save(kept, temporary / f"{name}.safetensors")
+            if main:
+                (temporary / "state.json").write_text(json.dumps({"step": step, **info}))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: the checkpoint can't be written ({error}); free some space") from error
     return path
@@ -69,10 +72,10 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
     with _refusing(path, "remove this folder to go back one checkpoint"):
         info = json.loads((path / "state.json").read_text())
         for name, module in state.modules.items():
-            module.load_state_dict(load_file(path / f"{name}.safetensors"))
+            _load_module(module, load_file(path / f"{name}.safetensors"))
         for name, average in state.averages.items():
             for key, value in load_file(path / f"ema_{name}.safetensors").items():
-                average[key].copy_(value)
+                average[key].copy_(sharded_like(value, average[key]))
         for name, optimizer in state.optimizers.items():
             _load_optimizer(optimizer, state.modules[name], load_file(path / f"optimizer_{name}.safetensors"))
         for key, value in load_file(path / "tensors.safetensors").items() if state.tensors else ():
@@ -93,7 +96,7 @@ def take_over(run: Path, state: Resumable, modules: Collection[str]) -> None:
         raise UserError(f"{run}: holds no checkpoint to continue from; give the `output` of an earlier run")
     with _refusing(done[-1], "continue a run of the same networks and optimizers"):
         for name in modules:
-            state.modules[name].load_state_dict(load_file(done[-1] / f"{name}.safetensors"))
+            _load_module(state.modules[name], load_file(done[-1] / f"{name}.safetensors"))
         for name, optimizer in state.optimizers.items():
             _load_optimizer(optimizer, state.modules[name], load_file(done[-1] / f"optimizer_{name}.safetensors"))
 
@@ -126,22 +129,39 @@ def tidy(folder: Path) -> None:
         shutil.rmtree(path)
 
 
+def _files(state: Resumable) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and tensors of each file."""
+    for name, module in state.modules.items():
+        yield name, module.state_dict()
+    for name, average in state.averages.items():
+        yield f"ema_{name}", average
+    for name, optimizer in state.optimizers.items():
+        yield f"optimizer_{name}", _optimizer_tensors(optimizer, state.modules[name])
+    if state.tensors:
+        yield "tensors", state.tensors
+
+
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 
 
-def _optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = module.state_dict()
+    module.load_state_dict({k: sharded_like(v, own.get(k)) for k, v in tensors.items()})
+
+
+def _optimizer_tensors(optimizer: Optimizer | Zero, module: nn.Module) -> dict[str, Tensor]:
     """State as `parameter/name` tensors; learning rates are functions of the step and need no saving."""
     state, names = optimizer.state_dict()["state"], _parameters(optimizer, module)
     return {f"{names[i]}/{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 
 
-def _load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: Optimizer | Zero, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Take what is there of the parameters that the optimizer has."""
-    entries: dict[str, dict[str, Tensor]] = {}
+    own, entries = module.state_dict(), dict[str, dict[str, Tensor]]()
     for key, value in tensors.items():
         parameter, name = key.rsplit("/", 1)
-        entries.setdefault(parameter, {})[name] = value
+        entries.setdefault(parameter, {})[name] = sharded_like(value, own.get(parameter)) if value.ndim else value
     names = _parameters(optimizer, module)
     state = {i: entries[name] for i, name in enumerate(names) if name in entries}
     first = 0
@@ -154,7 +174,7 @@ def _load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _parameters(optimizer: Optimizer, module: nn.Module) -> list[str]:
+def _parameters(optimizer: Optimizer | Zero, module: nn.Module) -> list[str]:
     """Names of the optimizer's parameters in its own order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from training.shard import local
+
 
 class EMA:
     """Average of a module's floating-point state.
@@ -23,6 +25,7 @@ class EMA:
         decay = min(self.decay, 1 - (1 + step) ** -self.power)
         current = module.state_dict()
         floating = [k for k, v in current.items() if v.is_floating_point()]
-        torch._foreach_lerp_([self.average[k] for k in floating], [current[k] for k in floating], 1 - decay)
+        average, weights = ([local(tensors[k]) for k in floating] for tensors in (self.average, current))
+        torch._foreach_lerp_(average, weights, 1 - decay)
         for key in current.keys() - set(floating):
             self.average[key].copy_(current[key])

@@ -17,15 +17,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint, tidy
 from training.ema import EMA
 from training.monitor import Monitor
+from training.shard import shard, sharding
 from training.task import RunConfig, Task
 from training.update import Health, Update
+from training.zero import Zero
 
 
 def fit(run: RunConfig, task: Task, config: Any) -> Path:
@@ -37,9 +41,14 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
         UserError: the output can't be written, its newest checkpoint doesn't fit, or losses stay not finite.
     """
     output = Path(run.output)
-    accelerator = _accelerator(run, output)
+    kind = sharding(task.parts)
+    accelerator = _accelerator(run, output, kind)
+    kind = kind if accelerator.num_processes > 1 else ""
     plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
-    optimizers = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
+    gather = shard(plain, task.parts if kind == "FSDP" else {}, accelerator)
+    optimizers: dict[str, Optimizer | Zero] = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
+    if kind == "DEEPSPEED":
+        optimizers = {n: Zero(plain[n], o, run, task.batch_size) for n, o in optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
     state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
     new = not checkpoints(output / "checkpoints")
@@ -50,7 +59,10 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     if run.compile:
         for module in plain.values():
             module.compile(dynamic=False)
-    task.modules = {n: accelerator.prepare_model(m) for n, m in plain.items()}
+    if kind == "DEEPSPEED":
+        task.modules = {n: o.engine for n, o in optimizers.items()}
+    else:  # sharded weights need no DDP around them
+        task.modules = {n: accelerator.prepare_model(m, evaluation_mode=bool(kind)) for n, m in plain.items()}
     update = Update(accelerator, run, task, optimizers)
     if new:
         task.begin(state)
@@ -70,18 +82,20 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
                 if _due(run.evaluate_every, step, run.steps):
                     with _Averaged(plain, averages), torch.no_grad():
                         monitor.write(step, figures := task.evaluate(step))
-                        if update.health.improved(figures.get(task.criterion)) and accelerator.is_main_process:
-                            task.export(output / "best", plain)
-                if _due(task.demonstrate_every, step, run.steps) and accelerator.is_main_process:
+                        best = update.agreed(update.health.improved(figures.get(task.criterion)))
+                        if best and (modules := gather()):
+                            task.export(output / "best", modules)
+                if _due(task.demonstrate_every, step, run.steps):
                     with _Averaged(plain, averages), torch.no_grad():
-                        monitor.play(step, task.demonstrate(plain))
+                        if modules := gather():
+                            monitor.play(step, task.demonstrate(modules))
                 monitor.show(step, losses | update.grad_norms, update.health)
                 if _due(run.checkpoint_every, step, run.steps) and not update.bad:
                     _checkpoint(run, start, state, update)
     bundle = output / "bundle"
-    if accelerator.is_main_process:
-        with _Averaged(plain, averages):
-            task.export(bundle, plain)
+    with _Averaged(plain, averages):
+        if modules := gather():
+            task.export(bundle, modules)
     accelerator.end_training()
     return bundle
 
@@ -113,7 +127,7 @@ def _due(every: int, step: int, steps: int) -> bool:
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
-def _accelerator(run: RunConfig, output: Path) -> Accelerator:
+def _accelerator(run: RunConfig, output: Path, kind: str) -> Accelerator:
     trackers = [] if run.tracker == "none" else [run.tracker]
     if trackers and importlib.util.find_spec(run.tracker) is None:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
@@ -121,7 +135,11 @@ def _accelerator(run: RunConfig, output: Path) -> Accelerator:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output: {output} can't be made ({error.strerror})") from error
-    accelerator = Accelerator(mixed_precision=run.precision, log_with=trackers, project_dir=str(output))
+    # Autocast would keep a copy of every weight that was whole for a while.
+    handlers = [AutocastKwargs(cache_enabled=False)] if kind else []
+    accelerator = Accelerator(
+        mixed_precision=run.precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
+    )
     if run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU, whose loss scaling it relies on; choose bf16 or no")
     accelerator.init_trackers("logs")
@@ -159,7 +177,8 @@ def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> d
         with ExitStack() as stack:
             if index + 1 < count:  # processes share gradients once, with the last batch
                 for module in task.modules.values():
-                    stack.enter_context(accelerator.no_sync(module))
+                    if isinstance(module, nn.parallel.DistributedDataParallel):
+                        stack.enter_context(module.no_sync())
             stack.enter_context(accelerator.autocast())
             losses = task.step(_to(batch, accelerator.device), step, update)
         rows.append({k: v.detach().float() for k, v in losses.items()})  # their graphs may go
@@ -184,9 +203,10 @@ class _Averaged:
 
 def _checkpoint(run: RunConfig, step: int, state: Resumable, update: Update) -> None:
     folder = Path(run.output) / "checkpoints"
+    scaler = update.scaler.state_dict() if update.scaler is not None else None
+    info = {"seed": run.seed, "health": asdict(update.health), "scaler": scaler}
+    save_checkpoint(folder, step, state, info, main=update.accelerator.is_main_process)
     if update.accelerator.is_main_process:
-        scaler = update.scaler.state_dict() if update.scaler is not None else None
-        save_checkpoint(folder, step, state, {"seed": run.seed, "health": asdict(update.health), "scaler": scaler})
         prune(folder, run.keep_last)
     update.accelerator.wait_for_everyone()
 

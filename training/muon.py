@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from training.shard import full, sharded_like
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
@@ -79,11 +81,12 @@ class Muon(AdamW):
             state["step"] = torch.zeros(())  # AdamW expects to find one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        update = parameter.grad.lerp(state["momentum"], self.momentum).flatten(1)
+        update = full(parameter.grad.lerp(state["momentum"], self.momentum)).flatten(1)
         # Rows longer than columns would otherwise move less per entry (the usual shape factor).
         shape_factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonalize(update).view_as(parameter), alpha=-group["lr"] * group["scale"] * shape_factor)
+        update = sharded_like(orthogonalize(update).view(parameter.shape), parameter)
+        parameter.add_(update, alpha=-group["lr"] * group["scale"] * shape_factor)
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.muon import Muon
+from training.shard import Parts
 
 if TYPE_CHECKING:
     from training.checkpoint import Resumable
@@ -119,6 +120,7 @@ class Task(ABC):
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
         tensors: whatever else changes in place during training, by name; saved and resumed.
+        parts: what is made whole at a time where weights are sharded, {} if they can't be: see training.shard.
         batch_size: items per process and batch.
         items: how many make an epoch.
         frozen: networks that are used but not trained, by name.
@@ -135,6 +137,7 @@ class Task(ABC):
     demonstrate_every: int = 0
     criterion: str = ""
     tensors: dict[str, Tensor] = {}
+    parts: Parts = {}
 
     def begin(self, state: Resumable) -> None:  # noqa: B027
         """Take over into `state` what the run starts with from another; called before the first step of a new run."""

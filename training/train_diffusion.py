@@ -25,7 +25,7 @@ from stable_audio_lite.data.windows import LatentWindows, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
-from stable_audio_lite.models.unet import UNet
+from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.pipeline import StableAudio
@@ -135,6 +135,7 @@ class DiffusionTask(Task):
 
     averaged = ("model",)
     criterion = "held_out/v"
+    parts = {Down: (), Up: (), ResidualBlock: (), Transformer: ("keys_values",)}
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
@@ -213,7 +214,7 @@ class DiffusionTask(Task):
         assert demos is not None
         with tempfile.TemporaryDirectory() as folder:
             self.export(exported := Path(folder) / "bundle", modules)
-            device = str(next(modules["model"].parameters()).device)
+            device = str(next(self.modules["model"].parameters()).device)
             if self.config.lora:
                 model = StableAudio.from_pretrained(self.config.initial or "", device=device, lora=exported)
             else:

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from training.shard import full
 from training.task import RunConfig, Task
+from training.zero import Zero
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Health:
 class Update:
     """Backward passes as losses come, then clipping and the optimizers' steps at the step's end."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer]):
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer | Zero]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
         self.scaler = accelerator.scaler  # of the loss, in fp16 alone
         self.health = Health()
@@ -56,8 +58,11 @@ class Update:
         """Add the gradient of `loss` (a scalar) for module `name`, which `end` will update."""
         finite = bool(torch.isfinite(self.accelerator.gather(loss.detach())).all())
         self.finite[name] = self.finite.get(name, True) and finite
-        if finite:
-            self.accelerator.backward(loss / self.run.accumulate)
+        loss, optimizer = loss / self.run.accumulate, self.optimizers[name]
+        if isinstance(optimizer, Zero):
+            optimizer.backward(loss, finite)
+        elif finite:
+            self.accelerator.backward(loss)
 
     def gradient(self, loss: Tensor, at: Tensor) -> Tensor:
         """Gradient of `loss` with respect to `at`, whose graph stays; computed at the loss scale that fp16 needs."""
@@ -72,6 +77,10 @@ class Update:
     def mean(self, values: Tensor) -> Tensor:
         """`values` averaged over the processes."""
         return self.accelerator.reduce(values, "mean")
+
+    def agreed(self, decision: bool) -> bool:
+        """The main process's `decision`, for what all processes have to do together."""
+        return bool(self.accelerator.gather(torch.tensor([decision], device=self.accelerator.device))[0])
 
     def end(self) -> bool:
         """Update each module that a loss was given for; whether too many steps in a row were bad by now.
@@ -102,7 +111,11 @@ class Update:
         """Bring the gradient down to the largest norm; whether it can be used."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)  # and notes what is not finite, for its own step
-        norm = nn.utils.clip_grad_norm_(self.task.modules[name].parameters(), self.run.max_grad_norm or math.inf)
+        if isinstance(optimizer, Zero):
+            norm = optimizer.norm()
+        else:
+            parameters = self.task.modules[name].parameters()
+            norm = full(nn.utils.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf))
         self.grad_norms[f"grad_norm/{name}"] = norm
         return self.scaler is not None or bool(torch.isfinite(norm))
 
