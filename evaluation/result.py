@@ -6,11 +6,12 @@ Stored as JSON. Two results may be compared where their settings agree; `differe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Any
 
+from stable_audio_lite.config import from_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -70,7 +71,7 @@ class Result:
 
     Attributes:
         model: name of what was evaluated.
-        settings: whatever changes figures: weights' hashes, resampler, rates, channels, normalisation, windows, versions.
+        settings: what changes figures: weights' hashes, resampler, rates, channels, normalisation, windows, versions.
         figures: the metrics that could be had.
         missing: for those that could not: what to fetch, and where to put it.
         generated: the sounds under test.
@@ -101,7 +102,8 @@ def save_result(result: Result, path: Path) -> None:
     """
     text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, ensure_ascii=False)
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names that are no UTF-8 hold lone surrogates; with a backslash they are what JSON writes.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_result(path: Path) -> Result:
@@ -114,8 +116,9 @@ def load_result(path: Path) -> Result:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format") != FORMAT:
             raise ValueError("another version's layout")
-        figures = tuple(Figure(**row) for row in data.pop("figures"))
-        generated, reference = (tuple(_sound(row) for row in data.pop(key)) for key in ("generated", "reference"))
+        figures = tuple(from_dict(Figure, row, "figures") for row in data.pop("figures"))
+        generated, reference = (tuple(_sound(row, key) for row in data.pop(key)) for key in ("generated", "reference"))
+        _check_mappings(data)
         return Result(figures=figures, generated=generated, reference=reference, **data)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); give a file that evaluation.run wrote") from error
@@ -124,23 +127,50 @@ def load_result(path: Path) -> Result:
         raise UserError(f"{path}: not a result of evaluation.run ({reason}); run it again") from error
 
 
-def _sound(row: dict[str, Any]) -> Sound:
+def _sound(row: dict[str, Any], where: str) -> Sound:
     nearest = tuple((str(path), float(cosine)) for path, cosine in row.pop("nearest"))
-    return Sound(nearest=nearest, treatment=tuple(row.pop("treatment")), **row)
+    return replace(from_dict(Sound, row, where), nearest=nearest)
+
+
+def _check_mappings(data: dict[str, Any]) -> None:
+    if not isinstance(data["model"], str) or not isinstance(data["settings"], dict):
+        raise ValueError("'model' must be a text and 'settings' a mapping")
+    texts = [value for key in ("missing", "left_out") for value in data[key].values()]
+    rows = [row for table in data["tables"].values() for row in table]
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("'missing' and 'left_out' must hold texts, and 'tables' rows of named values")
+
+
+def partners(generated: Sequence[Sound], reference: Sequence[Sound]) -> list[Sound | None]:
+    """For each generated sound, the first of the reference with its prompt, or its name where one has no prompt."""
+    prompts = {sound.prompt: sound for sound in reversed(reference) if sound.prompt}
+    names = {PurePath(sound.path).stem: sound for sound in reversed(reference)}
+    found = []
+    for sound in generated:
+        namesake = names.get(PurePath(sound.path).stem)
+        alike = namesake if namesake and not (namesake.prompt and sound.prompt) else None
+        found.append(prompts.get(sound.prompt, alike))
+    return found
+
+
+def shown(value: float) -> str:
+    """A value with four significant digits, or all of those before the point."""
+    return f"{value:.4g}" if not abs(value) >= 1e4 else f"{value:.0f}"
 
 
 def different_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that don't agree, by their dotted names; None stands for one that is not there."""
-    flat, other_flat = _flat(one), _flat(other)
+    flat, other_flat = flat_settings(one), flat_settings(other)
     keys = sorted(flat.keys() | other_flat.keys())
     return {k: (flat.get(k), other_flat.get(k)) for k in keys if flat.get(k) != other_flat.get(k)}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat_settings(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = list(value) if isinstance(value, tuple) else value
     return found
