@@ -127,10 +127,10 @@ def summarise(
     long (after Evans et al. 2024, arXiv 2402.04825). What no sound has is left out.
     """
     figures = [*_timing(sounds, reference), _width_right(sounds, reference)]
-    for name, unit in _MEANS.items():
-        figures.append(_figure(name, _heard(sounds, name), {"real": _heard(reference, name)}, unit))
+    for name, scale in _MEANS.items():
+        figures.append(_figure(name, _heard(sounds, name), {"real": _heard(reference, name)}, scale))
     closest = [[s.nearest[0][1] for s in group if s.nearest] for group in (sounds, reference)]
-    figures.append(_figure("nearest_training", closest[0], {"real": closest[1]}, "cosine"))
+    figures.append(_figure("nearest_training", closest[0], {"real": closest[1]}, ""))
     return [figure for figure in figures if figure], _timing_tables(_asked(sounds))
 
 
@@ -176,7 +176,7 @@ def _heard(sounds: Sequence[Sound], name: str) -> list[float]:
 
 
 def _figure(
-    name: str, values: Any, beside: dict[str, Any], unit: str, higher_is_better: bool | None = None
+    name: str, values: Any, beside: dict[str, Any], scale: str, higher_is_better: bool | None = None
 ) -> Figure | None:
     """The mean of `values`, and beside it those of others; None where there are none."""
     if not len(values):
@@ -188,7 +188,7 @@ def _figure(
         low=low,
         high=high,
         n=len(values),
-        unit=unit,
+        scale=scale,
         higher_is_better=higher_is_better,
         beside={key: float(np.mean(others)) for key, others in beside.items() if len(others)},
     )

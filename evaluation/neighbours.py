@@ -96,6 +96,5 @@ def diversity(generated: Tensor, reference: Tensor, seed: int = 0) -> Figure:
         low=float(low),
         high=float(high),
         n=count,
-        unit="sounds",
         beside={"real": vendi_score(real)},
     )

@@ -35,7 +35,9 @@ _MEANINGS = {
     "development": "highest novelty in the middle half",
     "outro": "highest novelty in the last quarter",
 }
-_DISTANCE = "Fréchet distance between the embeddings of all sounds and those of the reference; smaller sets are farther"
+_DISTANCE = "Fréchet distance between the embeddings of all sounds and those of the reference"
+_INFINITE = "extrapolated to infinitely many sounds"
+_BIASED = "fewer sounds are farther, so compare what stands beside it with the generated halves"
 
 
 def as_html(result: Result, places: Places, prompts: int) -> tuple[str, list[Card]]:
@@ -87,14 +89,14 @@ def _template() -> Any:
 
 
 def _meaning(figure: Figure) -> str:
-    return _MEANINGS.get(figure.name, _DISTANCE if figure.name.startswith("fd_") else "")
+    if not figure.name.startswith("fd_"):
+        return _MEANINGS.get(figure.name, "")
+    return f"{_DISTANCE}, {_INFINITE}" if figure.name.startswith("fd_inf_") else f"{_DISTANCE}; {_BIASED}"
 
 
-def measured(value: float, unit: str = "") -> str:
-    """A value in its unit; a share in per cent."""
-    if unit == "share":
-        return f"{value:.1%}"
-    return f"{shown(value)} {unit}".strip()
+def measured(value: float, scale: str = "") -> str:
+    """A value and what it is measured in; a share in per cent."""
+    return f"{value:.1%}" if scale == "share" else f"{shown(value)} {scale}".strip()
 
 
 def cell(value: Any) -> str:

@@ -27,6 +27,7 @@ class Figure:
         name: of the metric, "fd_openl3".
         beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae".
         higher_is_better: None where neither is.
+        scale: what the value is measured in: "dB", "LUFS", "s"; "share" of the sounds; "" for none of these.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Figure:
     unit: str = ""
     higher_is_better: bool | None = None
     beside: dict[str, float] = field(default_factory=dict)
+    scale: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,14 +144,17 @@ def _check_mappings(data: dict[str, Any]) -> None:
 
 
 def partners(generated: Sequence[Sound], reference: Sequence[Sound]) -> list[Sound | None]:
-    """For each generated sound, the first of the reference with its prompt, or its name where one has no prompt."""
+    """For each generated sound, the one of the reference with its name and prompt, or with its prompt.
+
+    Where one of both has no prompt, the name is enough.
+    """
     prompts = {sound.prompt: sound for sound in reversed(reference) if sound.prompt}
     names = {PurePath(sound.path).stem: sound for sound in reversed(reference)}
     found = []
     for sound in generated:
         namesake = names.get(PurePath(sound.path).stem)
-        alike = namesake if namesake and not (namesake.prompt and sound.prompt) else None
-        found.append(prompts.get(sound.prompt, alike))
+        alike = namesake is not None and not (namesake.prompt and sound.prompt and namesake.prompt != sound.prompt)
+        found.append(namesake if alike else prompts.get(sound.prompt))
     return found
 
 

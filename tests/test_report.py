@@ -169,19 +169,29 @@ def test_marks_and_pictures_are_where_the_sound_is(tmp_path: Path) -> None:
     assert found.marks == ((0.5, "asked"), (0.75, "ends")) and found.player == "a.wav" and not found.trouble
     assert found.times[0] == (0, "0 s") and found.times[1] == (pytest.approx(0.2), "0.2 s")
     beyond = card("generated", replace(sound, requested=5.0, heard={}, path="a.wav"), places)
+    odd = write_audio(tmp_path / "odd.wav", torch.zeros(2, 3000), 12345)
+    assert odd == 1 and card("real", replace(sound, path="odd.wav"), replace(places, embed=True)).player
     assert beyond.marks == () and beyond.player == "a.wav"  # found from the result's folder
 
 
 def test_strips_and_histograms_draw_what_they_are_given() -> None:
-    figure = Figure(name="x", value=5, low=4, high=6, n=9, beside={"real": 0, "noise": 10})
+    figure = Figure(name="x", value=5, low=4, high=6, n=9, beside={"real": 2, "noise": 8})
     drawn = strip(figure, ["noise", "real"])
     assert 'cx="100.0"' in drawn and 'class="mark c1" x1="8.0"' in drawn and 'class="mark c0" x1="192.0"' in drawn
     assert strip(replace(figure, beside={}), []) == ""
     row = {"requested_from": 2.0, "requested_to": 4.0, "measured_from": 4.0, "measured_to": 6.0, "n": 3}
-    drawn = histogram([row, row | {"measured_from": 2.0, "n": 1}])
-    assert drawn.count('class="cell"') == 2 and 'opacity="0.750"' in drawn and ">3<" in drawn
+    late = row | {"requested_from": 4.0, "requested_to": 6.0, "n": 7}
+    drawn = histogram([row, row | {"measured_from": 2.0, "n": 1}, late])
+    assert re.findall('opacity="(.*?)"', drawn) == ["0.750", "0.250", "1.000"] and ">3<" in drawn
     assert drawn.count('class="asked"') == 2
-    for strange in ({"n": "x"}, {"requested_to": 2.0}, {"measured_from": 1e9}, {"n": float("nan")}, {"n": 0}):
+    for strange in (
+        {"n": "x"},
+        {"requested_to": 2.0},
+        {"measured_from": 1e9},
+        {"measured_from": float("inf")},
+        {"n": float("nan")},
+        {"n": 0},
+    ):
         assert histogram([row | strange]) == ""
     assert histogram([]) == ""
 
@@ -190,8 +200,9 @@ def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -
     result = Result(model="m", settings={}, figures=(Figure(name="fd_clap", value=1, low=0, high=2, n=3),))
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
     assert "MusicCaps" not in report.as_html(result, places, 5)[0]
-    result = replace(result, figures=(Figure(name="fd_openl3", value=1, low=0, high=2, n=3),))
-    assert "MusicCaps" in report.as_html(result, places, 5)[0]
+    result = replace(result, figures=(Figure(name="fd_openl3", value=1, low=0, high=2, n=3, unit="windows"),))
+    text = report.as_html(result, places, 5)[0]
+    assert "MusicCaps" in text and "3 windows" in text and "generated halves" in text
     assert "Nothing was measured" in report.as_html(replace(result, figures=()), places, 5)[0]
 
 
