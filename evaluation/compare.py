@@ -67,9 +67,8 @@ def as_markdown(results: Sequence[Result], paths: Sequence[Path]) -> str:
         sizes = {figure.n for figure in figures if figure}
         cells = [_cell(figure, winner, winner or first, several=len(sizes) > 1) for figure in figures]
         sign = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
-        size = f"n = {first.n} {first.unit}".strip() if len(sizes) == 1 else ""
-        about = ", ".join(filter(None, (first.scale, size)))
-        lines.append(f"| {_plain(name)}{sign}{f' ({_plain(about)})' if about else ''} | " + " | ".join(cells) + " |")
+        size = f" (n = {first.n} {first.unit}".rstrip() + ")" if len(sizes) == 1 else ""
+        lines.append(f"| {_plain(name + sign + size)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", LEGEND])
 
 

@@ -33,7 +33,7 @@ _SHORTEST, _QUIETEST = 4.0, -60.0  # seconds, and dB beside the loudest, below w
 _BANDS, _LOWEST, _HIGHEST = 32, 40.0, 16000.0  # mel bands, Hz
 _BIN_WIDTHS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 _BINS = 10
-_MEANS = {"width": "dB", "level": "LUFS", "intro": "dB", "development": "dB", "outro": "dB"}
+_MEANS = ("width", "level", "intro", "development", "outro")
 
 
 def describe(audio: Tensor, sample_rate: int) -> dict[str, float]:
@@ -127,10 +127,9 @@ def summarise(
     long (after Evans et al. 2024, arXiv 2402.04825). What no sound has is left out.
     """
     figures = [*_timing(sounds, reference), _width_right(sounds, reference)]
-    for name, scale in _MEANS.items():
-        figures.append(_figure(name, _heard(sounds, name), {"real": _heard(reference, name)}, scale))
+    figures += [_figure(name, _heard(sounds, name), {"real": _heard(reference, name)}) for name in _MEANS]
     closest = [[s.nearest[0][1] for s in group if s.nearest] for group in (sounds, reference)]
-    figures.append(_figure("nearest_training", closest[0], {"real": closest[1]}, ""))
+    figures.append(_figure("nearest_training", closest[0], {"real": closest[1]}))
     return [figure for figure in figures if figure], _timing_tables(_asked(sounds))
 
 
@@ -149,8 +148,8 @@ def _timing(sounds: Sequence[Sound], reference: Sequence[Sound]) -> list[Figure 
     right = {name: np.abs(seconds) <= END_SECONDS for name, seconds in late.items()}
     error = {name: np.abs(seconds) for name, seconds in late.items()}
     return [
-        _figure("on_time", right.pop("made"), right, "share", True),
-        _figure("timing_error", error.pop("made"), error, "s", False),
+        _figure("on_time", right.pop("made"), right, True),
+        _figure("timing_error", error.pop("made"), error, False),
     ]
 
 
@@ -167,7 +166,7 @@ def _width_right(sounds: Sequence[Sound], reference: Sequence[Sound]) -> Figure 
     ]
     made, real = np.maximum(np.array(pairs, float).reshape(-1, 2), MONO_DB).T
     beside = {"shuffled": np.abs(made - _turned(real)) <= WIDTH_DB}
-    return _figure("width_right", np.abs(made - real) <= WIDTH_DB, beside, "share", True)
+    return _figure("width_right", np.abs(made - real) <= WIDTH_DB, beside, True)
 
 
 def _heard(sounds: Sequence[Sound], name: str) -> list[float]:
@@ -175,9 +174,7 @@ def _heard(sounds: Sequence[Sound], name: str) -> list[float]:
     return [max(value, MONO_DB) for value in values] if name == "width" else values
 
 
-def _figure(
-    name: str, values: Any, beside: dict[str, Any], scale: str, higher_is_better: bool | None = None
-) -> Figure | None:
+def _figure(name: str, values: Any, beside: dict[str, Any], higher_is_better: bool | None = None) -> Figure | None:
     """The mean of `values`, and beside it those of others; None where there are none."""
     if not len(values):
         return None
@@ -188,7 +185,6 @@ def _figure(
         low=low,
         high=high,
         n=len(values),
-        scale=scale,
         higher_is_better=higher_is_better,
         beside={key: float(np.mean(others)) for key, others in beside.items() if len(others)},
     )

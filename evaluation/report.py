@@ -21,19 +21,20 @@ from evaluation.result import Figure, Result, flat_settings, load_result, shown
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, replacing
 
+# What a figure says, and what it is measured in.
 _MEANINGS = {
-    "kl_passt": "how differently a tagger hears a sound and the recording of the same prompt",
-    "clap_score": "how close an encoder of text and audio finds a sound to its prompt",
-    "diversity": "sounds with nothing in common that would be as diverse (Vendi score); grows with n",
-    "nearest_training": "mean cosine of each sound's embedding to that of the closest training sound",
-    "on_time": "share that ends within 0.5 s of the length asked for",
-    "timing_error": "mean time between the length asked for and the end of the sound",
-    "width_right": "share within 6 dB of the width of the recording with the same prompt",
-    "width": "mean power of left − right beside left + right",
-    "level": "mean integrated loudness",
-    "intro": "highest novelty in the first quarter: how much the sound changes there, whatever changes it",
-    "development": "highest novelty in the middle half",
-    "outro": "highest novelty in the last quarter",
+    "kl_passt": ("how differently a tagger hears a sound and the recording of the same prompt", ""),
+    "clap_score": ("how close an encoder of text and audio finds a sound to its prompt", ""),
+    "diversity": ("sounds with nothing in common that would be as diverse (Vendi score); grows with n", ""),
+    "nearest_training": ("mean cosine of each sound's embedding to that of the closest training sound", ""),
+    "on_time": ("share that ends within 0.5 s of the length asked for", "share"),
+    "timing_error": ("mean time between the length asked for and the end of the sound", "s"),
+    "width_right": ("share within 6 dB of the width of the recording with the same prompt", "share"),
+    "width": ("mean power of left − right beside left + right", "dB"),
+    "level": ("mean integrated loudness", "LUFS"),
+    "intro": ("highest novelty in the first quarter: how much the sound changes there, whatever changes it", "dB"),
+    "development": ("highest novelty in the middle half", "dB"),
+    "outro": ("highest novelty in the last quarter", "dB"),
 }
 _DISTANCE = "Fréchet distance between the embeddings of all sounds and those of the reference"
 _INFINITE = "extrapolated to infinitely many sounds"
@@ -59,7 +60,7 @@ def as_html(result: Result, places: Places, prompts: int) -> tuple[str, list[Car
     page = template.render(
         result=result,
         columns=columns,
-        figures=[(figure, _meaning(figure), Markup(strip(figure, columns))) for figure in result.figures],
+        figures=[(figure, *_meaning(figure), Markup(strip(figure, columns))) for figure in result.figures],
         metrics=METRICS,
         published=TABLES if any(result.figure(name) for name in METRICS) else (),
         histogram=Markup(histogram(result.tables.get("timing_histogram", []))),
@@ -84,19 +85,24 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(measured=measured, cell=cell, columns=columns_of)
+    environment.filters.update(measured=measured, bare=bare, cell=cell, columns=columns_of)
     return environment.get_template("report.html.jinja")
 
 
-def _meaning(figure: Figure) -> str:
+def _meaning(figure: Figure) -> tuple[str, str]:
     if not figure.name.startswith("fd_"):
-        return _MEANINGS.get(figure.name, "")
-    return f"{_DISTANCE}, {_INFINITE}" if figure.name.startswith("fd_inf_") else f"{_DISTANCE}; {_BIASED}"
+        return _MEANINGS.get(figure.name, ("", ""))
+    return (f"{_DISTANCE}, {_INFINITE}" if figure.name.startswith("fd_inf_") else f"{_DISTANCE}; {_BIASED}"), ""
 
 
-def measured(value: float, scale: str = "") -> str:
+def measured(value: float, scale: str) -> str:
     """A value and what it is measured in; a share in per cent."""
-    return f"{value:.1%}" if scale == "share" else f"{shown(value)} {scale}".strip()
+    return bare(value, scale) if scale == "share" else f"{shown(value)} {scale}".strip()
+
+
+def bare(value: float, scale: str) -> str:
+    """As `measured`, without saying in what."""
+    return f"{value:.1%}" if scale == "share" else shown(value)
 
 
 def cell(value: Any) -> str:

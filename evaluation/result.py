@@ -27,7 +27,6 @@ class Figure:
         name: of the metric, "fd_openl3".
         beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae".
         higher_is_better: None where neither is.
-        scale: what the value is measured in: "dB", "LUFS", "s"; "share" of the sounds; "" for none of these.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Figure:
     unit: str = ""
     higher_is_better: bool | None = None
     beside: dict[str, float] = field(default_factory=dict)
-    scale: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,7 +52,7 @@ def test_the_best_is_bold_and_what_may_be_chance_is_marked() -> None:
         result(
             figure(2.0),
             figure(0.5, name="clap_score", better=True),
-            replace(figure(-9, name="width", better=None), scale="dB"),
+            replace(figure(-9, name="width", better=None), unit="windows"),
         ),
         result(figure(1.0), figure(0.45, name="clap_score", better=True, n=20), figure(-7, name="width", better=None)),
         result(figure(1.1), figure(0.2, name="on_time", better=True), model="b|`<script>`"),
@@ -63,7 +63,7 @@ def test_the_best_is_bold_and_what_may_be_chance_is_marked() -> None:
     assert lines[3].startswith(
         r"| clap\_score ↑ | **0.5** [0.4, 0.6], n = 50 | 0.45 [0.35, 0.55], n = 20 ≈ | not measured"
     )
-    assert lines[4].startswith("| width (dB, n = 50) | -9 [-9.1, -8.9] | -7 [-7.1, -6.9] | not measured |")
+    assert lines[4].startswith("| width (n = 50 windows) | -9 [-9.1, -8.9] | -7 [-7.1, -6.9] | not measured |")
     assert "**" not in lines[4] and best([results[0].figure("width")]) is None
     assert "not significantly different" in lines[-1]
 
