@@ -40,8 +40,8 @@ def strip(figure: Figure, columns: Sequence[str]) -> str:
 def histogram(cells: Sequence[Mapping[str, Any]]) -> str:
     """Rows of `evaluation.listening`'s "timing_histogram": lengths asked for to the right, measured ones upward.
 
-    A cell is as dark as its share of the column; outlined are those where lengths are as asked for. "" for no rows, or
-    others than these.
+    A cell is as opaque as its share of the column; outlined are those where lengths are as asked for. "" for no rows,
+    or others than these.
     """
     width, places = _places(cells)
     if not places or not all(0 <= place < _MOST for column, row, _ in places for place in (column, row)):

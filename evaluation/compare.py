@@ -75,7 +75,7 @@ def as_markdown(results: Sequence[Result], paths: Sequence[Path]) -> str:
 def _cell(figure: Figure | None, winner: Figure | None, held_against: Figure, several: bool) -> str:
     if figure is None:
         return "not measured"
-    value = f"**{shown(figure.value)}**" if figure is winner else shown(figure.value)
+    value = f"**{shown(figure.value)}**" if winner and figure.value == winner.value else shown(figure.value)
     size = f", n = {figure.n}" if several else ""
     alike = "" if figure is held_against or differ(figure, held_against) else f" {ALIKE}"
     return f"{value} [{shown(figure.low)}, {shown(figure.high)}]{size}{alike}"

@@ -25,7 +25,20 @@ class Table:
     rows: tuple[Row, ...]
 
 
-METRICS = {"fd_openl3": "FD-OpenL3 ↓", "kl_passt": "KL-PaSST ↓", "clap_score": "CLAP score ↑"}
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A column: its title, the network that the papers take, and the key of ours in a result's settings."""
+
+    title: str
+    network: str
+    embedder: str
+
+
+METRICS = {
+    "fd_openl3": Metric(title="FD-OpenL3 ↓", network="mel256, music, 512", embedder="openl3"),
+    "kl_passt": Metric(title="KL-PaSST ↓", network="32 kHz, AudioSet", embedder="passt"),
+    "clap_score": Metric(title="CLAP score ↑", network="LAION 630k, fusion", embedder="clap"),
+}
 
 TABLES = (
     Table(

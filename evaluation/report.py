@@ -48,7 +48,6 @@ def as_html(result: Result, places: Places, prompts: int) -> tuple[str, list[Car
         UserError: jinja2 is not installed.
     """
     template = _template()
-    from markupsafe import Markup
     from tqdm import tqdm
 
     found = groups(result)
@@ -57,15 +56,17 @@ def as_html(result: Result, places: Places, prompts: int) -> tuple[str, list[Car
         for title, sounds in tqdm(found[:prompts], unit="prompt", disable=None)
     ]
     columns = list(dict.fromkeys(name for figure in result.figures for name in figure.beside))
+    settings = flat_settings(result.settings)
     page = template.render(
         result=result,
         columns=columns,
-        figures=[(figure, *_meaning(figure), Markup(strip(figure, columns))) for figure in result.figures],
+        figures=[(figure, *_meaning(figure), strip(figure, columns)) for figure in result.figures],
         metrics=METRICS,
+        weights={name: settings.get(f"{metric.embedder}.weights") for name, metric in METRICS.items()},
         published=TABLES if any(result.figure(name) for name in METRICS) else (),
-        histogram=Markup(histogram(result.tables.get("timing_histogram", []))),
+        histogram=histogram(result.tables.get("timing_histogram", [])),
         treatments=_treatments(result),
-        settings=flat_settings(result.settings),
+        settings=settings,
         groups=seen,
         unseen=len(found) - len(seen),
         embed=places.embed,

@@ -64,6 +64,8 @@ def test_the_best_is_bold_and_what_may_be_chance_is_marked() -> None:
         r"| clap\_score ↑ | **0.5** [0.4, 0.6], n = 50 | 0.45 [0.35, 0.55], n = 20 ≈ | not measured"
     )
     assert lines[4].startswith("| width (n = 50 windows) | -9 [-9.1, -8.9] | -7 [-7.1, -6.9] | not measured |")
+    tied = as_markdown([result(figure(1.0)), result(figure(1.0))], [Path("x.json"), Path("y.json")])
+    assert "| **1** [0.9, 1.1] | **1** [0.9, 1.1] ≈ |" in tied
     assert "**" not in lines[4] and best([results[0].figure("width")]) is None
     assert "not significantly different" in lines[-1]
 

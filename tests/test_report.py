@@ -115,7 +115,7 @@ def test_the_page_holds_all_and_runs_nothing(page: Path) -> None:
     for words in ("on time ↑", "fd openl3", "put the weights", "peak -1 dB", "0.988 ", "hf:some/set/7", "[0.2, 0.4]"):
         assert words in found.text, words
     for words in (
-        "3.wav: the file is not there any more",
+        "3.wav: no such file here",
         "can't be read as audio",
         "Stable Audio Open",
         "requested from",
@@ -202,7 +202,9 @@ def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -
     assert "MusicCaps" not in report.as_html(result, places, 5)[0]
     result = replace(result, figures=(Figure(name="fd_openl3", value=1, low=0, high=2, n=3, unit="windows"),))
     text = report.as_html(result, places, 5)[0]
-    assert "MusicCaps" in text and "3 windows" in text and "generated halves" in text
+    assert "MusicCaps" in text and "3 windows" in text and "generated halves" in text and "unknown weights" in text
+    text = report.as_html(replace(result, settings={"openl3": {"weights": "12ab"}}), places, 5)[0]
+    assert "weights 12ab" in text and "unknown weights" not in text
     assert "Nothing was measured" in report.as_html(replace(result, figures=()), places, 5)[0]
 
 
