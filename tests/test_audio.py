@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stable_audio_lite.audio.io import (
     read_metadata,
     write_audio,
 )
-from stable_audio_lite.audio.plot import plot_spectrogram, spectrogram_db
+from stable_audio_lite.audio.plot import plot_spectrogram, spectrogram_db, spectrogram_webp
 from stable_audio_lite.errors import UserError
 
 
@@ -164,3 +165,15 @@ def test_plot_is_a_picture_and_other_suffixes_are_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"a\.jpg"):
         plot_spectrogram(tmp_path / "a.jpg", tone(44100), 44100)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(("rate", "hertz"), [(44100, 1000), (8000, 100), (96000, 10000)])
+def test_small_pictures_show_a_tone_where_they_say_that_it_lies(rate: int, hertz: int) -> None:
+    """Also where it is in the right channel alone; frequencies beyond the picture have no place in it."""
+    from matplotlib.image import imread
+
+    audio = np.stack((0 * tone(rate, hertz=hertz)[0], tone(rate, hertz=hertz)[0]))
+    picture, heights = spectrogram_webp(audio, rate, columns=40)
+    pixels = imread(io.BytesIO(picture), format="webp")[:, :, :3].astype(float).mean((1, 2))
+    assert pixels.argmax() / len(pixels) == pytest.approx(1 - heights[hertz], abs=0.02)
+    assert set(heights) == {f for f in (100, 1000, 10000) if f < min(rate, 48000) / 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,7 @@ def plot_spectrogram(path: str | Path, samples: Any, sample_rate: int, title: st
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    values = np.asarray(samples, dtype=np.float32)
-    if sample_rate > 48000:  # nothing is heard there, and the picture should show what is
-        values, sample_rate = resample(values, sample_rate, 48000), 48000
+    values, sample_rate = _audible(samples, sample_rate)
     decibels, frequencies = spectrogram_db(values, sample_rate)
     figure = Figure(figsize=(12, 2.8 * len(values) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -72,6 +71,30 @@ def plot_spectrogram(path: str | Path, samples: Any, sample_rate: int, title: st
         figure.suptitle(title[:120].replace("$", r"\$"), fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tuple[bytes, dict[int, float]]:
+    """A small picture for a page: the louder of all channels of (C, T) samples, without axes.
+
+    Returns:
+        The WebP file, and how far up in it, between 0 and 1, 100, 1,000 and 10,000 Hz lie, where they do.
+    """
+    from matplotlib.image import imsave
+
+    values, sample_rate = _audible(samples, sample_rate)
+    decibels, frequencies = spectrogram_db(values, sample_rate, columns)
+    buffer = io.BytesIO()
+    rows = decibels.max(0)[::-1]
+    imsave(buffer, rows, vmin=-_RANGE_DB, vmax=0, cmap="magma", format="webp", pil_kwargs={"quality": 60})
+    octaves = np.log(frequencies / frequencies[0])
+    heights = {hertz: float(np.log(hertz / frequencies[0]) / octaves[-1]) for hertz in (100, 1000, 10000)}
+    return buffer.getvalue(), {hertz: height for hertz, height in heights.items() if height < 1}
+
+
+def _audible(samples: Any, sample_rate: int) -> tuple[np.ndarray, int]:
+    """At 48 kHz at most: nothing is heard above, and a picture should show what is."""
+    values = np.asarray(samples, dtype=np.float32)
+    return (resample(values, sample_rate, 48000), 48000) if sample_rate > 48000 else (values, sample_rate)
 
 
 def check_plottable(path: str | Path) -> None:

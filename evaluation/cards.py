@@ -1,0 +1,178 @@
+"""What a page shows of single sounds: picture, player, facts, the recording beside them, nearest training sounds."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from evaluation.result import Result, Sound, partners, shown
+from stable_audio_lite.errors import UserError
+
+PICTURED_SECONDS = 600.0
+"""Of each sound at most, so that memory doesn't grow with its length."""
+
+_HEARD = {"end": ("ends", "s"), "width": ("width", "dB"), "level": ("loudness", "LUFS")}
+_HEARD |= {name: (f"{name} novelty", "dB") for name in ("intro", "development", "outro")}
+_MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
+_TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One sound as the page shows it.
+
+    Attributes:
+        label: "generated" or "real".
+        path: as the result has it.
+        link: address of its file; None where that is not there.
+        player: address of what plays: the file, or a copy inside the page; None where it can't be read.
+        picture: address of its spectrogram; None where it can't be read.
+        trouble: why it can't be read, or "".
+        heights: of frequencies in Hz within the picture, from 0 to 1.
+        times: (share of the picture's width, text) along its lower edge.
+        marks: (share of the picture's width, "asked" or "ends").
+        facts: what is known of it, pairs of texts.
+        nearest: (path, address or None, cosine) of training sounds.
+    """
+
+    label: str
+    path: str
+    link: str | None
+    player: str | None
+    picture: str | None
+    trouble: str
+    heights: dict[int, float]
+    times: tuple[tuple[float, str], ...]
+    marks: tuple[tuple[float, str], ...]
+    facts: tuple[tuple[str, str], ...]
+    nearest: tuple[tuple[str, str | None, float], ...]
+
+    @property
+    def name(self) -> str:
+        """The file's name, without the folder that it lies in."""
+        return PurePath(self.path).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the page will lie and where the result lies, and whether sounds are copied into the page."""
+
+    page: Path
+    result: Path
+    embed: bool = False
+
+    def find(self, path: str) -> Path | None:
+        """The file of a sound by its path, as given or from the result's folder; None where there is none."""
+        try:
+            return next((place for place in (Path(path), self.result.parent / path) if place.is_file()), None)
+        except (OSError, ValueError):  # no path at all
+            return None
+
+    def link(self, file: Path) -> str:
+        """Address of `file` on the page, relative where it can be."""
+        try:
+            relative = os.path.relpath(file.absolute(), self.page.absolute().parent)
+        except ValueError:  # on another drive
+            return file.absolute().as_uri()
+        return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
+
+
+def groups(result: Result) -> list[tuple[str, list[tuple[str, Sound]]]]:
+    """Prompts, or names where there are none, each with its generated sounds and the recording beside them."""
+    found: dict[str, list[tuple[str, Sound]]] = {}
+    real: dict[str, Sound] = {}
+    for sound, partner in zip(result.generated, partners(result.generated, result.reference), strict=True):
+        title = sound.prompt or (partner.prompt if partner else "") or PurePath(sound.path).stem
+        found.setdefault(title, []).append(("generated", sound))
+        if partner:
+            real.setdefault(title, partner)
+    return [(title, [*rows, ("real", real[title])] if title in real else rows) for title, rows in found.items()]
+
+
+def card(label: str, sound: Sound, places: Places) -> Card:
+    """All that the page shows of `sound`: of one that is missing or broken, all but its picture and player."""
+    file = places.find(sound.path)
+    player, picture, trouble = None, None, ""
+    heights: dict[int, float] = {}
+    try:
+        if file is None:
+            raise UserError(f"{sound.path}: no such file here or beside the result; start where evaluation.run was")
+        picture, heights = _picture(file)
+        player = _mp3(file) if places.embed else places.link(file)
+    except UserError as error:
+        trouble = str(error)
+    span = min(sound.seconds, PICTURED_SECONDS)
+    seconds = {"asked": sound.requested, "ends": sound.heard.get("end")}
+    return Card(
+        label=label,
+        path=sound.path,
+        link=places.link(file) if file else None,
+        player=player,
+        picture=picture,
+        trouble=trouble,
+        heights=heights,
+        times=_times(span),
+        marks=tuple((second / span, name) for name, second in seconds.items() if second and 0 < second <= span),
+        facts=_facts(sound),
+        nearest=tuple((p, places.link(at) if (at := places.find(p)) else None, c) for p, c in sound.nearest),
+    )
+
+
+def _times(span: float) -> tuple[tuple[float, str], ...]:
+    if not span > 0:
+        return ()
+    step = next((tick for tick in _TICKS if span / tick <= 6), span / 6)
+    return tuple((n * step / span, f"{n * step:.3g} s") for n in range(int(0.94 * span / step) + 1))
+
+
+def _facts(sound: Sound) -> tuple[tuple[str, str], ...]:
+    stereo = {1: "mono", 2: "stereo"}.get(sound.channels, f"{sound.channels} channels")
+    facts = [("length", f"{shown(sound.seconds)} s"), ("stored as", f"{sound.sample_rate / 1000:g} kHz {stereo}")]
+    if sound.requested is not None:
+        facts.append(("asked for", f"{shown(sound.requested)} s"))
+    for key, value in sound.heard.items():
+        name, unit = _HEARD.get(key, (key, ""))
+        facts.append((name, f"{shown(value)} {unit}".strip()))
+    if sound.seconds > PICTURED_SECONDS:
+        facts.append(("pictured", f"the first {PICTURED_SECONDS:g} s"))
+    return (*facts, *(("treatment", text) for text in sound.treatment))
+
+
+def _picture(file: Path) -> tuple[str, dict[int, float]]:
+    from stable_audio_lite.audio.plot import spectrogram_webp
+
+    picture, heights = spectrogram_webp(*_read(file, PICTURED_SECONDS))
+    return f"data:image/webp;base64,{base64.b64encode(picture).decode()}", heights
+
+
+def _read(file: Path, seconds: float = math.inf) -> tuple[np.ndarray, int]:
+    """(C, T) samples of all channels, and their rate in Hz; without torch, which takes seconds to import."""
+    from stable_audio_lite.audio.io import audio_blocks, audio_info
+
+    rate = audio_info(file).sample_rate
+    blocks, length = [], 0
+    for block in audio_blocks(file):
+        blocks.append(block)
+        length += block.shape[1]
+        if length >= seconds * rate:
+            break
+    return np.concatenate(blocks, 1)[:, : round(min(length, seconds * rate))], rate
+
+
+def _mp3(file: Path) -> str:
+    import soundfile
+
+    from stable_audio_lite.audio.io import resample
+
+    samples, own = _read(file)
+    rate = own if own in _MP3_RATES else 44100
+    buffer = io.BytesIO()
+    soundfile.write(buffer, resample(samples[:2], own, rate).clip(-1, 1).T, rate, format="MP3")
+    return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

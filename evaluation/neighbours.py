@@ -1,0 +1,100 @@
+"""Nearest training sounds and diversity, in the space of any embedder.
+
+A generated sound whose embedding lies as close to a training sound as a copy does is one to listen to beside it: the
+memorisation check of Evans et al. 2024 (arXiv 2402.04825).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.result import Figure
+
+_QUERIES, _BLOCK = 256, 16384  # rows of both sides that are compared at once: 16 MiB of cosines
+_RESAMPLES = 200
+
+
+def nearest(
+    generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3
+) -> list[tuple[tuple[str, float], ...]]:
+    """The `k` training sounds closest to each generated one, closest first, and their cosines.
+
+    Args:
+        generated: embeddings (N, D).
+        training: embeddings (M, D); may lie on another device, or be mapped from a file.
+        paths: (M,) where the training sounds lie.
+        k: how many, or all where M is less.
+
+    Raises:
+        ValueError: the shapes don't fit each other.
+    """
+    if generated.ndim != 2 or training.ndim != 2 or generated.shape[1] != training.shape[1]:
+        raise ValueError(f"expected (N, D) and (M, D), got {tuple(generated.shape)} and {tuple(training.shape)}")
+    if len(paths) != len(training) or k < 1:
+        raise ValueError(f"expected a path for each of {len(training)} sounds and k >= 1, got {len(paths)} and {k}")
+    found = []
+    for queries in generated.split(_QUERIES):
+        cosines, rows = _closest(F.normalize(queries.float(), dim=1), training, k)
+        for values, indices in zip(cosines.tolist(), rows.tolist(), strict=True):
+            found.append(tuple((paths[i], value) for i, value in zip(indices, values, strict=True)))
+    return found
+
+
+def _closest(queries: Tensor, training: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and rows, both (Q, k), of the training sounds closest to unit vectors (Q, D)."""
+    cosines = queries.new_zeros(len(queries), 0)
+    rows = cosines.long()
+    for start in range(0, len(training), _BLOCK):
+        block = F.normalize(training[start : start + _BLOCK].to(queries), dim=1)
+        here = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
+        cosines, rows = torch.cat((cosines, queries @ block.T), 1), torch.cat((rows, here), 1)
+        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
+        rows = rows.gather(1, order)
+    return cosines.clamp(-1, 1), rows
+
+
+def vendi_score(embeddings: Tensor, weights: Tensor | None = None) -> float:
+    """How many sounds that have nothing in common would be as diverse as (N, D) embeddings: between 1 and N.
+
+    The exponential of the entropy of the eigenvalues of the cosines' matrix over N (Friedman & Dieng 2023, arXiv
+    2210.02410); with `weights` (N,) that sum to 1, some sounds count more. In float64.
+
+    Raises:
+        ValueError: there are none, or one is zero.
+    """
+    if embeddings.ndim != 2 or not len(embeddings) or not bool(embeddings.any(1).all()):
+        raise ValueError(f"expected (N, D) embeddings that are not zero, got {tuple(embeddings.shape)}")
+    rows = F.normalize(embeddings.double(), dim=1)
+    shares = torch.full((len(rows),), 1 / len(rows)) if weights is None else weights
+    rows = rows * shares.to(rows).sqrt()[:, None]
+    # Both products have the same eigenvalues but for zeros.
+    values = torch.linalg.eigvalsh(rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows).clamp_min(0)
+    return float(torch.special.entr(values).sum().exp())
+
+
+def diversity(generated: Tensor, reference: Tensor, seed: int = 0) -> Figure:
+    """The Vendi score of (N, D) embeddings, and beside it that of the (M, D) of the reference.
+
+    It grows with the number of sounds, so both are of as many, drawn at random where one side has more. Resampled sets
+    hold sounds twice and are less diverse than the set itself, so the bootstrap interval is moved by that difference.
+    """
+    count = min(len(generated), len(reference))
+    rng = np.random.default_rng(seed)
+    made, real = (side[np.sort(rng.permutation(len(side))[:count])] for side in (generated, reference))
+    value = vendi_score(made)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES) / count
+    scores = np.array([vendi_score(made, torch.from_numpy(draw)) for draw in draws])
+    low, high = value + np.quantile(scores, (0.025, 0.975)) - scores.mean()
+    return Figure(
+        name="diversity",
+        value=value,
+        low=float(low),
+        high=float(high),
+        n=count,
+        beside={"real": vendi_score(real)},
+    )

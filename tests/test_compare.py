@@ -1,0 +1,141 @@
+"""Results as files, and side by side: what differs, what may be chance, what can't be compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evaluation.compare import as_markdown, best, differ
+from evaluation.result import Figure, Result, Sound, load_result, save_result
+from stable_audio_lite.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def figure(
+    value: float, spread: float = 0.1, name: str = "fd_clap", better: bool | None = False, n: int = 50
+) -> Figure:
+    return Figure(name=name, value=value, low=value - spread, high=value + spread, n=n, higher_is_better=better)
+
+
+def result(*figures: Figure, model: str = "a", **settings: object) -> Result:
+    return Result(
+        model=model, settings={"resampler": "soxr HQ", "weights": {"clap": "12ab"}} | settings, figures=figures
+    )
+
+
+def compare(*paths: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evaluation.compare", *map(str, paths)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_figures_differ_beyond_the_joint_error() -> None:
+    """As often as the level says: of pairs that are the same, 5 % differ."""
+    assert differ(figure(1.0), figure(1.15)) and not differ(figure(1.0), figure(1.14))
+    assert differ(figure(1.15), figure(1.0)) and differ(figure(1, 0), figure(1.01, 0))
+    rng = np.random.default_rng(0)
+    pairs = rng.standard_normal((4000, 2))
+    wrong = [differ(figure(a, 1.96), figure(b, 1.96)) for a, b in pairs]
+    assert np.mean(wrong) == pytest.approx(0.05, abs=0.01)
+    unknown = Figure(name="x", value=1, low=float("nan"), high=float("nan"), n=1)
+    assert not differ(unknown, figure(9))
+
+
+def test_the_best_is_bold_and_what_may_be_chance_is_marked() -> None:
+    results = [
+        result(
+            figure(2.0),
+            figure(0.5, name="clap_score", better=True),
+            replace(figure(-9, name="width", better=None), unit="windows"),
+        ),
+        result(figure(1.0), figure(0.45, name="clap_score", better=True, n=20), figure(-7, name="width", better=None)),
+        result(figure(1.1), figure(0.2, name="on_time", better=True), model="b|`<script>`"),
+    ]
+    lines = as_markdown(results, [Path("x.json"), Path("y.json"), Path("z.json")]).splitlines()
+    assert lines[0] == r"| metric | a (x.json) | a (y.json) | b\|\`&lt;script&gt;\` |"
+    assert lines[2] == r"| fd\_clap ↓ (n = 50) | 2 [1.9, 2.1] | **1** [0.9, 1.1] | 1.1 [1, 1.2] ≈ |"
+    assert lines[3].startswith(
+        r"| clap\_score ↑ | **0.5** [0.4, 0.6], n = 50 | 0.45 [0.35, 0.55], n = 20 ≈ | not measured"
+    )
+    assert lines[4].startswith("| width (n = 50 windows) | -9 [-9.1, -8.9] | -7 [-7.1, -6.9] | not measured |")
+    tied = as_markdown([result(figure(1.0)), result(figure(1.0))], [Path("x.json"), Path("y.json")])
+    assert "| **1** [0.9, 1.1] | **1** [0.9, 1.1] ≈ |" in tied
+    assert "**" not in lines[4] and best([results[0].figure("width")]) is None
+    assert "not significantly different" in lines[-1]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"]
+    save_result(result(figure(1.0)), paths[0])
+    save_result(result(figure(2.0), model="b"), paths[1])
+    save_result(result(figure(1.0), resampler="sinc", weights={"clap": "34cd"}, extra=1), paths[2])
+    done = compare(*paths[:2])
+    assert done.returncode == 0 and "| metric | a | b |" in done.stdout and "**1**" in done.stdout
+    done = compare(*paths)
+    assert done.returncode != 0 and done.stdout == "" and done.stderr.count("\n") == 1
+    for words in ("resampler (soxr HQ, sinc)", "weights.clap (12ab, 34cd)", "extra (not there, 1)", "c.json"):
+        assert words in done.stderr
+    assert compare(paths[0]).stderr == "error: give at least two results to compare\n"
+
+
+def test_results_come_back_as_they_were(tmp_path: Path) -> None:
+    """Names that are no UTF-8, NaN intervals and nested settings included."""
+    sound = Sound(
+        path="bad\udcff.wav", seconds=1.5, sample_rate=8000, channels=1, treatment=("mono",), prompt="é <b>",
+        requested=2.0, heard={"end": 1.0}, nearest=(("t.wav", 0.5),),
+    )  # fmt: skip
+    stored = Result(
+        model="m",
+        settings={"a": {"b": [1, 2]}},
+        figures=(figure(1.0),),
+        missing={"fd_openl3": "fetch it"},
+        generated=(sound,),
+        left_out={"bad\udcfe.wav": "no audio"},
+        tables={"timing": [{"n": 1}]},
+    )
+    save_result(stored, tmp_path / "r.json")
+    assert load_result(tmp_path / "r.json") == stored
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data.pop("figures"), "'figures'"),
+        (lambda data: data.update(format=9), "another version"),
+        (lambda data: data["figures"][0].update(value="high"), "'value' must be float, got 'high'"),
+        (lambda data: data["figures"][0].pop("n"), "missing key 'n'"),
+        (lambda data: data.update(figures=[3]), "must be a mapping"),
+        (lambda data: data.update(generated=[{"path": "a"}]), "nearest"),
+        (lambda data: data.update(missing={"a": 1}), "must hold texts"),
+        (lambda data: data.update(tables={"t": [1]}), "rows of named values"),
+        (lambda data: data.update(tables=[]), "items|values"),
+        (lambda data: data.update(settings=3), "'settings' a mapping"),
+        (lambda data: data.update(surprise=3), "surprise"),
+    ],
+)
+def test_damaged_results_are_named(change: object, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    save_result(result(figure(1.0)), path)
+    data = json.loads(path.read_text())
+    change(data)  # type: ignore[operator]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=words) as caught:
+        load_result(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_results_end_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "text.json").write_text("no JSON")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    for name in ("text.json", "list.json", "bytes.json", "none.json", "."):
+        with pytest.raises(UserError, match="evaluation.run"):
+            load_result(tmp_path / name)
+    done = compare(tmp_path / "none.json", tmp_path / "text.json")
+    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "none.json" in done.stderr

@@ -1,0 +1,277 @@
+"""The page: escaped, complete, readable by a real browser; broken and missing sounds are named."""
+
+from __future__ import annotations
+
+import html
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import report
+from evaluation.cards import Places, card
+from evaluation.charts import histogram, strip
+from evaluation.listening import describe, summarise
+from evaluation.result import Figure, Result, Sound, save_result
+from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RATE = 22050
+HOSTILE = "<script>document.title='hacked'</script>\"'&<img src=x onerror=alert(1)>"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, and the text outside of styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def make_sound(path: Path, prompt: str, requested: float | None, seconds: float = 1.0, hertz: float = 440.0) -> Sound:
+    time = np.arange(round(seconds * RATE)) / RATE
+    audio = 0.3 * np.stack((np.sin(2 * np.pi * hertz * time), np.sin(2 * np.pi * 1.5 * hertz * time)))
+    write_audio(path, audio, RATE)
+    heard = describe(torch.from_numpy(audio).float(), RATE)
+    return Sound(
+        path=str(path), seconds=seconds, sample_rate=RATE, channels=2, prompt=prompt, requested=requested, heard=heard
+    )
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result of four generated sounds: one with a hostile name, one missing, one broken; two have recordings."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    hostile = folder / "made" / f"{HOSTILE.replace('/', '')} #1%41?\n.wav"
+    real = make_sound(folder / "real" / "0.wav", "a low tone", None, 1.5)
+    made = [
+        make_sound(hostile, "a low tone", 1.0),
+        make_sound(folder / "made" / "1.wav", HOSTILE, 2.0, hertz=220),
+        make_sound(folder / "made" / "2.wav", "", 1.0),
+        Sound(path=str(folder / "made" / "3.wav"), seconds=1.0, sample_rate=8000, channels=1, treatment=(HOSTILE,)),
+    ]
+    made[1] = replace(made[1], nearest=((str(hostile), 0.98765), ("hf:some/set/7", 0.5)), treatment=("peak -1 dB",))
+    (folder / "made" / "2.wav").write_bytes(b"no audio")
+    figures, tables = summarise(made, [real])
+    clap = Figure(
+        name="clap_score", value=0.3, low=0.2, high=0.4, n=4, higher_is_better=True, beside={"real": 0.5, HOSTILE: 0.1}
+    )
+    result = Result(
+        model=HOSTILE,
+        settings={"embedders": {HOSTILE: {"weights": HOSTILE}}},
+        figures=(clap, *figures),
+        missing={"fd_openl3": f"put the weights into {HOSTILE}"},
+        generated=tuple(made),
+        reference=(real,),
+        left_out={HOSTILE: HOSTILE},
+        tables={**tables, HOSTILE: [{HOSTILE: HOSTILE}]},
+    )
+    save_result(result, folder / "result.json")
+    return folder / "result.json"
+
+
+@pytest.fixture(scope="module")
+def page(stored: Path) -> Path:
+    path = stored.parent / "pages" / "report.html"
+    command = [sys.executable, "-m", "evaluation.report", str(stored), "-o", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 5 sounds have no picture and player; the first: " in done.stderr and "2.wav" in done.stderr
+    return path
+
+
+def test_the_page_holds_all_and_runs_nothing(page: Path) -> None:
+    """Every hostile text is shown as it is; no script, no handler, nothing fetched but sounds."""
+    found = Page(page.read_text(encoding="utf-8"))
+    assert not found.all("script") and not found.all("link") and not found.all("iframe")
+    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
+    assert len(found.all("audio")) == len(found.all("img")) == 3
+    assert found.text.count("hacked") >= 10
+    for words in ("on time ↑", "fd openl3", "put the weights", "peak -1 dB", "0.988 ", "hf:some/set/7", "[0.2, 0.4]"):
+        assert words in found.text, words
+    for words in (
+        "3.wav: no such file here",
+        "can't be read as audio",
+        "Stable Audio Open",
+        "requested from",
+    ):
+        assert words in found.text, words
+
+
+def test_links_lead_to_the_files(page: Path, stored: Path) -> None:
+    """Relative, from the page's folder, whatever characters their names hold."""
+    found = Page(page.read_text(encoding="utf-8"))
+    addresses = [a["src"] for a in found.all("audio")] + [a["href"] for a in found.all("a")]
+    local = [a for a in addresses if not a.startswith(("#", "https://arxiv.org/"))]
+    assert len(local) == 3 + 4 + 1
+    for address in local:
+        assert re.fullmatch(r"[\w./%~-]+", address) and (page.parent / urllib.parse.unquote(address)).is_file(), address
+
+
+def test_real_sounds_stand_beside_generated_ones_of_their_prompt(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    articles = [part.partition("</article>")[0] for part in text.split('<article class="prompt">')[1:]]
+    labels = {Page(part).text.split("\n")[1]: re.findall(r'class="label">(\w+)<', part) for part in articles}
+    assert labels == {
+        "a low tone": ["generated", "real"],
+        HOSTILE: ["generated"],
+        "2": ["generated"],
+        "3": ["generated"],
+    }
+
+
+def test_sounds_go_into_the_page(stored: Path, tmp_path: Path) -> None:
+    """Embedded, nothing is linked that plays; the copies have the sounds' length; fewer prompts can be shown."""
+    import base64
+    import io
+
+    import soundfile
+
+    cards = report.write_report(stored, tmp_path / "one.html", embed=True, prompts=1)
+    found = Page((tmp_path / "one.html").read_text(encoding="utf-8"))
+    assert len(cards) == len(found.all("audio")) == 2 and "3 more prompts are not shown" in found.text
+    for player, seconds in zip(found.all("audio"), (1.0, 1.5), strict=True):
+        kind, _, data = player["src"].partition(";base64,")
+        samples, rate = soundfile.read(io.BytesIO(base64.b64decode(data)))
+        assert kind == "data:audio/mpeg" and len(samples) / rate == pytest.approx(seconds, abs=0.06)
+        assert np.abs(samples).max() == pytest.approx(0.3, abs=0.05)
+
+
+def test_marks_and_pictures_are_where_the_sound_is(tmp_path: Path) -> None:
+    sound = make_sound(tmp_path / "a.wav", "", 0.5)
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    found = card("generated", replace(sound, heard={"end": 0.75}), places)
+    assert found.marks == ((0.5, "asked"), (0.75, "ends")) and found.player == "a.wav" and not found.trouble
+    assert found.times[0] == (0, "0 s") and found.times[1] == (pytest.approx(0.2), "0.2 s")
+    beyond = card("generated", replace(sound, requested=5.0, heard={}, path="a.wav"), places)
+    odd = write_audio(tmp_path / "odd.wav", torch.zeros(2, 3000), 12345)
+    assert odd == 1 and card("real", replace(sound, path="odd.wav"), replace(places, embed=True)).player
+    assert beyond.marks == () and beyond.player == "a.wav"  # found from the result's folder
+
+
+def test_strips_and_histograms_draw_what_they_are_given() -> None:
+    figure = Figure(name="x", value=5, low=4, high=6, n=9, beside={"real": 2, "noise": 8})
+    drawn = strip(figure, ["noise", "real"])
+    assert 'cx="100.0"' in drawn and 'class="mark c1" x1="8.0"' in drawn and 'class="mark c0" x1="192.0"' in drawn
+    assert strip(replace(figure, beside={}), []) == ""
+    row = {"requested_from": 2.0, "requested_to": 4.0, "measured_from": 4.0, "measured_to": 6.0, "n": 3}
+    late = row | {"requested_from": 4.0, "requested_to": 6.0, "n": 7}
+    drawn = histogram([row, row | {"measured_from": 2.0, "n": 1}, late])
+    assert re.findall('opacity="(.*?)"', drawn) == ["0.750", "0.250", "1.000"] and ">3<" in drawn
+    assert drawn.count('class="asked"') == 2
+    for strange in (
+        {"n": "x"},
+        {"requested_to": 2.0},
+        {"measured_from": 1e9},
+        {"measured_from": float("inf")},
+        {"n": float("nan")},
+        {"n": 0},
+    ):
+        assert histogram([row | strange]) == ""
+    assert histogram([]) == ""
+
+
+def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -> None:
+    result = Result(model="m", settings={}, figures=(Figure(name="fd_clap", value=1, low=0, high=2, n=3),))
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    assert "MusicCaps" not in report.as_html(result, places, 5)[0]
+    result = replace(result, figures=(Figure(name="fd_openl3", value=1, low=0, high=2, n=3, unit="windows"),))
+    text = report.as_html(result, places, 5)[0]
+    assert "MusicCaps" in text and "3 windows" in text and "generated halves" in text and "unknown weights" in text
+    text = report.as_html(replace(result, settings={"openl3": {"weights": "12ab"}}), places, 5)[0]
+    assert "weights 12ab" in text and "unknown weights" not in text
+    assert "Nothing was measured" in report.as_html(replace(result, figures=()), places, 5)[0]
+
+
+def test_mistakes_end_in_one_line(stored: Path, tmp_path: Path) -> None:
+    def run(*arguments: str | Path) -> str:
+        command = [sys.executable, "-m", "evaluation.report", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode != 0 and done.stderr.count("\n") == 1 and done.stdout == ""
+        return done.stderr
+
+    (tmp_path / "bad.json").write_text("{}")
+    assert "bad.json: not a result" in run(tmp_path / "bad.json")
+    assert "is a folder" in run(stored, "-o", tmp_path)
+    before = stored.read_bytes()
+    assert "is the result itself" in run(stored, "-o", stored)
+    assert stored.read_bytes() == before and os.listdir(tmp_path) == ["bad.json"]
+
+
+def test_a_missing_template_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(UserError, match=r"stable-audio-lite\[evaluate\]"):
+        report.as_html(
+            Result(model="m", settings={}, figures=()), Places(page=tmp_path / "p", result=tmp_path / "r"), 1
+        )
+
+
+def browse(page: Path) -> tuple[str, str]:
+    """The page's DOM once it is loaded, and the console."""
+    options = ["--headless=new", "--hide-scrollbars", "--disable-gpu", "--enable-logging=stderr"]
+    options += ["--allow-file-access-from-files", f"--user-data-dir={page.parent / 'profile'}", "--timeout=60000"]
+    options += ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+    command = [str(BROWSER), *options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+@needs_browser
+def test_a_browser_shows_it_without_complaint(page: Path) -> None:
+    dom, console = browse(page)
+    found = Page(dom)
+    assert console == "" and "<title>" in dom and "hacked" in re.findall("<title>(.*?)</title>", dom)[0]
+    assert len(found.all("audio")) == 3 and not found.all("script")
+    assert dom.count('<th scope="row">clap score ↑') == 1 and 'class="histogram"' in dom
+
+
+# Runs in a page around the report, when all in it is loaded.
+PROBE = """
+  const inside = document.querySelector("iframe").contentDocument, root = inside.documentElement;
+  document.querySelector("pre").textContent = JSON.stringify({
+    heard: [...inside.querySelectorAll("audio")].map(audio => +audio.duration.toFixed(1)),
+    pictures: [...inside.images].map(image => image.naturalWidth),
+    width: root.clientWidth, overflow: root.scrollWidth - root.clientWidth,
+  })
+"""
+
+
+@needs_browser
+def test_a_browser_plays_the_sounds_and_a_phone_needs_no_sideways_scrolling(page: Path) -> None:
+    """In a frame as wide as a phone; the players of this copy load at once."""
+    text = page.read_text(encoding="utf-8")
+    (page.parent / "eager.html").write_text(text.replace('preload="none"', 'preload="metadata"'), encoding="utf-8")
+    frame = page.parent / "frame.html"
+    frame.write_text(
+        f"<!doctype html><pre></pre><script>onload = () => {{ {PROBE} }}</script>"
+        '<iframe src="eager.html" style="width:360px;height:800px;border:0"></iframe>'
+    )
+    dom, _ = browse(frame)
+    said = json.loads(html.unescape(re.findall("<pre>(.*?)</pre>", dom)[0]))
+    assert said == {"heard": [1.0, 1.5, 1.0], "pictures": [600, 600, 600], "width": 360, "overflow": 0}
