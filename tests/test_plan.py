@@ -56,6 +56,16 @@ def test_sizes_are_those_of_the_run(name: str, data: Path, bundles: dict[str, Pa
     assert plan(tmp_path / "c.yaml", steps=1).done == 1
 
 
+def test_fsdp_divides_what_is_trained(bundles: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """The weight, its gradient, two moments and an average: 20 bytes, half of them in each of two processes."""
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(trainer_of("diffusion", data, bundles)[2](tmp_path / "run", 1)))
+    found = plan(path, steps=1, processes=2)
+    own = found.sharded - found.activations - found.frozen_weights
+    assert own == pytest.approx(20 / 2 * sum(found.trained.values()), rel=0.01)
+    assert found.frozen_weights == pytest.approx(4 * sum(found.frozen.values()), rel=0.01)
+
+
 def test_the_command_prints_and_refuses(
     data: Path, bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,7 +74,7 @@ def test_the_command_prints_and_refuses(
     path.write_text(yaml.safe_dump(settings))
     assert cli.main(["plan", str(path), "--steps", "1", "--processes", "2"]) == 0
     out = capsys.readouterr().out
-    assert "text_encoder" in out and "2 x 4 x 1 a step" in out and "1,000 of 1,000 steps" in out
+    assert "text_encoder" in out and "with FSDP" in out and "2 x 4 x 1 a step" in out and "1,000 of 1,000 steps" in out
     path.write_text(yaml.safe_dump(settings | {"learning": 1}))
     assert cli.main(["plan", str(path)]) == 2
     error = capsys.readouterr().err

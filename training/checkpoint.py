@@ -142,7 +142,7 @@ def _files(state: Resumable) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path)
 
 
 def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -51,6 +51,7 @@ class Plan:
         trainer: whose config it is.
         trained, frozen: parameters by network.
         weights, gradients, optimizers, averages: memory of each process throughout.
+        frozen_weights: the part of `weights` that is not trained.
         activations: memory that a batch of `batch_size` needs besides, of which `per_item` for each of its items.
         free: memory that activations may take.
         checkpoint, bundle: size of each on disk.
@@ -67,6 +68,7 @@ class Plan:
     trained: dict[str, int]
     frozen: dict[str, int]
     weights: int
+    frozen_weights: int
     gradients: int
     optimizers: int
     averages: int
@@ -93,6 +95,13 @@ class Plan:
         return max(0, math.floor((self.free - constant) / max(self.per_item, 1.0)))
 
     @property
+    def sharded(self) -> int:
+        """Memory of each process with FSDP, but for the parts of the network that are whole while they compute."""
+        gradients = self.gradients // (2 if self.processes > 1 else 1)  # no DDP, no buckets
+        shared = self.weights - self.frozen_weights + gradients + self.optimizers + self.averages
+        return self.frozen_weights + shared // self.processes + self.activations
+
+    @property
     def step_items(self) -> int:
         """Items of an update, over all processes."""
         return self.processes * self.batch_size * self.accumulate
@@ -112,6 +121,9 @@ class Plan:
         parts = [f"{n} {c:,} trained" for n, c in self.trained.items()]
         parts += [f"{n} {c:,} frozen" for n, c in self.frozen.items()]
         fixed = self.weights + self.gradients + self.optimizers + self.averages
+        fsdp = ""
+        if self.processes > 1 and self.trainer == "train_diffusion":
+            fsdp = f"\nwith FSDP      {_size(self.sharded)} a process, besides what is whole to compute"
         step = f"{self.processes} x {self.batch_size} x {self.accumulate}"
         return "\n".join(
             (
@@ -120,7 +132,7 @@ class Plan:
                 f"memory         {_size(fixed + self.activations)} a process: weights {_size(self.weights)}, "
                 f"gradients {_size(self.gradients)}, optimizer {_size(self.optimizers)}, "
                 f"averages {_size(self.averages)}, activations {_size(self.activations)} "
-                f"({_size(self.per_item)} an item)",
+                f"({_size(self.per_item)} an item)" + fsdp,
                 f"largest batch  {self.largest_batch} items a process, in {_size(self.free)} left for activations",
                 f"disk           {_size(self.disk)} of {_size(self.disk_free)} free: "
                 f"{self.keep_last + 1} checkpoints of {_size(self.checkpoint)}, 2 bundles of {_size(self.bundle)}"
@@ -193,6 +205,7 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
         frozen={n: sum(p.numel() for p in m.parameters()) for n, m in task.frozen.items()}
         | {n: c for n, m in plain.items() if (c := sum(p.numel() for p in m.parameters()) - trained[n])},
         weights=sum(weights.values()) + frozen_weights,
+        frozen_weights=frozen_weights,
         gradients=gradients * (2 if processes > 1 else 1),  # DDP's buckets hold them once more
         optimizers=states,
         averages=averages,

@@ -53,10 +53,10 @@ def sharding(parts: Parts) -> str:
 
 
 def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator) -> Callable[[], dict[str, nn.Module]]:
-    """Leave each process its slices of `modules`, in place, which have to be the same in all; none without `parts`.
+    """Leave each process its slices of `modules`, in place, which have to be the same in all; without `parts`, nothing.
 
-    Returns a function that all processes have to call: it gives the main one the modules, whole, and the others {}.
-    Those that were sharded are copied to the CPU.
+    Returns a function that all processes have to call: it gives the main one the modules, whole (copied to the CPU if
+    they are sharded), and the others {}.
     """
     main = accelerator.is_main_process
     if not parts:
@@ -86,12 +86,12 @@ def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator)
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors with the sharded ones gathered onto the CPU, for which all processes have to ask; {} without `keep`."""
+    """Tensors on the CPU, sharded ones whole, for which all processes have to ask; {} where they don't `keep` them."""
     kept = {}
     for name, tensor in tensors.items():
-        value = full(tensor).cpu() if is_sharded(tensor) else tensor
+        value = full(tensor)
         if keep:
-            kept[name] = value
+            kept[name] = value.cpu()
     return kept
 
 
