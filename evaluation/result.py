@@ -1,0 +1,146 @@
+"""What an evaluation found: figures with intervals and calibration, its settings, and what was heard in each sound.
+
+Stored as JSON. Two results may be compared where their settings agree; `different_settings` names those that don't.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+FORMAT = 1
+"""Version of the file's layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One metric's value with its 95 % bootstrap interval over `n` sounds, or windows where `unit` says so.
+
+    Attributes:
+        name: of the metric, "fd_openl3".
+        beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae".
+        higher_is_better: None where neither is.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str = ""
+    higher_is_better: bool | None = None
+    beside: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """One evaluated file.
+
+    Attributes:
+        path: where it lies.
+        seconds: its length.
+        sample_rate: in Hz, as it lies on disk.
+        treatment: what was done to it first, in words: "mono: both channels alike".
+        prompt: what it was made from, or describes it; "" for nothing.
+        requested: the length in seconds that was asked for, or None.
+        heard: measurements by name: "end" in seconds, "width" in dB, ...
+        nearest: of a generated sound: paths of the training sounds whose embeddings are closest, and their cosines.
+    """
+
+    path: str
+    seconds: float
+    sample_rate: int
+    channels: int
+    treatment: tuple[str, ...] = ()
+    prompt: str = ""
+    requested: float | None = None
+    heard: dict[str, float] = field(default_factory=dict)
+    nearest: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All of an evaluation.
+
+    Attributes:
+        model: name of what was evaluated.
+        settings: whatever changes figures: weights' hashes, resampler, rates, channels, normalisation, windows, versions.
+        figures: the metrics that could be had.
+        missing: for those that could not: what to fetch, and where to put it.
+        generated: the sounds under test.
+        reference: those that they are compared with.
+        left_out: files that could not be used, and why.
+        tables: histograms and the like by name: rows of named values.
+    """
+
+    model: str
+    settings: dict[str, Any]
+    figures: tuple[Figure, ...]
+    missing: dict[str, str] = field(default_factory=dict)
+    generated: tuple[Sound, ...] = ()
+    reference: tuple[Sound, ...] = ()
+    left_out: dict[str, str] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def figure(self, name: str) -> Figure | None:
+        """The figure of that name, or None."""
+        return next((f for f in self.figures if f.name == name), None)
+
+
+def save_result(result: Result, path: Path) -> None:
+    """Write `result` as JSON, whole or not at all.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, ensure_ascii=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_result(path: Path) -> Result:
+    """Read what `save_result` wrote.
+
+    Raises:
+        UserError: the file is missing, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError("another version's layout")
+        figures = tuple(Figure(**row) for row in data.pop("figures"))
+        generated, reference = (tuple(_sound(row) for row in data.pop(key)) for key in ("generated", "reference"))
+        return Result(figures=figures, generated=generated, reference=reference, **data)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give a file that evaluation.run wrote") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: not a result of evaluation.run ({reason}); run it again") from error
+
+
+def _sound(row: dict[str, Any]) -> Sound:
+    nearest = tuple((str(path), float(cosine)) for path, cosine in row.pop("nearest"))
+    return Sound(nearest=nearest, treatment=tuple(row.pop("treatment")), **row)
+
+
+def different_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that don't agree, by their dotted names; None stands for one that is not there."""
+    flat, other_flat = _flat(one), _flat(other)
+    keys = sorted(flat.keys() | other_flat.keys())
+    return {k: (flat.get(k), other_flat.get(k)) for k in keys if flat.get(k) != other_flat.get(k)}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
