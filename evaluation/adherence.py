@@ -32,17 +32,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.embedders.clap import bundle_clap
 from evaluation.frechet import Gaussian, frechet_distance
 from evaluation.music import key, tempo, width_db
 from evaluation.obedience import sound_end
 from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.conditioning.text import join_clap
 from stable_audio_lite.corpus.captions import facts_told
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, load_tokenizer
+from stable_audio_lite.models.clap import Clap
 from stable_audio_lite.pipeline import StableAudio
 
 MEASURES = ("families", "instruments", "drums", "style", "tempo", "tempo octave", "key", "mode", "end", "width")
@@ -211,12 +211,7 @@ def whole_clap(model: StableAudio) -> Clap | None:
     """The bundle's CLAP, or None where it lacks the audio tower."""
     if not bundle.part_path(model.folder, "audio_encoder").is_file():
         return None
-    text, audio = (
-        {k: v.float() for k, v in bundle.read_part(model.folder, part).items()}
-        for part in ("text_encoder", "audio_encoder")
-    )
-    tokenizer = load_tokenizer(model.folder / bundle.TOKENIZER_FILE)
-    return join_clap(model.config.clap, tokenizer, text, audio, str(model.folder))
+    return bundle_clap(model.folder)
 
 
 def distances(clap: Clap, requests: Sequence[Request], sounds: Sequence[Tensor], sample_rate: int) -> Distances:

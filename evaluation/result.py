@@ -6,9 +6,9 @@ Stored as JSON. Two results may be compared where their settings agree; `differe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from stable_audio_lite.errors import UserError
@@ -18,13 +18,18 @@ FORMAT = 1
 """Version of the file's layout."""
 
 
+class Missing(UserError):
+    """A metric can't be had; the message says what it lacks, and where to put it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One metric's value with its 95 % bootstrap interval over `n` sounds, or windows where `unit` says so.
 
     Attributes:
         name: of the metric, "fd_openl3".
-        beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae".
+        beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae". Of a distance
+            between sets, halves of equally many sounds, so that "generated halves" stands among them.
         higher_is_better: None where neither is.
     """
 
@@ -70,7 +75,7 @@ class Result:
 
     Attributes:
         model: name of what was evaluated.
-        settings: whatever changes figures: weights' hashes, resampler, rates, channels, normalisation, windows, versions.
+        settings: what changes figures: weights' hashes, resampler, rates, channels, normalisation, windows, versions.
         figures: the metrics that could be had.
         missing: for those that could not: what to fetch, and where to put it.
         generated: the sounds under test.
@@ -127,6 +132,21 @@ def load_result(path: Path) -> Result:
 def _sound(row: dict[str, Any]) -> Sound:
     nearest = tuple((str(path), float(cosine)) for path, cosine in row.pop("nearest"))
     return Sound(nearest=nearest, treatment=tuple(row.pop("treatment")), **row)
+
+
+def partners(generated: Sequence[Sound], reference: Sequence[Sound]) -> list[Sound | None]:
+    """For each generated sound, the one of the reference with its name and prompt, or with its prompt.
+
+    Where one of both has no prompt, the name is enough.
+    """
+    prompts = {sound.prompt: sound for sound in reversed(reference) if sound.prompt}
+    names = {PurePath(sound.path).stem: sound for sound in reversed(reference)}
+    found = []
+    for sound in generated:
+        namesake = names.get(PurePath(sound.path).stem)
+        alike = namesake is not None and not (namesake.prompt and sound.prompt and namesake.prompt != sound.prompt)
+        found.append(namesake if alike else prompts.get(sound.prompt))
+    return found
 
 
 def different_settings(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
