@@ -2,17 +2,30 @@
 
     |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2)
 
-In float64. The square roots are of symmetric matrices, by their eigenvalues, so that none needs a small constant added,
-and covariances of fewer samples than dimensions are as good as others. The distance is biased: with fewer samples it is
-larger. Compare those of equally many.
+In float64. The last trace is the sum of the singular values of S1^1/2 S2^1/2, and each root that of a symmetric matrix,
+by its eigenvalues, so that nothing has to be added to either, and covariances of fewer samples than dimensions are as
+good as others. The distance is biased: with fewer samples it is larger. Compare those of equally many, or
+`frechet_infinity` (Chong & Forsyth 2020, arXiv 1911.07023).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
+
+_KEYS = (("mu_ref", "sigma_ref"), ("mu", "sigma"))
+_SMALLEST_SHARE = 0.2  # of the samples, from which the distance is extrapolated
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,64 @@ class Gaussian:
         rows = embeddings.double()
         return cls(rows.mean(0), torch.cov(rows.T).reshape(rows.shape[1], rows.shape[1]))
 
+    @cached_property
+    def root(self) -> Tensor:
+        """A factor R (D, rank) of the covariance, R R^T; what its eigenvalues lose to rounding is left out."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1]
+        return vectors[:, kept] * values[kept].sqrt()
+
 
 def frechet_distance(one: Gaussian, other: Gaussian) -> float:
     """The squared distance, 0 for equal Gaussians and never below."""
-    root = _root(one.covariance)
-    middle = root @ other.covariance @ root
-    shared = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp_min(0).sqrt().sum()
+    shared = torch.linalg.svdvals(one.root.T @ other.root).sum()
     apart = (one.mean - other.mean).square().sum()
     return max(0.0, float(apart + one.covariance.trace() + other.covariance.trace() - 2 * shared))
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a symmetric matrix without negative eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+def frechet_infinity(draw: Callable[[int], Gaussian], count: int, reference: Gaussian, sizes: int = 15) -> float:
+    """The distance that infinitely many samples would have: over 1 / N it is a line, whose value at 0 this is.
+
+    Args:
+        draw: a Gaussian of that many of the samples, drawn anew.
+        count: all samples.
+        reference: what they are compared with, as it is.
+        sizes: how many distances the line is fitted to, of a fifth of the samples to all.
+    """
+    numbers = np.unique(np.linspace(max(2, _SMALLEST_SHARE * count), count, sizes).round().astype(int))
+    distances = [frechet_distance(draw(int(number)), reference) for number in numbers]
+    if len(numbers) < 2:
+        return distances[0]
+    return float(np.polyfit(1 / numbers, distances, 1)[1])
+
+
+def save_statistics(path: Path, gaussian: Gaussian, settings: dict[str, Any]) -> None:
+    """Write a `.npz` as stable-audio-metrics does, "mu_ref" and "sigma_ref", with the embedder's settings beside them.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    arrays = {"mu_ref": gaussian.mean.numpy(), "sigma_ref": gaussian.covariance.numpy()}
+    with replacing(path) as temporary:
+        np.savez(temporary, **arrays, settings=np.array(json.dumps(settings)))
+
+
+def load_statistics(path: Path) -> tuple[Gaussian, dict[str, Any] | None]:
+    """Read a `.npz` of stable-audio-metrics (or one with "mu" and "sigma"), and the settings if it has ours.
+
+    Raises:
+        UserError: the file is missing, damaged or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, covariance = next((file[m], file[s]) for m, s in _KEYS if m in file and s in file)
+            settings = json.loads(str(file["settings"])) if "settings" in file else None
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give statistics, a .npz, or a folder of recordings") from error
+    except Exception as error:  # NumPy raises what its archive, its array or its text does
+        raise UserError(f"{path}: no statistics with 'mu_ref' and 'sigma_ref', or damaged; fetch it again") from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: its mean {mean.shape} and covariance {covariance.shape} don't fit each other")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path}: holds NaN or infinite numbers; make it again")
+    return Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double()), settings

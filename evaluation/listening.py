@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.adherence import END_SECONDS, RESAMPLES, WIDTH_DB
+from evaluation.adherence import END_SECONDS, WIDTH_DB
+from evaluation.bootstrap import interval
 from evaluation.music import width_db
 from evaluation.obedience import sound_end
 from evaluation.result import Figure, Sound, partners
@@ -188,14 +189,6 @@ def _figure(name: str, values: Any, beside: dict[str, Any], higher_is_better: bo
         higher_is_better=higher_is_better,
         beside={key: float(np.mean(others)) for key, others in beside.items() if len(others)},
     )
-
-
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values`, by percentiles (Efron 1979)."""
-    rng, known = np.random.default_rng(seed), np.asarray(values, float)
-    means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _timing_tables(asked: Sequence[tuple[float, float]]) -> dict[str, list[dict[str, Any]]]:

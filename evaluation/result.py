@@ -19,13 +19,18 @@ FORMAT = 1
 """Version of the file's layout."""
 
 
+class Missing(UserError):
+    """A metric can't be had; the message says what it lacks, and where to put it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figure:
     """One metric's value with its 95 % bootstrap interval over `n` sounds, or windows where `unit` says so.
 
     Attributes:
         name: of the metric, "fd_openl3".
-        beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae".
+        beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae". Of a distance
+            between sets, halves of equally many sounds, so that "generated halves" stands among them.
         higher_is_better: None where neither is.
     """
 

@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, plan, doctor.
+"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, plan, evaluate, doctor.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_corpus(commands)
     _add_validate_dataset(commands)
     _add_plan(commands)
+    _add_evaluate(commands)
     _add_doctor(commands)
     return parser
 
@@ -420,6 +421,26 @@ def _plan(args: argparse.Namespace) -> None:
     from training.plan import plan
 
     print(plan(args.config, steps=args.steps, processes=args.processes).as_text())
+
+
+def _add_evaluate(commands: Any) -> None:
+    from evaluation.options import ABOUT, add_arguments
+
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "evaluate", help="how good generated sounds are, beside recordings", description=ABOUT, formatter_class=layout
+    )
+    parser.set_defaults(run=_evaluate)
+    add_arguments(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from evaluation.options import options_of
+
+    options = options_of(args)
+    from evaluation.run import run
+
+    run(options)
 
 
 def _add_doctor(commands: Any) -> None:

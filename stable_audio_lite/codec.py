@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite import bundle
-from stable_audio_lite.audio.io import stereo_blocks, write_audio_blocks
+from stable_audio_lite.audio.io import AudioSource, stereo_blocks, write_audio_blocks
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
@@ -55,7 +55,7 @@ class Codec:
         return cls(vae.prepare_for_inference().to(where, choose_dtype(dtype, where)), config.sample_rate, encoder)
 
     @torch.inference_mode()
-    def encode_file(self, path: str | Path, output: str | Path) -> Encoded:
+    def encode_file(self, path: AudioSource, output: str | Path) -> Encoded:
         """Write the posterior mean of an audio file as safetensors: "latent" (C, F) float32.
 
         Raises:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from evaluation.frechet import Gaussian, frechet_distance
+from evaluation.frechet import Gaussian, frechet_distance, frechet_infinity, load_statistics, save_statistics
 from evaluation.music import Key, key, tempo, width_db
+from stable_audio_lite.errors import UserError
 
 RATE = 44100
 
@@ -49,6 +51,60 @@ def test_fewer_samples_than_dimensions_are_handled() -> None:
     assert moved == pytest.approx(9 * 20, rel=1e-6)
     with pytest.raises(ValueError, match="at least 2"):
         Gaussian.of(rows[:1])
+
+
+def test_covariances_of_rank_one_have_a_closed_form() -> None:
+    """|u|^2 + |v|^2 - 2 |u . v|, of which what rounding leaves in the other 299 dimensions must not show."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = 10 * torch.randn(2, 300, generator=generator, dtype=torch.float64)
+    mean = torch.zeros(300, dtype=torch.float64)
+    found = frechet_distance(Gaussian(mean, u.outer(u)), Gaussian(mean, v.outer(v)))
+    assert found == pytest.approx(float(u @ u + v @ v - 2 * abs(u @ v)), rel=1e-10)
+
+
+def test_the_extrapolated_distance_is_nearer_to_the_truth() -> None:
+    """200 samples of one Gaussian against another that is known: the distance of the samples is too large."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    real = Gaussian(torch.full((16,), 0.5, dtype=torch.float64), 4 * torch.eye(16, dtype=torch.float64))
+    truth = 16 * 0.25 + 16 * 1.0
+    plain = frechet_distance(Gaussian.of(rows), real)
+    found = frechet_infinity(lambda n: Gaussian.of(rows[torch.randperm(200, generator=generator)[:n]]), 200, real)
+    assert plain > truth and abs(found - truth) < 0.5 * (plain - truth)
+
+
+def test_the_extrapolation_is_a_line_over_one_by_n() -> None:
+    """Where the distance is 3 + 8 / N, infinitely many samples give 3."""
+    line = lambda n: Gaussian(torch.tensor([math.sqrt(3 + 8 / n)], dtype=torch.float64), torch.zeros(1, 1).double())  # noqa: E731
+    origin = Gaussian(torch.zeros(1).double(), torch.zeros(1, 1).double())
+    assert frechet_infinity(line, 60, origin) == pytest.approx(3, abs=1e-9)
+
+
+@pytest.mark.parametrize("names", [("mu_ref", "sigma_ref"), ("mu", "sigma")])
+def test_statistics_of_others_are_read(names: tuple[str, str], tmp_path: Path) -> None:
+    one = gaussian(0)
+    np.savez(tmp_path / "a.npz", **dict(zip(names, (one.mean.numpy(), one.covariance.numpy()), strict=True)))
+    found, settings = load_statistics(tmp_path / "a.npz")
+    assert settings is None and frechet_distance(found, one) == pytest.approx(0, abs=1e-9)
+
+
+def test_statistics_keep_every_digit_and_their_settings(tmp_path: Path) -> None:
+    one = gaussian(1)
+    save_statistics(tmp_path / "a.npz", one, {"weights": "é", "rate": 1})
+    found, settings = load_statistics(tmp_path / "a.npz")
+    assert torch.equal(found.mean, one.mean) and torch.equal(found.covariance, one.covariance)
+    assert settings == {"weights": "é", "rate": 1}
+
+
+def test_broken_statistics_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    np.savez(tmp_path / "shape.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    np.savez(tmp_path / "pickle.npz", mu=np.array([{}], dtype=object), sigma=np.zeros((1, 1)))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.zeros((2, 2)))
+    for name in ("text", "other", "shape", "pickle", "nan", "missing"):
+        with pytest.raises(UserError, match=f"{name}.npz"):
+            load_statistics(tmp_path / f"{name}.npz")
 
 
 def clicks(bpm: float, seconds: float = 8.0) -> torch.Tensor:

@@ -58,7 +58,7 @@ def test_library_imports_go_one_way() -> None:
             other = layer(module)
             if other is not None and RANK[other] > RANK[own]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
-            # The command alone stands above the trainers, to plan their runs.
+            # The command alone stands above trainers and evaluation, to plan runs and to evaluate.
             if module.split(".")[0] in ("training", "evaluation", "tests") and own != "cli":
                 wrong.append(f"{path.relative_to(ROOT)} imports {module}")
     assert not wrong, "\n".join(wrong)

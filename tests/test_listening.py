@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.listening import STRETCHES, describe, interval, loudness, novelty, summarise
+from evaluation.bootstrap import interval
+from evaluation.listening import STRETCHES, describe, loudness, novelty, summarise
 from evaluation.neighbours import diversity, nearest, vendi_score
 from evaluation.result import Figure, Sound
 

@@ -144,18 +144,22 @@ def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) ->
 
     rate = audio_info(path).sample_rate
     blocks = (_stereo(block) for block in audio_blocks(path, frames))
-    for block in blocks if rate == sample_rate else _resampled(blocks, rate, sample_rate):
+    for block in resample_blocks(blocks, rate, sample_rate, 2):
         if block.shape[1]:
             yield torch.from_numpy(np.ascontiguousarray(block))
 
 
-def _resampled(blocks: Iterator[np.ndarray], rate: int, new_rate: int) -> Iterator[np.ndarray]:
+def resample_blocks(blocks: Iterable[np.ndarray], rate: int, new_rate: int, channels: int) -> Iterator[np.ndarray]:
+    """What `resample` gives of all (channels, T) blocks together, in pieces, some of which may be empty."""
+    if rate == new_rate:
+        yield from blocks
+        return
     import soxr
 
-    stream = soxr.ResampleStream(rate, new_rate, 2, dtype="float32", quality="HQ")
+    stream = soxr.ResampleStream(rate, new_rate, channels, dtype="float32", quality="HQ")
     for block in blocks:
         yield stream.resample_chunk(np.array(block.T, order="C")).T
-    yield stream.resample_chunk(np.zeros((0, 2), np.float32), last=True).T
+    yield stream.resample_chunk(np.zeros((0, channels), np.float32), last=True).T
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:

@@ -18,8 +18,9 @@ def read_items(source: str | Path) -> list[Item]:
     """The items of a data set.
 
     `source` is a folder in the Hugging Face AudioFolder convention, in the order of its `metadata.jsonl` or
-    `metadata.csv`, or any folder of audio, by name; WebDataset shards (`data/{000..011}.tar`, `s3://bucket/a.tar`, or a
-    folder of them); or a Hugging Face data set (`hf:owner/name`, `hf:owner/name:split`, or what `save_to_disk` wrote).
+    `metadata.csv`, or any folder of audio, by name; such a list itself, or a `.txt` with a file on each line, whose
+    names count from the list's folder; WebDataset shards (`data/{000..011}.tar`, `s3://bucket/a.tar`, or a folder of
+    them); or a Hugging Face data set (`hf:owner/name`, `hf:owner/name:split`, or what `save_to_disk` wrote).
     A listed file that is missing or broken is found when it is read.
 
     Raises:
@@ -31,6 +32,8 @@ def read_items(source: str | Path) -> list[Item]:
         items = hub.read_items(name)
     elif name.endswith(".tar"):
         items = shards.read_items(shards.expand(name))
+    elif folder.suffix in _LISTS and folder.is_file():
+        items = [_item(folder.parent, *row) for row in _LISTS[folder.suffix](folder)]
     elif not folder.is_dir():
         raise UserError(f"{name}: no such folder; give one with audio files (stable-audio-lite corpus makes one)")
     elif (folder / "metadata.jsonl").exists():
@@ -63,6 +66,15 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{listing}: has no column 'file_name'; its first line names the columns")
     for row in reader:
         yield f"{listing}: line {reader.line_num}", row
+
+
+def _text_rows(listing: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(listing).split("\n"), 1):
+        if line.strip():
+            yield f"{listing}: line {number}", {"file_name": line.strip()}
+
+
+_LISTS = {".jsonl": _json_rows, ".csv": _csv_rows, ".txt": _text_rows}
 
 
 def _text(listing: Path) -> str:

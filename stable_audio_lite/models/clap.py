@@ -251,6 +251,12 @@ class Clap(nn.Module):
         longer = torch.full((len(mels),), mono.shape[-1] > CLIP_SAMPLES, device=self.device)
         return self._sounds(mels, longer)
 
+    @torch.no_grad()
+    def embed_mel(self, mel: Tensor, longer: bool) -> Tensor:
+        """Unit vector (1, embedding) of the spectrogram that `clap_mel` gives; `longer`: of a sound over 10 s."""
+        views = clap_views(self.config, mel)[None].to(self.device)
+        return self._sounds(views, torch.tensor([longer], device=self.device))
+
     def features(self, waveform: Tensor) -> Tensor:
         """48 kHz mono (T,) -> the audio tower's input (1 or 4, 1001, mel_bins)."""
         return clap_views(self.config, clap_mel(self.config, waveform))

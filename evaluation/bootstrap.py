@@ -1,0 +1,31 @@
+"""95 % bootstrap intervals (Efron 1979)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+_NORMAL = 1.96  # standard deviations that hold 95 %
+
+
+def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Of the mean of N `values`, by percentiles."""
+    rng, known = np.random.default_rng(seed), np.asarray(values, float)
+    means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def spread(statistic: Callable[[Tensor], float], count: int, resamples: int, seed: int = 0) -> float:
+    """Half the interval of a statistic of `count` sounds, given how often each is drawn (count,).
+
+    By the standard deviation, for a distance of sounds drawn twice is larger than that of the sounds themselves: its
+    percentiles would lie beside it.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return _NORMAL * float(np.std([statistic(torch.from_numpy(draw)) for draw in draws], ddof=1))

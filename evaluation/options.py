@@ -1,0 +1,113 @@
+"""The options of an evaluation, which `python -m evaluation.run` and `stable-audio-lite evaluate` share.
+
+Nothing heavy is imported here, so that mistakes and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from stable_audio_lite.errors import UserError
+
+ABOUT = """Measure generated sounds against recordings, each figure beside what it is for real sounds and for noise.
+
+Metrics: fd_openl3, fd_passt, fd_clap (Fréchet distances), fd_inf_openl3, ... (the same extrapolated to infinitely many
+sounds), kl_passt, clap_score. One whose weights are not there says what to fetch, and the others go on."""
+
+
+_Kind = Literal["peak", "lufs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to evaluate, and how; see `add_arguments`."""
+
+    generated: str
+    reference: str | None
+    metrics: tuple[str, ...]
+    output: Path
+    name: str | None
+    training: str | None
+    vae: str | None
+    openl3: str | None
+    content: str
+    passt: str | None
+    clap: str | None
+    weights: Path
+    level: tuple[_Kind, float]
+    save_statistics: Path | None
+    cache: Path
+    device: str
+    workers: int
+    batch: int
+
+    @property
+    def statistics(self) -> Path | None:
+        """REFERENCE, where it is a `.npz`."""
+        return Path(self.reference) if self.reference and self.reference.endswith(".npz") else None
+
+    @property
+    def recordings(self) -> str | None:
+        """REFERENCE, where it is sounds."""
+        return None if self.statistics else self.reference
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare all options on `parser`."""
+    add = parser.add_argument
+    sources = "a folder of audio, perhaps with metadata.jsonl, a .jsonl, .csv or .txt list, .tar shards, hf:owner/name"
+    add("generated", metavar="GENERATED", help=f"sounds under test: {sources}")
+    add("reference", metavar="REFERENCE", nargs="?", help="recordings, likewise; or statistics, a .npz")
+    add("--metrics", default="", metavar="A,B,...", help="default: fd_openl3,kl_passt,clap_score,fd_clap")
+    add("-o", "--output", type=Path, default=Path("result.json"), help="default: result.json")
+    add("--name", help="of the model in reports (default: GENERATED's)")
+    add("--training", metavar="DATA", help="what the model learned from: the nearest of it to each sound are listed")
+    add("--vae", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id: recordings go through its VAE alone")
+    add("--openl3", metavar="FILE", help="weights: a path, or owner/name/file on the hub (default: in --weights)")
+    add("--content", default="music", choices=("music", "env"), help="what OpenL3 was trained on (default: music)")
+    add("--passt", metavar="FILE", help="weights, likewise")
+    add("--clap", metavar="SOURCE", help="LAION's .pt, likewise; a transformers folder or hub id; a bundle; 'starter'")
+    add("--weights", metavar="FOLDER", type=Path, default=Path("weights"), help="where weights lie (default: weights)")
+    add("--level", default="peak:-1", metavar="KIND:DB", help="peak:-1 by definition, or lufs:-23 (default: peak:-1)")
+    add("--save-statistics", metavar="FOLDER", type=Path, help="also write the reference's statistics, NAME.npz")
+    add("--cache", metavar="FOLDER", type=Path, help="of embeddings (default: ~/.cache/stable-audio-lite/embeddings)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add("--workers", type=int, default=2, help="sounds worked on at once in each process (default: 2)")
+    add("--batch", type=int, default=16, help="windows of a sound that go through a network at once (default: 16)")
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The parsed arguments, checked.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    if args.workers < 1 or args.batch < 1:
+        raise UserError(f"--workers and --batch must be at least 1, got {args.workers} and {args.batch}")
+    if args.output.suffix != ".json":
+        raise UserError(f"-o: {args.output}: give a name that ends in .json")
+    if args.save_statistics and (args.reference or ".npz").endswith(".npz"):
+        raise UserError("--save-statistics: of recordings; give their folder or list as REFERENCE")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    own = {
+        "metrics": tuple(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip())),
+        "level": _level(args.level),
+        "cache": args.cache or caches / "stable-audio-lite" / "embeddings",
+    }
+    return Options(**{name: own.get(name, getattr(args, name)) for name in Options.__dataclass_fields__})
+
+
+def _level(text: str) -> tuple[_Kind, float]:
+    kind, _, number = text.partition(":")
+    try:
+        decibels = float(number)
+    except ValueError:
+        decibels = math.nan
+    if kind not in get_args(_Kind) or not -70 < decibels <= 0:
+        raise UserError(f"--level: {text!r} is neither peak:DB nor lufs:DB with a number from -70 to 0, as in peak:-1")
+    return cast(_Kind, kind), decibels

@@ -1,0 +1,275 @@
+"""Measure generated sounds against recordings, and store what was found.
+
+    python -m evaluation.run music/ corpus/held_out --clap starter --metrics fd_clap,clap_score -o result.json
+    accelerate launch --num_processes 8 -m evaluation.run music/ recordings/ --vae starter
+
+Every figure stands beside the same metric between halves of the recordings, for white noise, with shuffled captions and
+through the VAE alone, with its 95 % bootstrap interval over the generated sounds. Embeddings are kept: the same command
+goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from evaluation.case import Case
+from evaluation.embedders import Embedder, load_embedder
+from evaluation.embedding import Describer, Listener, Store, embed_all, in_parallel
+from evaluation.frechet import load_statistics, save_statistics
+from evaluation.metrics import DEFAULTS, METRICS, embedder_of, measure
+from evaluation.options import ABOUT, Options, add_arguments, options_of
+from evaluation.result import Figure, Missing, Result, Sound, partners, save_result
+from evaluation.sounds import Clip, RoundTrip, examine, white_noise
+from evaluation.streams import Level
+from stable_audio_lite.data.item import Item
+from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.devices import choose_device
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import check_place, sha256
+
+_PACKAGES = ("stable-audio-lite", "torch", "torchaudio", "transformers", "hear21passt", "soxr", "soundfile")
+_NEIGHBOURS = ("clap", "openl3", "passt")  # which embedder tells what is alike, if it is there
+
+
+class Evaluation:
+    """One evaluation, step by step: load embedders, read the sounds through, embed them, sum up."""
+
+    def __init__(self, options: Options):
+        """Check the options and load what they ask for.
+
+        Raises:
+            UserError: a metric is unknown, the output can't be written, or weights that were given are damaged.
+        """
+        self.options = options
+        self.state = PartialState(cpu=options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.device = self.state.device if self.state.num_processes > 1 else choose_device(options.device)
+        self.metrics = options.metrics or DEFAULTS
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise UserError(f"--metrics: unknown {unknown[0]}; choose some of {', '.join(METRICS)}")
+        check_place(options.output)
+        self.statistics = load_statistics(options.statistics) if options.statistics else (None, None)
+        self.store, self.describer = Store(options.cache), Describer()
+        self.left_out: dict[str, str] = {}
+        self.missing: dict[str, str] = {}
+        self.embedders: dict[str, Embedder] = {}
+        self._load_embedders()
+        self.trip = RoundTrip(options.vae, str(self.device)) if options.vae else None
+
+    def _load_embedders(self) -> None:
+        """Those that the metrics need; for metrics whose embedder can't be had, what it lacks."""
+        given = self.options
+        sources = {"openl3": given.openl3, "passt": given.passt, "clap": given.clap}
+        lacking: dict[str, str] = {}
+        for name in dict.fromkeys(embedder_of(metric) for metric in self.metrics):
+            source, level = sources[name], Level(*given.level)
+            try:
+                self.embedders[name] = load_embedder(
+                    name, source, given.weights, self.device, level=level, batch=given.batch, content=given.content
+                )
+            except Missing as error:
+                lacking[name] = str(error)
+        self.missing = {metric: lacking[name] for metric in self.metrics if (name := embedder_of(metric)) in lacking}
+
+    def gather(self) -> None:
+        """Read all files through. A generated sound without a prompt has that of the recording of its name.
+
+        Raises:
+            UserError: a source is missing, or none of its files can be read.
+        """
+        self.generated = self._read(self.options.generated)
+        prompts = frozenset(clip.sound.prompt for clip in self.generated)
+        self.reference = self._read(self.options.recordings, prompts) if self.options.recordings else []
+        self.training = self._read(self.options.training) if self.options.training else []
+        others = partners([clip.sound for clip in self.generated], [clip.sound for clip in self.reference])
+        for index, (clip, other) in enumerate(zip(self.generated, others, strict=True)):
+            if other and not clip.sound.prompt:
+                self.generated[index] = replace(clip, sound=replace(clip.sound, prompt=other.prompt))
+
+    def _read(self, source: str, prompts: frozenset[str] = frozenset()) -> list[Clip]:
+        items = read_items(source)
+        seen = in_parallel(lambda item: _examined(item, prompts), items, self.options.workers)
+        self.left_out |= {str(i.path): found for i, found in zip(items, seen, strict=True) if isinstance(found, str)}
+        clips = [found for found in seen if isinstance(found, Clip)]
+        if not clips:
+            raise UserError(f"{source}: none of its {len(items)} files can be used ({seen[0]})")
+        return clips
+
+    def embed(self) -> None:
+        """Have the store hold all that is heard; what can't be is left out.
+
+        Raises:
+            UserError: the store can't be written, or nothing is left.
+        """
+        networks = list(self.embedders.values())
+        self.noise = [white_noise(clip) for clip in self.reference or self.generated]
+        self.vae = [self.trip(clip) for clip in self.reference] if self.trip else []
+        jobs: list[tuple[Clip, Sequence[Listener]]] = [
+            (clip, [self.describer, *networks]) for clip in self.generated + self.reference
+        ]
+        jobs += [(clip, networks) for clip in self.training + self.noise + self.vae]
+        failed = embed_all(jobs, self.store, self.options.workers)
+        self.left_out |= failed
+        for name in ("generated", "reference", "training", "noise", "vae"):
+            setattr(self, name, [clip for clip in getattr(self, name) if clip.sound.path not in failed])
+        if not self.generated:
+            raise UserError(f"{self.options.generated}: no sound could be used ({next(iter(failed.values()))})")
+
+    def sum_up(self) -> Result:
+        """The result of what is embedded.
+
+        Raises:
+            UserError: statistics can't be written.
+        """
+        from evaluation.listening import summarise
+
+        case = Case(self.generated, self.reference, self.noise, self.vae, self.store, *self.statistics)
+        figures, calibration = [], []
+        for metric in (name for name in self.metrics if name not in self.missing):
+            try:
+                measured = measure(metric, self.embedders[embedder_of(metric)], case)
+            except Missing as error:
+                self.missing[metric] = str(error)
+            else:
+                figures.append(measured.figure)
+                calibration += measured.rows
+        self._save_statistics(case)
+        generated, reference = (self._heard(clips, case) for clips in (self.generated, self.reference))
+        heard, tables = summarise(generated, reference)
+        return Result(
+            model=self.options.name or Path(self.options.generated).name,
+            settings=self.settings(),
+            figures=(*figures, *heard),
+            missing=self.missing,
+            generated=tuple(generated),
+            reference=tuple(reference),
+            left_out=self.left_out,
+            tables={"calibration": calibration, **tables},
+        )
+
+    def _save_statistics(self, case: Case) -> None:
+        if self.options.save_statistics is None:
+            return
+        for embedder in self.embedders.values():
+            with case.rows(self.reference, embedder) as rows:
+                told = {"name": embedder.name, **embedder.settings}
+                save_statistics(self.options.save_statistics / f"{embedder.name}.npz", rows.gaussian(), told)
+
+    def _heard(self, clips: Sequence[Clip], case: Case) -> list[Sound]:
+        """The sounds with what was heard in them, and the training sounds that are nearest."""
+        from evaluation.neighbours import nearest
+
+        closest: list[tuple[tuple[str, float], ...]] = [()] * len(clips)
+        alike = next((self.embedders[name] for name in _NEIGHBOURS if name in self.embedders), None)
+        if self.training and alike is None:
+            self.missing["nearest training sounds"] = "needs an embedder; none of the metrics' weights are there"
+        elif self.training and alike is not None and clips:
+            paths = [clip.sound.path for clip in self.training]
+            closest = nearest(case.means(clips, alike), case.means(self.training, alike), paths)
+        described = [self.store.read(clip, self.describer) or {} for clip in clips]
+        return [
+            replace(clip.sound, heard={name: float(value) for name, value in heard.items()}, nearest=near)
+            for clip, heard, near in zip(clips, described, closest, strict=True)
+        ]
+
+    def settings(self) -> dict[str, Any]:
+        """Whatever changes figures: two results may be compared where it agrees."""
+        if self.options.statistics:
+            recordings: dict[str, Any] = {"statistics": sha256(self.options.statistics)[:12]}
+        else:
+            keys = "\n".join(sorted(clip.key for clip in self.reference))
+            recordings = {"sounds": len(self.reference), "hash": hashlib.sha256(keys.encode()).hexdigest()[:12]}
+        return {
+            "level": str(Level(*self.options.level)),
+            "resampler": "soxr HQ",
+            "reference": recordings,
+            **{name: embedder.settings for name, embedder in self.embedders.items()},
+            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        }
+
+
+def _examined(item: Item, prompts: frozenset[str]) -> Clip | str:
+    try:
+        return examine(item, prompts)
+    except UserError as error:
+        return str(error)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package).partition("+")[0]  # without what torch was built for
+    except PackageNotFoundError:
+        return None
+
+
+def as_text(result: Result) -> str:
+    """A line for each figure, and for all that could not be had."""
+    lines = [f"{'':18}{'n':>7}{'':>9}{'value':>10}{'95 %':>22}   beside"]
+    lines += [_line(figure) for figure in result.figures]
+    lines += [f"{name}: not measured: {reason}" for name, reason in result.missing.items()]
+    treated = sum(bool(sound.treatment) for sound in (*result.generated, *result.reference))
+    if treated:
+        lines.append(f"{treated} sounds were treated first, as the result says of each")
+    lines += [f"left out: {reason}" for reason in result.left_out.values()]
+    return "\n".join(lines)
+
+
+def _line(figure: Figure) -> str:
+    interval = f"{figure.low:.4g} to {figure.high:.4g}"
+    beside = ", ".join(f"{name} {value:.4g}" for name, value in figure.beside.items())
+    return f"{figure.name:18}{figure.n:7}{figure.unit:>9}{figure.value:10.4g}{interval:>22}   {beside}".rstrip()
+
+
+def evaluate(options: Options) -> Result | None:
+    """All of an evaluation; None in processes other than the first, which alone sums up.
+
+    Raises:
+        UserError: an option or a source is wrong, weights that were given are damaged, or no sound can be used.
+    """
+    evaluation = Evaluation(options)
+    evaluation.gather()
+    evaluation.embed()
+    main_process = evaluation.state.is_main_process
+    # The first process alone goes on. A process that ended at once could tear down what gloo's threads still hold.
+    evaluation.state.wait_for_everyone()
+    evaluation.state.destroy_process_group()
+    return evaluation.sum_up() if main_process else None
+
+
+def run(options: Options) -> None:
+    """Evaluate, store and print.
+
+    Raises:
+        UserError: as `evaluate`, or the result can't be written.
+    """
+    if (result := evaluate(options)) is not None:
+        save_result(result, options.output)
+        print(as_text(result))
+        print(options.output)
+
+
+def main() -> None:
+    """Run the command; mistakes end in one line."""
+    parser = argparse.ArgumentParser(description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    warnings.filterwarnings("ignore")
+    try:
+        run(options_of(parser.parse_args()))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with what is embedded")
+
+
+if __name__ == "__main__":
+    main()
