@@ -18,7 +18,7 @@ from evaluation.embedders.weights import read_state
 from evaluation.result import Missing
 from evaluation.streams import Level, mono, stereo, windows
 from stable_audio_lite.audio.io import read_audio, write_audio
-from stable_audio_lite.bundle import STARTER, load_model_config
+from stable_audio_lite.bundle import SHIPPED, load_model_config
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import save_tensors
@@ -148,7 +148,11 @@ def test_clap_hears_the_mean_of_both_channels_at_its_peak(clap: Clap, tmp_path: 
 
 
 def test_a_clap_comes_from_a_bundle_and_from_a_folder(clap: Clap, tmp_path: Path) -> None:
-    assert load_any_clap("starter").config == load_any_clap(STARTER).config == load_model_config(STARTER).clap
+    assert (
+        load_any_clap("starter").config
+        == load_any_clap(SHIPPED["starter"]).config
+        == load_model_config(SHIPPED["starter"]).clap
+    )
     clap.save(tmp_path / "clap")
     again = load_any_clap(tmp_path / "clap")
     torch.testing.assert_close(again.embed_text(["warm piano"]), clap.embed_text(["warm piano"]))
