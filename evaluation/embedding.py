@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,25 +163,24 @@ class Rows:
     def __init__(self, embeddings: Iterable[Tensor]):
         self.counts: list[int] = []
         self.width = 0
-        with tempfile.NamedTemporaryFile(delete=False, suffix=".rows") as file:
-            self._path = Path(file.name)
-            for rows in embeddings:
-                self.counts.append(len(rows))
-                self.width = rows.shape[1]
-                file.write(rows.float().contiguous().numpy().tobytes())
+        self._file = tempfile.TemporaryFile()
+        for rows in embeddings:
+            self.counts.append(len(rows))
+            self.width = rows.shape[1]
+            self._file.write(rows.float().contiguous().numpy().tobytes())
 
     def __enter__(self) -> Rows:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.unlink(self._path)
+        self._file.close()
 
     def blocks(self) -> Iterator[Tensor]:
         """All rows, some thousand at once, (n, width) float64."""
         size = max(1, _BLOCK // self.width)
-        for first in range(0, sum(self.counts), size):
-            numbers = np.fromfile(self._path, np.float32, size * self.width, offset=4 * first * self.width)
-            yield torch.from_numpy(numbers).reshape(-1, self.width).double()
+        self._file.seek(0)
+        while data := self._file.read(4 * size * self.width):
+            yield torch.from_numpy(np.frombuffer(data, np.float32).reshape(-1, self.width).astype(np.float64))
 
     def gaussian(self, weights: Tensor | None = None) -> Gaussian:
         """Mean and covariance, each sound counted `weights` (sounds,) times, by default once.

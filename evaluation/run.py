@@ -265,7 +265,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     try:
         run(options_of(parser.parse_args()))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no room for temporary files
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on with what is embedded")

@@ -119,10 +119,13 @@ def white_noise(clip: Clip) -> Clip:
 
         left, rate = round(clip.sound.seconds * clip.sound.sample_rate), clip.sound.sample_rate
         rng = np.random.default_rng(int(clip.key[:16], 16))
-        with soundfile.SoundFile(str(path), "w", rate, 2, format="RF64", subtype="FLOAT") as file:
-            while left > 0:
-                file.write(0.1 * rng.standard_normal((min(left, rate), 2), np.float32))
-                left -= rate
+        try:
+            with soundfile.SoundFile(str(path), "w", rate, 2, format="RF64", subtype="FLOAT") as file:
+                while left > 0:
+                    file.write(0.1 * rng.standard_normal((min(left, rate), 2), np.float32))
+                    left -= rate
+        except soundfile.SoundFileError as error:
+            raise OSError(f"{path}: can't be written ({error}); free some space") from error
 
     return _made(clip, "noise", make)
 
