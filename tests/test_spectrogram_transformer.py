@@ -81,6 +81,14 @@ def test_attention_is_softmax_over_the_tokens_of_each_head(network):
     torch.testing.assert_close(attention(x), attention.to_out(torch.cat(heads, dim=-1)), atol=1e-5, rtol=1e-4)
 
 
+def test_blocks_are_pre_norm_with_a_leaky_feed_forward(network):
+    block, x = network.blocks[0], torch.randn(2, 7, 16)
+    after = x + block.attention(block.norm_attention(x))
+    first, _, last = block.feed_forward
+    after = after + last(F.leaky_relu(first(block.norm_feed_forward(after)), 0.01))
+    torch.testing.assert_close(block(x, None, None), after)
+
+
 def test_a_patch_becomes_a_token_at_its_place():
     """With nothing between embedding and de-embedding, a patch changes only itself, and places are told apart."""
     model = build(TINY)  # residual branches start at zero
