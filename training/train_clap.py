@@ -53,6 +53,7 @@ class TrainClapConfig:
         dropout: of hidden units in both towers; with few steps it drowns what the text tower learns from.
         masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
             crop.
+        main_caption: share of the draws that take an item's first caption; the others take any of its captions.
     """
 
     model: str
@@ -66,6 +67,7 @@ class TrainClapConfig:
     dropout: float = 0.1
     gain_db: float = 6.0
     masked: float = 0.1
+    main_caption: float = 0.0
     run: RunConfig
     optimizer: OptimizerConfig
 
@@ -76,6 +78,8 @@ class TrainClapConfig:
             raise ValueError("freeze_text needs initial: the bundle whose text features are to stay")
         if self.gain_db < 0:
             raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
+        if not 0 <= self.main_caption <= 1:
+            raise ValueError(f"main_caption must lie in 0..1, got {self.main_caption}")
         if not (0 <= self.masked < 1 and 0 <= self.dropout < 1):
             raise ValueError(f"masked and dropout must be in [0, 1), got {self.masked}, {self.dropout}")
 
@@ -145,7 +149,8 @@ class ClapTask(Task):
         own_places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         chosen, mels = zip(*(self._readable(order, place, world) for place in own_places), strict=True)
         own = [generator(seed, number, index) for index in chosen]
-        captions = [_pick(self.pieces[i].captions, g) for i, g in zip(chosen, own, strict=True)]
+        main = self.config.main_caption
+        captions = [_pick(self.pieces[i].captions, main, g) for i, g in zip(chosen, own, strict=True)]
         views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
         ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
         longer = self._longer(list(mels))
@@ -273,7 +278,9 @@ def _captioned(folder: str) -> list[Item]:
     return items
 
 
-def _pick(captions: tuple[str, ...], own: torch.Generator) -> str:
+def _pick(captions: tuple[str, ...], main: float, own: torch.Generator) -> str:
+    if main and float(torch.rand((), generator=own)) < main:
+        return captions[0]
     return captions[_integer(len(captions), own)]
 
 
