@@ -107,14 +107,14 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor, film: Tensor | None = None) -> Tensor:
         """Normalise x (B, C, T, F), statistics in float32; `film` (B, 2C) holds a scale around 0 and a shift."""
         batch = x.shape[0]
-        weight, bias = self.weight, self.bias
         if film is None:
-            return F.group_norm(x, self.groups, weight, bias, self.eps)
-        scale, shift = film.to(weight.dtype).chunk(2, dim=-1)
-        weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+            return F.group_norm(x, self.groups, self.weight, self.bias, self.eps).to(x.dtype)
+        scale, shift = film.to(self.weight.dtype).chunk(2, dim=-1)
+        weight, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
         # The channels of all items side by side: each item has weights of its own then, and one kernel does it all.
         together = x.flatten(0, 1).unsqueeze(0)
-        return F.group_norm(together, batch * self.groups, weight.flatten(), bias.flatten(), self.eps).view_as(x)
+        out = F.group_norm(together, batch * self.groups, weight.flatten(), bias.flatten(), self.eps)
+        return out.view_as(x).to(x.dtype)
 
 
 class TDF(nn.Module):
@@ -134,7 +134,7 @@ class TDF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform x (B, C, T, F), added to it."""
-        return x + self.layers(x)
+        return x + self.layers(x).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -306,22 +306,23 @@ class SpectrogramUNet(nn.Module):
 
         self.conv_in = nn.Conv2d(channels, config.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips = [width := config.width]
-        for i, (level_bins, level_width) in enumerate(levels):
+        width, skips = config.width, [config.width]
+        for level_bins, level_width in levels:
             for _ in range(config.blocks):
-                self.down.append(Stage(config, width, width := level_width, level_bins))
+                self.down.append(Stage(config, width, level_width, level_bins))
+                width = level_width
                 skips.append(width)
-            if i < len(levels) - 1:
+            if level_bins > levels[-1][0]:
                 self.down.append(down_step(config, width, level_bins))
                 skips.append(width)
-        self.middle = nn.ModuleList(
-            (Stage(config, width, width, level_bins), ResidualBlock(config, width, width, level_bins))
-        )
-        for i, (level_bins, level_width) in reversed(list(enumerate(levels))):
-            for block in range(config.blocks + 1):
-                last = block == config.blocks and i > 0
-                resample = up_step(config, level_width, level_bins) if last else None
-                self.up.append(Stage(config, width + skips.pop(), width := level_width, level_bins, resample))
+        middle = Stage(config, width, width, level_bins), ResidualBlock(config, width, width, level_bins)
+        self.middle = nn.ModuleList(middle)
+        for level_bins, level_width in reversed(levels):
+            for left in reversed(range(config.blocks + 1)):
+                step = left == 0 and level_bins < bins
+                resample = up_step(config, level_width, level_bins) if step else None
+                self.up.append(Stage(config, width + skips.pop(), level_width, level_bins, resample))
+                width = level_width
         self.norm_out = GroupNorm(config.groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
