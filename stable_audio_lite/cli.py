@@ -132,8 +132,8 @@ def _add_files(parser: argparse.ArgumentParser, files: str, output: str) -> None
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="parameters, latent shape and window of a model",
-        description="Parameters, latent shape and window of a model, or what is stored in a generated file.",
+        help="parameters, shape and window of a model",
+        description="Parameters, shape and window of a model of any kind, or what is stored in a generated file.",
     )
     parser.set_defaults(run=_info)
     parser.add_argument("path", help="a model config (.yaml), a bundle (folder, hub id, 'starter'), or a .wav or .flac")
@@ -332,7 +332,8 @@ def _info(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for key, value in _flat(facts):
-        print(f"{key:28} {value}")
+        rounded = f" ({value / 1e6:.1f} M)" if key.startswith("parameters.") else ""
+        print(f"{key:28} {value}{rounded}")
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
