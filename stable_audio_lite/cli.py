@@ -22,9 +22,10 @@ from stable_audio_lite.errors import UserError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from stable_audio_lite.pipeline import Generated, StableAudio
+    from stable_audio_lite.generation import Generated, Pipeline
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_UNPROMPTED = "sound"  # stands for the prompt in names of files
 
 
 class _Parser(argparse.ArgumentParser):
@@ -77,7 +78,7 @@ def _add_generate(commands: Any) -> None:
     parser = commands.add_parser("generate", help="make sound from text", description="Make sound from text.")
     parser.set_defaults(run=_generate)
     add = parser.add_argument
-    add("prompt", nargs="?", metavar="PROMPT", help="what to hear")
+    add("prompt", nargs="?", metavar="PROMPT", help="what to hear; spectrogram models can do without")
     add("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line, instead of PROMPT")
     add("--seconds", type=float, help="length of the sound (default: the model's window)")
     add("--seed", type=int, help="of the first item, the next one more each (default: random, printed)")
@@ -131,8 +132,8 @@ def _add_files(parser: argparse.ArgumentParser, files: str, output: str) -> None
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
-        help="parameters, latent shape and window of a model",
-        description="Parameters, latent shape and window of a model, or what is stored in a generated file.",
+        help="parameters, shape and window of a model",
+        description="Parameters, shape and window of a model of any kind, or what is stored in a generated file.",
     )
     parser.set_defaults(run=_info)
     parser.add_argument("path", help="a model config (.yaml), a bundle (folder, hub id, 'starter'), or a .wav or .flac")
@@ -142,23 +143,22 @@ def _add_info(commands: Any) -> None:
 def _generate(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    items = [prompt for prompt in prompts for _ in range(args.count)]
+    items = [prompt for prompt in prompts or [_UNPROMPTED] for _ in range(args.count)]
     outputs = _outputs(args.output, items, seed)
     _check_outputs(outputs, args.plot)
 
     started = time.perf_counter()
-    from stable_audio_lite.pipeline import StableAudio
+    from stable_audio_lite.pipeline import load_pipeline
 
-    model = StableAudio.from_pretrained(
-        args.model, device=args.device, dtype=args.dtype, lora=args.lora, lora_strength=args.lora_strength
-    )
+    model = load_pipeline(args.model, args.device, args.dtype, args.lora, args.lora_strength)
     loaded = time.perf_counter()
     seconds = 0.0
     with _Progress(len(items)) as progress:
         for first in range(0, len(items), args.batch):
             stop = min(first + args.batch, len(items))
             result = model.generate(
-                items[first:stop],
+                items[first:stop] if prompts else None,
+                count=1 if prompts else stop - first,
                 seconds=args.seconds,
                 seed=seed + first,
                 steps=args.steps,
@@ -174,10 +174,17 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("give either a PROMPT or --prompts FILE")
+    """One or several prompts, or none for a model that can do without."""
     if args.count < 1 or args.batch < 1:
         raise UserError(f"--count and --batch must be at least 1, got {args.count} and {args.batch}")
+    if args.prompt is None and args.prompts is None:
+        from stable_audio_lite.bundle import resolve
+        from stable_audio_lite.systems import SPECTRAL, load_system
+
+        if load_system(resolve(args.model)).kind in SPECTRAL:
+            return []
+    if (args.prompt is None) == (args.prompts is None):
+        raise UserError("give either a PROMPT or --prompts FILE")
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("the prompt is empty; say what you want to hear")
@@ -206,7 +213,7 @@ def _outputs(output: Path | None, items: list[str], seed: int) -> list[Path]:
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "sound"
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or _UNPROMPTED
 
 
 def _check_outputs(outputs: list[Path], plot: bool) -> None:
@@ -227,13 +234,13 @@ def _store(result: Generated, index: int, path: Path, plot: bool) -> str:
     if plot:
         from stable_audio_lite.audio.plot import plot_spectrogram
 
-        plot_spectrogram(path.with_suffix(".png"), result.audio[index], result.sample_rate, settings["prompt"])
+        plot_spectrogram(path.with_suffix(".png"), result.audio[index], result.sample_rate, settings.get("prompt", ""))
     rest = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "prompt" and value is not None)
     quieter = f", attenuated to {gain:.3f}" if gain < 1 else ""
-    return f"{path}: {settings['prompt']}\n  {rest}{quieter}"
+    return f"{path}: {settings.get('prompt', 'unprompted')}\n  {rest}{quieter}"
 
 
-def _print_speed(model: StableAudio, seconds: float, loading: float, working: float) -> None:
+def _print_speed(model: Pipeline, seconds: float, loading: float, working: float) -> None:
     print(
         f"{seconds:.1f} s of sound in {working:.1f} s (real-time factor {seconds / working:.2f}x) "
         f"after {loading:.1f} s of loading, on {model.device} in {str(model.dtype).removeprefix('torch.')}"
@@ -325,7 +332,8 @@ def _info(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
         return
     for key, value in _flat(facts):
-        print(f"{key:28} {value}")
+        rounded = f" ({value / 1e6:.1f} M)" if key.startswith("parameters.") else ""
+        print(f"{key:28} {value}{rounded}")
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stable_audio_lite import bundle
-from stable_audio_lite.conditioning.conditioner import Conditioner
+from stable_audio_lite.bundle import StableAudioConfig
+from stable_audio_lite.conditioning.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.conditioning.text import TextEncoder
 from stable_audio_lite.config import to_dict
+from stable_audio_lite.models.clap import ClapConfig
 from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, load_system
 
 
 def describe(name: str | Path) -> dict[str, Any]:
-    """Facts about a model config (a YAML file) or a bundle, as plain values for printing or JSON.
+    """Facts about a model config of any system (a YAML file) or a bundle, as plain values for printing or JSON.
 
     Parameters are counted by building each part without memory for its weights.
 
@@ -24,23 +28,14 @@ def describe(name: str | Path) -> dict[str, Any]:
     """
     is_config = Path(name).suffix in (".yaml", ".yml") and not Path(name).is_dir()
     where = Path(name) if is_config else bundle.resolve(name)
-    config = bundle.load_model_config(where)
+    config = load_system(where)
     with torch.device("meta"):
-        parts = {
-            "vae": VAE(config.vae),
-            "text_encoder": TextEncoder(config.clap, tokenizer=None),  # type: ignore[arg-type]
-            "conditioner": Conditioner(config.timing, config.context_width),
-            "unet": bundle.build_unet(config),
-        }
+        parts, facts = _latent(config) if isinstance(config, StableAudioConfig) else _spectral(config)
     parameters = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    facts: dict[str, Any] = {
+    facts = {
         "kind": config.kind,
         "format": config.format,
-        "sample_rate": config.sample_rate,
-        "window_seconds": round(config.window_seconds, 3),
-        "window_samples": config.window_samples,
-        "latent_shape": list(config.latent_shape),
-        "samples_per_latent_frame": config.hop,
+        **facts,
         "parameters": {**parameters, "total": sum(parameters.values())},
         "generation": to_dict(config.generation),
     }
@@ -48,3 +43,36 @@ def describe(name: str | Path) -> dict[str, Any]:
         facts["parts"] = [part for part in bundle.PARTS if bundle.part_path(where, part).is_file()]
         facts["model"] = bundle.model_hash(where)
     return facts
+
+
+def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    parts = {"vae": VAE(config.vae), **_text(config.clap, config.timing), "unet": bundle.build_unet(config)}
+    return parts, {
+        "sample_rate": config.sample_rate,
+        "window_seconds": round(config.window_seconds, 3),
+        "window_samples": config.window_samples,
+        "latent_shape": list(config.latent_shape),
+        "samples_per_latent_frame": config.hop,
+    }
+
+
+def _spectral(config: SpectralConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    shape = config.spectrogram
+    facts: dict[str, Any] = {
+        "sample_rate": shape.sample_rate,
+        "window_seconds": round(shape.seconds, 3),
+        "window_samples": shape.samples,
+        "spectrogram_shape": list(shape.shape),
+        "samples_per_frame": shape.hop,
+        "predicts": config.objective,
+        "schedule": to_dict(config.schedule),
+    }
+    if isinstance(config, ComplexSTFTConfig):
+        return {"unet": config.network()}, facts | {"resampling": config.unet.resample}
+    text = _text(config.clap, config.timing) if config.clap else {}
+    return {**text, "transformer": config.network()}, facts | {"reads_text": config.transformer.text}
+
+
+def _text(clap: ClapConfig, timing: TimingConfig) -> dict[str, nn.Module]:
+    encoder = TextEncoder(clap, tokenizer=None)  # type: ignore[arg-type]
+    return {"text_encoder": encoder, "conditioner": Conditioner(timing, clap.text_width)}

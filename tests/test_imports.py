@@ -17,8 +17,8 @@ LAYERS = (
     ("models",),
     ("conditioning",),
     ("diffusion",),
-    ("bundle", "lora"),
-    ("pipeline", "codec", "describe", "doctor"),
+    ("bundle", "systems", "lora"),
+    ("generation", "spectral", "pipeline", "codec", "describe", "doctor"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
