@@ -16,8 +16,8 @@ from stable_audio_lite.models.spectrogram_unet import (
     SpectrogramUNetConfig,
     halve,
     repeat,
-    step_features,
 )
+from stable_audio_lite.nn.steps import step_features
 
 PAPER = SpectrogramUNetConfig()
 TINY = SpectrogramUNetConfig(width=8, multipliers=(1, 2, 2), blocks=1, attention=(8,), groups=4)
@@ -157,11 +157,11 @@ def test_dropout_acts_in_training_only():
 
 
 def test_step_features_are_sinusoids_of_periods_up_to_10000():
-    features = step_features(torch.tensor([0.0, 2.5]), 8)
+    features = step_features(torch.tensor([0.0, 2.5]), 8, 10_000.0)
     angles = [2.5 * 10_000 ** (-i / 4) for i in range(4)]
     expected = torch.tensor([[1.0] * 4 + [0.0] * 4, [math.cos(a) for a in angles] + [math.sin(a) for a in angles]])
     torch.testing.assert_close(features, expected)
-    assert step_features(torch.tensor([2.5], dtype=torch.bfloat16), 8).dtype == torch.float32
+    assert step_features(torch.tensor([2.5], dtype=torch.bfloat16), 8, 10_000.0).dtype == torch.float32
 
 
 # Layers

@@ -15,9 +15,12 @@ from training_runs import ONE_THREAD, ROOT, assert_same_curve, assert_same_weigh
 
 from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.bundle import load_part
+from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.pipeline import load_pipeline
 from stable_audio_lite.systems import SystemConfig, load_system
 from training import train_spectrogram
+from training.plan import plan
 from training.train_spectrogram import SpectrogramTask, TrainSpectrogramConfig
 
 KINDS = ("complex_stft", "spectrogram_transformer")
@@ -87,7 +90,8 @@ def test_one_clip_is_learned(kind: str, data: Path, bundles: dict[str, Path], tm
     write_audio(clip / "0.wav", read_audio(data / "0.wav", 44100, 0.5, window), 44100)
     (clip / "metadata.jsonl").write_text('{"file_name": "0.wav", "text": "a tone"}\n')
     steps = 150 if kind == "complex_stft" else 500
-    settings = spectral_settings(kind, clip, bundles, tmp_path / "run", steps, evaluate_every=0, log_every=100, ema_decay=0.9)
+    more = {"evaluate_every": 0, "log_every": 100, "ema_decay": 0.9}
+    settings = spectral_settings(kind, clip, bundles, tmp_path / "run", steps, **more)
     config = config_of(settings | {"held_out": None}, tmp_path)
     bundle = train_spectrogram.run(config)
     task = SpectrogramTask(config)
@@ -157,8 +161,32 @@ def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tm
         assert torch.equal(task.modules["model"].state_dict()[key], value), key
     other = tmp_path / "other.yaml"
     model: SystemConfig = load_system(settings["model"])
-    from stable_audio_lite.config import save_config
-
     save_config(replace(model, spectrogram=replace(model.spectrogram, scale=9.0)), other)
     with pytest.raises(UserError, match="another system"):
         SpectrogramTask(config_of(settings | {"initial": str(first), "model": str(other)}, tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plan_knows_these(kind: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(spectral_settings(kind, data, bundles, tmp_path / "run", 2)))
+    found = plan(path, steps=1)
+    config = load_system(ROOT / f"configs/{kind}/tiny.yaml")
+    conditioner = 2 * 17 * 32 if kind == "spectrogram_transformer" else 0  # two tables of seconds 0 to 16
+    assert found.trained == {"model": sum(p.numel() for p in config.network().parameters()) + conditioner}
+    assert "training.train_diffusion on spectrograms" in found.as_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_demos_are_what_the_bundle_makes(kind: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    prompts = ["a tone"] if kind == "spectrogram_transformer" else []
+    demos = {"every": 2, "prompts": prompts, "cfg": [2.0], "steps": 2}
+    settings = spectral_settings(kind, data, bundles, tmp_path / "run", 2) | {"demos": demos}
+    bundle = train_spectrogram.run(config_of(settings, tmp_path))
+    names = {f.stem for f in (tmp_path / "run/demos/step_00000002").glob("*.wav")}
+    assert names == ({"prompt1-cfg2"} if prompts else {"sound1", "sound2", "sound3"})
+    model = load_pipeline(bundle, device="cpu")
+    made = model.generate(prompts, cfg=2.0, steps=2, seed=0) if prompts else model.generate(count=3, steps=2, seed=0)
+    heard = read_audio(tmp_path / f"run/demos/step_00000002/{min(names)}.wav", 8000).mean(0)
+    expected = made.audio[0, 0] / made.audio[0].abs().max().clamp_min(1.0)
+    torch.testing.assert_close(heard, expected, rtol=0, atol=2e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,49 @@ from torch import Tensor, nn
 from stable_audio_lite.conditioning.conditioner import Conditioner, drop
 from stable_audio_lite.data.crops import item_numbers
 from stable_audio_lite.diffusion.denoiser import Conditional, Objective
+from stable_audio_lite.generation import Pipeline
 from stable_audio_lite.nn.attention import Condition
 from training.noise import generator, item_noise
-from training.task import Task
+from training.task import Sound, Task
 from training.update import Update
 
 _LEVELS = 4  # noise-level bins of the logged loss
+_UNPROMPTED = 3  # demos where there are no prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemosConfig:
+    """Sounds made while training, of the same seeds each time.
+
+    Attributes:
+        every: steps between them.
+        prompts: one sound each, at every guidance scale in `cfg`; none: sounds from nothing.
+        seconds: length of each, or null for the window.
+        steps: sampling steps, or null for the model's own.
+    """
+
+    every: int
+    prompts: tuple[str, ...] = ()
+    cfg: tuple[float, ...] = (1.0, 3.0, 6.0)
+    seconds: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or not self.cfg:
+            raise ValueError("every must be at least 1, and cfg not empty")
+
+    def sounds(self, model: Pipeline) -> list[Sound]:
+        """What `model` makes of them."""
+        settings: dict[str, Any] = {"seconds": self.seconds, "steps": self.steps, "seed": 0}
+        if not self.prompts:
+            made = model.generate(count=_UNPROMPTED, **settings)
+            return [Sound(f"sound{i}", audio, made.sample_rate) for i, audio in enumerate(made.audio, 1)]
+        sounds = []
+        for cfg in self.cfg:
+            made = model.generate(list(self.prompts), cfg=cfg, **settings)
+            rows = enumerate(made.audio, 1)
+            sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
+        return sounds
 
 
 class Conditioned(nn.Module):

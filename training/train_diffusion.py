@@ -33,33 +33,11 @@ from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import SPECTRAL
 from training import train_spectrogram
 from training.command import main_of
-from training.denoising import Conditioned, DenoisingTask
+from training.denoising import Conditioned, DemosConfig, DenoisingTask
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
 from training.task import OptimizerConfig, RunConfig, Sound
 from training.train_spectrogram import TrainSpectrogramConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemosConfig:
-    """Sounds made while training, of the same seeds each time.
-
-    Attributes:
-        every: steps between them.
-        prompts: one sound each, at every guidance scale in `cfg`.
-        seconds: length of each, or null for the window.
-        steps: sampling steps, or null for the model's own.
-    """
-
-    every: int
-    prompts: tuple[str, ...]
-    cfg: tuple[float, ...] = (1.0, 3.0, 6.0)
-    seconds: float | None = None
-    steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or not self.prompts or not self.cfg:
-            raise ValueError("every must be at least 1, and prompts and cfg not empty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,12 +145,7 @@ class DiffusionTask(DenoisingTask):
                 model = StableAudio.from_pretrained(self.config.initial or "", device=device, lora=exported)
             else:
                 model = StableAudio.from_pretrained(exported, device=device)
-            sounds = []
-            for cfg in demos.cfg:
-                made = model.generate(list(demos.prompts), seconds=demos.seconds, steps=demos.steps, cfg=cfg, seed=0)
-                rows = enumerate(made.audio, 1)
-                sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
-        return sounds
+            return demos.sounds(model)
 
     def examples(self, numbers: range, seed: int, held_out: bool = False) -> dict[str, Any]:
         windows = self.validation if held_out else self.windows
@@ -226,10 +199,15 @@ def run(config: TrainDiffusionConfig) -> Path:
     return fit(config.run, DiffusionTask(config), config)
 
 
+def on_spectrograms(path: str | Path) -> bool:
+    """Whether the config at `path` names a model that works on spectrograms."""
+    model = read_yaml(path).get("model")
+    return isinstance(model, str) and Path(model).exists() and read_config(model)[1].get("kind") in SPECTRAL
+
+
 def run_file(path: Path) -> Path:
     """Train the system that the config at `path` names by its model; returns the bundle's folder."""
-    model = read_yaml(path).get("model")
-    if isinstance(model, str) and read_config(model)[1].get("kind") in SPECTRAL:
+    if on_spectrograms(path):
         return train_spectrogram.run(load_config(path, TrainSpectrogramConfig))
     return run(load_config(path, TrainDiffusionConfig))
 

@@ -7,6 +7,7 @@ spectrogram U-Net predicts the noise, the transformer the clean spectrogram. Exp
 from __future__ import annotations
 
 import random
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.spectral import SpectralAudio
 from stable_audio_lite.systems import ComplexSTFTConfig, SpectrogramDiffusionConfig, load_spectral
-from training.denoising import Conditioned, DenoisingTask
+from training.denoising import Conditioned, DemosConfig, DenoisingTask
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
-from training.task import OptimizerConfig, RunConfig
+from training.task import OptimizerConfig, RunConfig, Sound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class TrainSpectrogramConfig:
         initial: bundle whose network to go on from, or null.
         condition_dropout: share of items trained without their condition.
         gain_db: the level of each crop is changed by up to this many dB either way.
+        demos: sounds to make while training, or null.
         max_unreadable: share of the data's files that may be unreadable; others take their place, and
             `unreadable.jsonl` beside the checkpoints lists them.
     """
@@ -55,6 +58,7 @@ class TrainSpectrogramConfig:
     condition_dropout: float = 0.1
     gain_db: float = 0.0
     max_unreadable: float = 0.01
+    demos: DemosConfig | None = None
     run: RunConfig
     optimizer: OptimizerConfig
 
@@ -73,6 +77,7 @@ class SpectrogramTask(DenoisingTask):
     def __init__(self, config: TrainSpectrogramConfig):
         self.config = config
         self.model = load_spectral(config.model)
+        self.demonstrate_every = config.demos.every if config.demos else 0
         self.objective = self.model.objective
         self.criterion = f"held_out/{self.objective}"
         self.batch_size, self.seed = config.batch_size, config.run.seed
@@ -131,6 +136,14 @@ class SpectrogramTask(DenoisingTask):
         parts = self.clap.parts | {self.model.part: model.network.state_dict()}
         parts["conditioner"] = model.conditioner.state_dict()
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
+
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
+        """Sounds of the bundle that the run would export now."""
+        assert self.config.demos is not None
+        with tempfile.TemporaryDirectory() as folder:
+            self.export(exported := Path(folder) / "bundle", modules)
+            device = str(next(self.modules["model"].parameters()).device)
+            return self.config.demos.sounds(SpectralAudio.from_pretrained(exported, device=device))
 
     def _crops(self, folder: str, seed: int, gain_db: float, max_unreadable: float) -> Crops:
         items, shape = read_items(folder), self.model.spectrogram

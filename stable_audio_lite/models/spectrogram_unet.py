@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import merge_heads, split_heads
+from stable_audio_lite.nn.steps import step_features
 
 TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
 MAX_PERIOD = 10_000.0  # of the time's slowest sinusoid, in steps, over 2 pi
@@ -196,14 +197,6 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def step_features(t: Tensor, width: int) -> Tensor:
-    """Step indices (B,), fractions allowed -> (B, width): cosines and sines, in float32."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angles = t.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-
 # Blocks
 
 
@@ -342,7 +335,7 @@ class SpectrogramUNet(nn.Module):
         """
         self._check(x, context)
         dtype = self.conv_in.weight.dtype
-        mapping = self.mapping(step_features(t, self.config.width).to(dtype))
+        mapping = self.mapping(step_features(t, self.config.width, MAX_PERIOD).to(dtype))
         hidden = self.conv_in(x.to(dtype).transpose(2, 3).contiguous())
         skips = [hidden]
         for layer in self.down:
