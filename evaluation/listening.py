@@ -23,6 +23,7 @@ from evaluation.bootstrap import interval
 from evaluation.music import width_db
 from evaluation.obedience import sound_end
 from evaluation.result import Figure, Sound, partners
+from stable_audio_lite.audio.stft import stft
 
 STRETCHES, REACH = 128, 16
 """Parts that a sound is cut into for its structure, and how many before and after a moment are compared."""
@@ -107,7 +108,7 @@ def _levels(audio: Tensor, sample_rate: int) -> Tensor:
     frames = []
     for start in range(0, padded.shape[1] - window + 1, block):
         piece = padded[:, start : start + block + window - hop]
-        spectrum = torch.stft(piece, window, hop, window=torch.hann_window(window), center=False, return_complex=True)
+        spectrum = stft(piece, torch.hann_window(window), hop, centred=False)
         frames.append((spectrum.abs().square().mean(0).T @ bank).T)
     power = F.adaptive_avg_pool1d(torch.cat(frames, 1)[None], STRETCHES)[0].T
     return (10 * (power / power.max()).clamp_min(1e-12).log10()).clamp_min(_QUIETEST)

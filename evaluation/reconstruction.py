@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from evaluation.codecs import System, dac_codec, ffmpeg_codec
 from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -269,8 +270,7 @@ def _distances(sample_rate: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _stft(audio: Tensor, window: int = 2048) -> Tensor:
-    taper = torch.hann_window(window)
-    return torch.stft(F.pad(audio, (0, window)), window, window // 4, window=taper, return_complex=True)
+    return stft(F.pad(audio, (0, window)), torch.hann_window(window), window // 4)
 
 
 def _jumps(audio: Tensor) -> Tensor:

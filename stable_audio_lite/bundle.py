@@ -1,7 +1,7 @@
 """Bundles: a folder with `config.yaml`, one safetensors file per part and the tokenizer, which loads alone.
 
-Parts are `vae`, `text_encoder`, `audio_encoder` (CLAP's audio tower), `conditioner` and `unet`. All are optional in a
-folder: a trainer writes the one it trained beside the same `config.yaml`.
+Parts are `vae`, `text_encoder`, `audio_encoder` (CLAP's audio tower), `conditioner`, `unet` and `transformer`. All are
+optional in a folder: a trainer writes the one it trained beside the same `config.yaml`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.models.vae import VAEConfig
 
 FORMAT = 1
-PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet")
+PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet", "transformer")
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
@@ -36,7 +36,8 @@ FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
 SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae")}
 """Bundles that come with the package."""
 
-_TIMING_TOKENS = 2
+TIMING_TOKENS = 2
+"""What seconds_start and seconds_total add to the text's tokens."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = 3  # mismatching tensors that a message spells out
 
@@ -137,7 +138,7 @@ class StableAudioConfig:
     @property
     def context_tokens(self) -> int:
         """How many tokens the U-Net attends to: the text's and two of timing."""
-        return self.clap.max_tokens + _TIMING_TOKENS
+        return self.clap.max_tokens + TIMING_TOKENS
 
 
 def build_unet(config: StableAudioConfig) -> UNet:
@@ -151,22 +152,34 @@ def build_unet(config: StableAudioConfig) -> UNet:
 
 
 def load_model_config(path: str | Path) -> StableAudioConfig:
-    """Read a model config from a YAML file or from a bundle folder.
+    """Read a config of the latent system from a YAML file or from a bundle folder.
 
     Raises:
-        UserError: no such file, made by another version of this package, or a key is wrong.
+        UserError: no such file, made by another version of this package, of another system, or a key is wrong.
+    """
+    file, data = read_config(path)
+    if data.get("kind") != "stable_audio":
+        raise UserError(f"{file}: key 'kind' must be stable_audio here, got {data.get('kind')!r}")
+    return from_dict(StableAudioConfig, data, str(file))
+
+
+def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file and contents of a system's config: a YAML file, or that of a bundle folder.
+
+    Raises:
+        UserError: no such file, or made by another version of this package.
     """
     path = Path(path)
     file = path / CONFIG_FILE if path.is_dir() else path
     data = read_yaml(file)
-    if data.get("kind") != "stable_audio":
-        raise UserError(f"{file}: key 'kind' must be stable_audio, got {data.get('kind')!r}; this is no model config")
+    if "kind" not in data:
+        raise UserError(f"{file}: has no key 'kind', so this is no model config")
     if (version := data.get("format", FORMAT)) != FORMAT:
         raise UserError(
             f"{file}: made by another version of this package (format {version}, this one reads {FORMAT}); "
             "install the version that wrote it or convert it"
         )
-    return from_dict(StableAudioConfig, data, str(file))
+    return file, data
 
 
 def resolve(name: str | Path) -> Path:
@@ -193,7 +206,7 @@ def resolve(name: str | Path) -> Path:
 
 def save_bundle(
     folder: str | Path,
-    config: StableAudioConfig,
+    config: Any,
     parts: Mapping[str, Mapping[str, Tensor]],
     tokenizer_json: str | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
@@ -202,7 +215,7 @@ def save_bundle(
 
     Args:
         folder: where to.
-        config: the whole system's.
+        config: the whole system's: a dataclass, see `stable_audio_lite.systems`.
         parts: state dict of each part in `PARTS` that is to be stored; floating types are kept.
         tokenizer_json: contents of `tokenizer.json`, where the text encoder is our own.
         extra_files: other files by name, for instance a README.md.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stable_audio_lite.diffusion import schedule
-from stable_audio_lite.diffusion.denoiser import Guidance, VDenoiser, guide, to_x0
+from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide, to_x0
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
 from stable_audio_lite.models.unet import UNet, UNetConfig
@@ -87,7 +87,7 @@ def test_the_denoiser_scales_its_input_and_recovers_x0():
         torch.testing.assert_close(x_t, schedule.add_noise(x0, eps, t))
         return schedule.v_target(x0, eps, t)
 
-    denoiser = VDenoiser(network, None)  # type: ignore[arg-type]
+    denoiser = NetworkDenoiser(network, None)  # type: ignore[arg-type]
     torch.testing.assert_close(denoiser(x0 + schedule.like(sigma, x0) * eps, sigma), x0)
 
 
@@ -172,8 +172,8 @@ def test_guidance_is_the_formula_in_one_forward():
     unet, cond = tiny_unet(), condition(2)
     torch.manual_seed(1)
     x, sigma = torch.randn(2, 4, 8), torch.tensor([0.5, 3.0])
-    wanted = VDenoiser(unet, unet.context(cond))(x, sigma)
-    unwanted = VDenoiser(unet, unet.context(unet.null_condition(2)))(x, sigma)
+    wanted = NetworkDenoiser(unet, unet.context(cond))(x, sigma)
+    unwanted = NetworkDenoiser(unet, unet.context(unet.null_condition(2)))(x, sigma)
     calls = []
     hook = unet.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
     guided = Guidance(unet, cond, scale=4.0)(x, sigma)
@@ -200,3 +200,66 @@ def test_bad_guidance_is_refused():
         Guidance(unet, condition(1), scale=2.0, rescale=1.5)
     with pytest.raises(ValueError, match="same shape"):
         Guidance(unet, condition(2), condition(1), scale=2.0)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [100, 1000, 4000])
+def test_a_discrete_schedule_goes_from_data_to_noise(kind: str, steps: int) -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind=kind, steps=steps))
+    assert made.steps == steps
+    assert bool((made.abar.diff() < 0).all())
+    assert made.abar[0] > 0.99
+    assert made.abar[-1] < 1e-4  # the last step is noise
+
+
+def test_cosine_steps_are_those_of_the_paper() -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="cosine", steps=4000))
+    # Nichol & Dhariwal, equation 17, wherever the largest beta isn't reached.
+    f = [math.cos((i / 4000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (0, 1001, 3001)]
+    assert made.abar[1000].item() == pytest.approx(f[1] / f[0], rel=1e-9)
+    assert made.abar[3000].item() == pytest.approx(f[2] / f[0], rel=1e-9)
+
+
+def test_linear_steps_are_those_of_ddpm() -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=1000))
+    kept = 1.0
+    for i in range(1000):
+        kept *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
+    assert made.abar[-1].item() == pytest.approx(kept, rel=1e-9)
+
+
+def test_steps_and_noise_levels_are_inverse() -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="cosine", steps=400))
+    steps = torch.tensor([0.0, 0.25, 17.0, 200.5, 399.0])
+    torch.testing.assert_close(made.step(made.sigma(steps)), steps, rtol=1e-4, atol=1e-3)
+    whole = torch.tensor([0, 100, 399])
+    wanted = ((1 - made.abar[whole]) / made.abar[whole]).sqrt().float()
+    torch.testing.assert_close(made.sigma(whole.float()), wanted)
+    assert made.step(torch.tensor([1e-9, 1e9])).tolist() == [0, 399]  # beyond the ends
+
+
+def test_discrete_noise_has_the_schedules_variances() -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=50))
+    x0, eps = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
+    got = made.add_noise(x0, eps, torch.tensor([0, 30]))
+    for row, i in enumerate((0, 30)):
+        a = made.abar[i].item()
+        torch.testing.assert_close(got[row], torch.full((3, 4), math.sqrt(a) + 2 * math.sqrt(1 - a)))
+
+
+@pytest.mark.parametrize("objective", ["v", "eps", "x0"])
+def test_a_network_of_any_objective_and_schedule_becomes_the_same_denoiser(objective: str) -> None:
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=1000))
+
+    def network(x_t, t, context):
+        """The exact prediction for the Gaussian data, from times that are steps of `made`."""
+        sigma = schedule.like(made.sigma(t), x_t).double()
+        alpha = (1 + sigma**2).rsqrt()
+        x0 = gaussian_denoiser(x_t / alpha, made.sigma(t).double())
+        eps = (x_t / alpha - x0) / sigma
+        return {"x0": x0, "eps": eps, "v": alpha * eps - alpha * sigma * x0}[objective]
+
+    denoiser = NetworkDenoiser(network, None, objective, made.step)
+    sigma = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
+    x = torch.randn(3, 2, 5, dtype=torch.float64) * sigma[:, None, None]
+    torch.testing.assert_close(denoiser(x, sigma), gaussian_denoiser(x, sigma), rtol=1e-4, atol=1e-4)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_audio_lite.audio.stft import stft
+
 Maps = list[tuple[Tensor, list[Tensor]]]
 
 
@@ -87,13 +89,9 @@ class MultiResolutionSTFTLoss(nn.Module):
         return ((wanted + self.floor) / (got + self.floor)).log().abs().mean()
 
     def _stft(self, audio: Tensor, window: int) -> Tensor:
-        batch, channels, length = audio.shape
         taper = getattr(self, f"window_{window}")
-        spectrum = torch.stft(
-            audio.reshape(batch * channels, length), window, window // 4, window=taper, return_complex=True
-        )
         # A full-scale sine peaks at 1, whatever the window.
-        return spectrum.unflatten(0, (batch, channels)) * (2 / taper.sum())
+        return stft(audio, taper, window // 4) * (2 / taper.sum())
 
 
 def mel_bands(sample_rate: int, window: int) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from evaluation.embedders.weights import Published, fill, read_state, state_hash
 from evaluation.streams import Level, batches, stereo, windows
 from stable_audio_lite.audio.io import AudioSource
+from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.errors import UserError
 
 PUBLISHED = {
@@ -48,7 +49,7 @@ def mel_spectrogram(audio: Tensor) -> Tensor:
     # A frame begins at every hop within the window; what lies beyond it is silence.
     padded = F.pad(audio.float(), (0, (_FRAMES - 1) * _FRAME_HOP + _FFT - audio.shape[1]))
     window = torch.hann_window(_FFT, device=audio.device)
-    spectrum = torch.stft(padded, _FFT, _FRAME_HOP, window=window, center=False, return_complex=True)
+    spectrum = stft(padded, window, _FRAME_HOP, centred=False)
     decibels = 10 * (spectrum.abs().transpose(1, 2) @ bank).transpose(1, 2).clamp_min(_LOWEST).log10()
     return (decibels - decibels.amax((1, 2), keepdim=True)).clamp_min(-_RANGE)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stable_audio_lite.audio.stft import stft
+
 # The analysis of every published CLAP, whose audio tower takes 10 s.
 SAMPLE_RATE = 48000
 WINDOW = 1024
@@ -28,7 +30,7 @@ def log_mel(waveform: Tensor, mel_bins: int = 64, lowest: float = 0.0, fusion: b
         WINDOW // 2 + 1, lowest, MAX_FREQUENCY, mel_bins, SAMPLE_RATE, None if fusion else "slaney", scale
     ).to(waveform.device)
     window = torch.hann_window(WINDOW, device=waveform.device)
-    spectrum = torch.stft(waveform.float(), WINDOW, HOP, window=window, return_complex=True)
+    spectrum = stft(waveform.float(), window, HOP)
     power = spectrum.abs().square().transpose(-1, -2)  # ..., frames, bins
     return 10 * (power @ bank).clamp(min=1e-10).log10()
 

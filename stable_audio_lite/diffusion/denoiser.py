@@ -6,22 +6,34 @@ Whatever the network predicts becomes x0 in one place, `to_x0`.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from stable_audio_lite.diffusion.schedule import like, sigma_to_t
-from stable_audio_lite.models.unet import UNet, UNetContext
 from stable_audio_lite.nn.attention import Condition
 
 Objective = Literal["v", "eps", "x0"]
 
 
 class Network(Protocol):
-    """What a denoiser asks of a network: a prediction for latents, times and a ready context."""
+    """What a denoiser asks of a network: a prediction for data, times and a ready context."""
 
-    def __call__(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
+
+
+class Conditional(Network, Protocol):
+    """A network that can be guided: it prepares conditions and has learned one that says nothing."""
+
+    def context(self, condition: Condition) -> Any:
+        """What its forward takes for `condition`."""
+        ...
+
+    def null_condition(self, batch: int) -> Condition:
+        """The learned null for `batch` items."""
+        ...
 
 
 def to_x0(objective: Objective, prediction: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
@@ -48,18 +60,31 @@ def to_x0(objective: Objective, prediction: Tensor, x_t: Tensor, sigma: Tensor) 
     raise ValueError(f"objective must be v, eps or x0, got {objective!r}")
 
 
-class VDenoiser:
-    """A v-predicting network under one context, as a denoiser."""
+class NetworkDenoiser:
+    """A network under one context, as a denoiser.
 
-    def __init__(self, network: Network, context: UNetContext) -> None:
-        self.network = network
-        self.context = context
+    Args:
+        network: what predicts.
+        context: the network's condition, ready for it.
+        objective: what it predicts.
+        time: from sigma (B,) to the times that it was trained with.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        context: Any = None,
+        objective: Objective = "v",
+        time: Callable[[Tensor], Tensor] = sigma_to_t,
+    ) -> None:
+        self.network, self.context = network, context
+        self.objective: Objective = objective
+        self.time = time
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Estimate x0 from x (B, C, T) = x0 + sigma eps, sigma (B,)."""
+        """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
         x_t = x * like((1 + sigma**2).rsqrt(), x)
-        prediction = self.network(x_t, sigma_to_t(sigma), self.context)
-        return to_x0("v", prediction, x_t, sigma)
+        return to_x0(self.objective, self.network(x_t, self.time(sigma), self.context), x_t, sigma)
 
 
 class Guidance:
@@ -68,11 +93,13 @@ class Guidance:
     Both conditions go through the network as one batch, and are projected to keys and values once, here.
 
     Args:
-        unet: the network.
+        network: what predicts.
         cond: what is asked for, of B items.
         negative: what to move away from, of B items; the learned null where None.
         scale: 1 is no guidance (and one plain forward).
         rescale: phi in 0..1, how far each item's standard deviation returns to the unguided one.
+        objective: what the network predicts.
+        time: from sigma to the times that it was trained with.
 
     Raises:
         ValueError: rescale is outside 0..1, or cond and negative differ in shape.
@@ -80,26 +107,28 @@ class Guidance:
 
     def __init__(
         self,
-        unet: UNet,
+        network: Conditional,
         cond: Condition,
         negative: Condition | None = None,
         *,
         scale: float,
         rescale: float = 0.0,
+        objective: Objective = "v",
+        time: Callable[[Tensor], Tensor] = sigma_to_t,
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
         self.scale, self.rescale = scale, rescale
         if scale != 1:
-            other = unet.null_condition(len(cond.tokens)) if negative is None else negative
+            other = network.null_condition(len(cond.tokens)) if negative is None else negative
             if other.tokens.shape != cond.tokens.shape:
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(other.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")
             cond = Condition.concatenate([cond, other])
-        self.denoiser = VDenoiser(unet, unet.context(cond))
+        self.denoiser = NetworkDenoiser(network, network.context(cond), objective, time)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Estimate x0 from x (B, C, T), guided."""
+        """Estimate x0 from x (B, ...), guided."""
         if self.scale == 1:
             return self.denoiser(x, sigma)
         wanted, unwanted = self.denoiser(torch.cat((x, x)), torch.cat((sigma, sigma))).chunk(2)

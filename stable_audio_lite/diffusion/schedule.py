@@ -1,12 +1,15 @@
-"""The cosine v-schedule (Salimans & Ho 2022, arXiv 2202.00512): x_t = cos(pi t/2) x0 + sin(pi t/2) eps.
+"""Noise schedules: the cosine v-schedule in continuous time, and DDPM's, which count steps.
 
-Times t run from 0 (clean) to 1 (noise). sigma = tan(pi t/2) is the noise level of x_t / alpha, which is how
-samplers count. Times and sigmas are (B,) against data (B, ...); all functions are pure.
+The first (Salimans & Ho 2022, arXiv 2202.00512) is x_t = cos(pi t/2) x0 + sin(pi t/2) eps, with times t from 0 (clean)
+to 1 (noise). sigma = tan(pi t/2) is the noise level of x_t / alpha, which is how samplers count. Times and sigmas are
+(B,) against data (B, ...); all functions are pure.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +52,69 @@ def x0_from_v(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """x0 = alpha x_t - sigma v."""
     alpha, sigma = alpha_sigma(like(t, x_t))
     return alpha * x_t - sigma * v
+
+
+_MOST_BETA = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """DDPM's forward process (Ho et al. 2020, arXiv 2006.11239).
+
+    Attributes:
+        kind: "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672) or "linear" betas.
+        steps: how many there are.
+    """
+
+    kind: Literal["cosine", "linear"] = "cosine"
+    steps: int = 4000
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}")
+
+
+class DiscreteSchedule:
+    """x_i = sqrt(abar_i) x0 + sqrt(1 - abar_i) eps for steps i = 0 .. steps - 1; the last is noise.
+
+    Attributes:
+        abar: (steps,) float64, the signal's share of the variance.
+    """
+
+    def __init__(self, config: ScheduleConfig):
+        steps = config.steps
+        if config.kind == "cosine":
+            grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            kept = (((grid + 0.008) / 1.008) * (math.pi / 2)).cos().square()
+            beta = (1 - kept[1:] / kept[:-1]).clamp(max=_MOST_BETA)
+        else:  # the total of a thousand steps from 1e-4 to 0.02, whatever their number
+            ends = (1e-4 * 1000 / steps, min(0.02 * 1000 / steps, _MOST_BETA))
+            beta = torch.linspace(*ends, steps, dtype=torch.float64)
+        self.abar = (1 - beta).cumprod(0)
+        self._log_sigma = ((1 - self.abar) / self.abar).log() / 2
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are."""
+        return len(self.abar)
+
+    def sigma(self, step: Tensor) -> Tensor:
+        """Noise level sqrt((1 - abar) / abar) of steps (B,), log-linear between whole ones."""
+        place = step.detach().cpu().double().clamp(0, self.steps - 1)
+        low = place.long().clamp(max=self.steps - 2)
+        return self._log_sigma[low].lerp(self._log_sigma[low + 1], place - low).exp().float().to(step.device)
+
+    def step(self, sigma: Tensor) -> Tensor:
+        """The step (B,), a fraction between two, whose noise level is sigma (B,); the nearest there is beyond them."""
+        wanted = sigma.detach().cpu().double().log().clamp(self._log_sigma[0], self._log_sigma[-1])
+        low = (torch.searchsorted(self._log_sigma, wanted) - 1).clamp(0, self.steps - 2)
+        part = (wanted - self._log_sigma[low]) / (self._log_sigma[low + 1] - self._log_sigma[low])
+        return (low + part).float().to(sigma.device)
+
+    def add_noise(self, x0: Tensor, eps: Tensor, step: Tensor) -> Tensor:
+        """x_i of data and noise (B, ...) at whole steps (B,)."""
+        abar = like(self.abar[step.cpu()], x0).to(x0.device)
+        return abar.sqrt().to(x0.dtype) * x0 + (1 - abar).sqrt().to(x0.dtype) * eps
 
 
 def polyexponential_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from stable_audio_lite.audio.stft import stft
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
@@ -51,16 +53,8 @@ class STFTDiscriminator(nn.Module):
 
     def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, C, T) -> score map (B, 1, frames, bins') and the hidden maps."""
-        batch, channels, length = audio.shape
-        spectrum = torch.stft(
-            audio.float().reshape(batch * channels, length),
-            self.n_fft,
-            self.n_fft // 4,
-            window=self.window,
-            normalized=True,
-            return_complex=True,
-        )
-        x = torch.view_as_real(spectrum).unflatten(0, (batch, channels))  # B, C, bins, frames, 2
+        spectrum = stft(audio.float(), self.window, self.n_fft // 4) * self.n_fft**-0.5
+        x = torch.view_as_real(spectrum)  # B, C, bins, frames, 2
         x = x.permute(0, 1, 4, 3, 2).flatten(1, 2)  # B, 2C, frames, bins
         x = x.contiguous(memory_format=torch.channels_last)  # the layout of the fast kernels for few channels
         features = []
