@@ -356,6 +356,7 @@ def _add_corpus(commands: Any) -> None:
     add("--min-seconds", type=float, default=4.0, help="shortest piece (default: 4)")
     add("--max-seconds", type=float, default=30.0, help="longest piece (default: 30)")
     add("--max-parts", type=int, default=4, help="most instruments in a piece, drums apart: 1 for solos (default: 4)")
+    add("--solo", metavar="NAME", help="pieces of this instrument alone, for instance piano")
     add("--format", default="flac", choices=("flac", "wav"), help="of the audio files (default: flac)")
     add("--soundfont", metavar="FILE.sf2", help="General MIDI sounds (default: the system's)")
 
@@ -372,6 +373,7 @@ def _corpus(args: argparse.Namespace) -> None:
         min_seconds=args.min_seconds,
         max_seconds=args.max_seconds,
         max_parts=args.max_parts,
+        solo=args.solo,
         audio_format=args.format,
         soundfont=args.soundfont,
     )

@@ -117,6 +117,10 @@ SYSTEMS: dict[str, type[SystemConfig]] = {
 }
 
 
+SPECTRAL = tuple(kind for kind in SYSTEMS if kind != "stable_audio")
+"""Kinds of the systems that work on spectrograms."""
+
+
 def load_system(path: str | Path) -> SystemConfig:
     """Read the config of any system from a YAML file or from a bundle folder.
 

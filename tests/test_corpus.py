@@ -78,6 +78,12 @@ def test_solos_on_request() -> None:
     assert compose(7, "train", 5, 4, 30, max_parts=4) == compose(7, "train", 5, 4, 30)
 
 
+def test_a_corpus_of_one_instrument_has_that_alone() -> None:
+    pieces = [compose(7, "train", index, 4, 30, solo="piano") for index in range(100)]
+    assert {tuple(piece.instruments) for piece in pieces} == {("piano",)} and not any(p.drums for p in pieces)
+    assert len({piece.style for piece in pieces}) > 3
+
+
 def test_styles_are_well_formed() -> None:
     def patterns(style: Style) -> list[str]:
         return [*style.melody, *style.comp, *style.bassline, *(s for d in style.drums for s in d.values())]
@@ -268,6 +274,7 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
         ({"max_seconds": float("nan")}, "--max-seconds"),
         ({"min_seconds": 20, "max_seconds": 10}, "--min-seconds"),
         ({"max_parts": 0}, "--max-parts"),
+        ({"solo": "kazoo"}, "--solo"),
         ({"max_parts": 5}, "--max-parts"),
         ({"workers": 0}, "--workers"),
         ({"audio_format": "mp3"}, "mp3"),

@@ -118,6 +118,26 @@ def test_the_ode_sampler_converges_with_second_order():
     assert min(slopes) >= 1.7 and errors[-1] < 1e-3
 
 
+def test_ddpm_steps_are_draws_from_the_posterior_of_the_paper():
+    """Ho et al. 2020, equations 6 and 7, from betas, for every step of a schedule."""
+    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=30))
+    abar = [1.0, *made.abar.tolist()]  # of t = 0 .. 30
+    draws = ItemNoise([1, 2], (3, 5))
+    x = start = draws().double()
+    for t in range(30, 0, -1):
+        beta, kept, before = 1 - abar[t] / abar[t - 1], abar[t], abar[t - 1]
+        x0 = gaussian_denoiser(x / math.sqrt(kept), torch.full((2,), math.sqrt((1 - kept) / kept)))
+        mean = math.sqrt(before) * beta / (1 - kept) * x0 + math.sqrt(1 - beta) * (1 - before) / (1 - kept) * x
+        variance = (1 - before) / (1 - kept) * beta
+        x = mean + (math.sqrt(variance) * draws() if t > 1 else 0)
+    levels = [math.sqrt((1 - kept) / kept) for kept in reversed(abar)]
+    noise = ItemNoise([1, 2], (3, 5))
+    noise()  # was the start
+    sigmas = torch.tensor(levels, dtype=torch.float64)
+    end = SAMPLERS["ddpm"](gaussian_denoiser, start / math.sqrt(abar[-1]), sigmas, noise=noise)
+    torch.testing.assert_close(end, x, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp-2m-sde", "dpmpp-3m-sde"])
 def test_sde_samplers_draw_from_the_data(sampler):
     noise = ItemNoise([11, 12], (1, 20_000))

@@ -30,13 +30,13 @@ from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.data.latents import encoder_hash, read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
-from training import pre_encode, train_clap, train_diffusion, train_vae
+from training import denoising, pre_encode, train_clap, train_diffusion, train_vae
 
 
 def test_stratified_times_cover_every_part() -> None:
-    times = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0))
+    times = denoising.stratified_times(8, torch.Generator().manual_seed(0))
     assert sorted((times * 8).long().tolist()) == list(range(8))
-    late = train_diffusion.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
+    late = denoising.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
     assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
 
 
@@ -53,7 +53,7 @@ def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_pat
 
 def test_levels_without_items_are_logged_as_nan() -> None:
     """Every process names every level, or those that log together wait for each other."""
-    figures = train_diffusion.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]))
+    figures = denoising.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]), "v")
     assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
 
 
@@ -66,13 +66,13 @@ def test_padding_counts_only_if_it_should(bundles: dict[str, Path], tmp_path: Pa
             load(train_diffusion.TrainDiffusionConfig, settings | {"padding": padding}, tmp_path)
         )
         batch = task.batch(0, 0, 1)
-        assert 0 < int(batch["frames"].min()) < batch["latents"].shape[2]
+        assert 0 < int(batch["frames"].min()) < batch["x0"].shape[2]
         for wrong in (0.0, 100.0):
-            own = torch.arange(batch["latents"].shape[2]) < batch["frames"][:, None]
+            own = torch.arange(batch["x0"].shape[2]) < batch["frames"][:, None]
             task.modules["model"] = lambda x, *_, own=own, wrong=wrong: torch.where(own[:, None], 0.0, wrong).expand_as(
                 x
             )
-            losses[padding, wrong] = float(task._errors(batch).mean())
+            losses[padding, wrong] = float(task.errors(batch).mean())
     assert losses[False, 0.0] == losses[False, 100.0] and losses[True, 100.0] > 10 * losses[True, 0.0]
 
 
@@ -116,7 +116,7 @@ def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tm
     again = diffusion_settings(bundles, tmp_path / "again", 3) | {"initial": str(first)}
     task = train_diffusion.DiffusionTask(load(cls, again, tmp_path))
     trained = load_file(first / "unet.safetensors")
-    for key, value in task.modules["model"].unet.state_dict().items():
+    for key, value in task.modules["model"].network.state_dict().items():
         assert torch.equal(value, trained[key]), key
     assert torch.equal(task.windows.mean, trained["latent_mean"])
     other = tmp_path / "other"

@@ -15,12 +15,17 @@ T = TypeVar("T")
 
 
 def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None:
-    """Parse --config, run, and print where the result is; mistakes end in one line and exit status 2."""
+    """Parse --config into `cls`, run, and print where the result is; mistakes end in one line and exit status 2."""
+    main_of(description, lambda path: run(load_config(path, cls)))
+
+
+def main_of(description: str | None, run: Callable[[Path], Any]) -> None:
+    """The same for what reads the config's file itself."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="YAML file with the run's settings")
     arguments = parser.parse_args()
     try:
-        print(run(load_config(arguments.config, cls)))
+        print(run(arguments.config))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,9 @@
-"""Train the U-Net: python -m training.train_diffusion --config configs/stable_audio/train_diffusion.yaml.
+"""Train a diffusion model: python -m training.train_diffusion --config configs/stable_audio/train_diffusion.yaml.
 
-It learns from cached latents. The objective is v on the cosine schedule, x_t = cos(pi t/2) x + sin(pi t/2) eps, with t
-uniform in [0, 1] and stratified over the batch (Salimans & Ho 2022, arXiv 2202.00512; Evans et al. 2024, arXiv
-2402.04825). Exports a complete bundle.
+The kind of the config's `model` says of which system: training.train_spectrogram trains those on spectrograms. Here is
+the latent one, whose U-Net learns from cached latents. The objective is v on the cosine schedule, x_t = cos(pi t/2) x +
+sin(pi t/2) eps, with t uniform in [0, 1] and stratified over the batch (Salimans & Ho 2022, arXiv 2202.00512; Evans et
+al. 2024, arXiv 2402.04825). Exports a complete bundle.
 """
 
 from __future__ import annotations
@@ -17,26 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_part, read_part, save_bundle
-from stable_audio_lite.conditioning.conditioner import Conditioner, drop
-from stable_audio_lite.data.crops import epoch_index, item_numbers
+from stable_audio_lite.bundle import build_unet, load_model_config, load_part, read_config, read_part, save_bundle
+from stable_audio_lite.conditioning.conditioner import Conditioner
+from stable_audio_lite.config import load_config, read_yaml
+from stable_audio_lite.data.crops import epoch_index
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.data.windows import LatentWindows, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
-from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
+from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, Up
 from stable_audio_lite.models.vae import VAE
-from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.pipeline import StableAudio
-from training.command import main
+from stable_audio_lite.systems import SPECTRAL
+from training import train_spectrogram
+from training.command import main_of
+from training.denoising import Conditioned, DenoisingTask
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
-from training.noise import generator, item_noise
-from training.task import OptimizerConfig, RunConfig, Sound, Task
-from training.update import Update
-
-_LEVELS = 4  # noise-level bins of the logged loss
+from training.task import OptimizerConfig, RunConfig, Sound
+from training.train_spectrogram import TrainSpectrogramConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,101 +112,48 @@ class TrainDiffusionConfig:
             raise ValueError(f"lowest_time must be at least 0 and below 1, got {self.lowest_time}")
 
 
-class ConditionedUNet(nn.Module):
-    """The U-Net with its timing embeddings: what is trained together, in one forward."""
-
-    def __init__(self, model: StableAudioConfig):
-        super().__init__()
-        self.conditioner = Conditioner(model.timing, model.context_width)
-        self.unet = UNet(
-            model.unet,
-            channels=model.vae.latent_channels,
-            context_width=model.context_width,
-            context_tokens=model.context_tokens,
-        )
-
-    def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Tensor:
-        """Noisy latents (B, C, T), times, text features, (start, total) seconds, dropped (B,) bool -> v (B, C, T)."""
-        condition = drop(self.conditioner(text, *timing), self.unet.null_condition(len(x)), dropped)
-        return self.unet(x, t, self.unet.context(condition))
-
-
-class DiffusionTask(Task):
+class DiffusionTask(DenoisingTask):
     """v-prediction on windows of cached latents."""
 
-    averaged = ("model",)
+    objective = "v"
     criterion = "held_out/v"
     parts = {Down: (), Up: (), ResidualBlock: (), Transformer: ("keys_values",)}
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
         self.model = load_model_config(config.model)
-        self.batch_size = config.batch_size
+        self.batch_size, self.seed = config.batch_size, config.run.seed
+        self.condition_dropout, self.lowest_time = config.condition_dropout, config.lowest_time
         self.demonstrate_every = config.demos.every if config.demos else 0
         self.silence = silence_latent(config.vae)
         torch.manual_seed(config.run.seed)
-        model = ConditionedUNet(self.model)
-        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model)
+        conditioner = Conditioner(self.model.timing, self.model.context_width)
+        model = Conditioned(conditioner, unet := build_unet(self.model))
+        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model.clap)
         statistics = self._go_on_from(config.initial, model) if config.initial else None
         self.frozen = {"text_encoder": self.clap.text}
         self.windows = self._windows(config.latents, statistics)
         self.items = len(self.windows)
         shared = (self.windows.mean, self.windows.std)
         self.validation = self._windows((config.held_out,), shared) if config.held_out else None
-        model.unet.gradient_checkpointing = config.gradient_checkpointing
-        model.unet.latent_mean.copy_(self.windows.mean)
-        model.unet.latent_std.copy_(self.windows.std)
+        self.held_out_items = len(self.validation) if self.validation else 0
+        unet.gradient_checkpointing = config.gradient_checkpointing
+        unet.latent_mean.copy_(self.windows.mean)
+        unet.latent_std.copy_(self.windows.std)
         if config.lora:
             model.requires_grad_(False)
-            add_lora(model.unet, config.lora)
+            add_lora(unet, config.lora)
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
-
-    def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
-        seed, size = self.config.run.seed, self.batch_size
-        numbers = item_numbers(number, rank, world, size)
-        batch = self._batch(self.windows, numbers, seed)
-        own = slice(rank * size, (rank + 1) * size)
-        draws = generator(seed, number)
-        return batch | {
-            "eps": item_noise(seed, numbers, tuple(batch["latents"].shape[1:])),
-            "t": stratified_times(world * size, draws, self.config.lowest_time)[own],
-            "dropped": (torch.rand(world * size, generator=draws) < self.config.condition_dropout)[own],
-        }
-
-    def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
-        errors = self._errors(batch)
-        loss = errors.mean()
-        update("model", loss)
-        return {"loss/v": loss.detach()} | loss_by_level(errors.detach(), batch["t"])
-
-    def evaluate(self, step: int) -> dict[str, float]:
-        """v-loss on held-out windows, in all and by level, with fixed noise at times spread over those trained on."""
-        if self.validation is None:
-            return {}
-        count = min(len(self.validation), 4 * self.batch_size)
-        device = next(self.modules["model"].parameters()).device
-        errors, times = [], []
-        for first in range(0, count, self.batch_size):
-            numbers = range(first, min(first + self.batch_size, count))
-            batch = self._batch(self.validation, numbers, seed=0)
-            batch["eps"] = item_noise(0, numbers, tuple(batch["latents"].shape[1:]))
-            lowest = self.config.lowest_time
-            batch["t"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
-            batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
-            times.append(batch["t"])
-            errors.append(self._errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
-        figures = {"loss/v": (whole := torch.cat(errors).cpu()).mean()} | loss_by_level(whole, torch.cat(times))
-        return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]
         if self.config.lora:
-            save_lora(folder, model.unet, self.config.lora, self._encoder)  # type: ignore[arg-type]
+            save_lora(folder, model.network, self.config.lora, self._encoder)  # type: ignore[arg-type]
             return
         parts = self.clap.parts | {"vae": read_part(self.config.vae, "vae")}
         parts["conditioner"] = model.conditioner.state_dict()  # type: ignore[operator, union-attr]
-        parts["unet"] = model.unet.state_dict()  # type: ignore[operator, union-attr]
+        parts["unet"] = model.network.state_dict()  # type: ignore[operator, union-attr]
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
     def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
@@ -226,9 +174,14 @@ class DiffusionTask(Task):
                 sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
         return sounds
 
-    def _errors(self, batch: dict[str, Any]) -> Tensor:
-        """Mean squared error of v per item, (B,)."""
-        x0, eps, t = batch["latents"], batch["eps"], batch["t"]
+    def examples(self, numbers: range, seed: int, held_out: bool = False) -> dict[str, Any]:
+        windows = self.validation if held_out else self.windows
+        assert windows is not None
+        drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]
+        return stack(drawn)
+
+    def errors(self, batch: dict[str, Any]) -> Tensor:
+        x0, eps, t = batch["x0"], batch["eps"], batch["t"]
         text = self.clap.text.to(x0.device).encode(batch["captions"])
         timing = (batch["seconds_start"], batch["seconds_total"])
         v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, batch["dropped"])
@@ -238,25 +191,16 @@ class DiffusionTask(Task):
         own = torch.arange(errors.shape[1], device=errors.device) < batch["frames"][:, None]
         return (errors * own).sum(1) / own.sum(1)
 
-    def _batch(self, windows: LatentWindows, numbers: range, seed: int) -> dict[str, Any]:
-        drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]
-        return stack(drawn)
-
-    def _go_on_from(self, bundle: str, model: ConditionedUNet) -> tuple[Tensor, Tensor]:
+    def _go_on_from(self, bundle: str, model: Conditioned) -> tuple[Tensor, Tensor]:
         """Load the bundle's U-Net and timing embeddings; returns the statistics that it normalises latents by."""
         slow = load_model_config(bundle).vae.slow_channels
         if encoder_hash(read_part(bundle, "vae"), slow) != self._encoder:
             raise UserError(f"initial: the U-Net of {bundle} knows the latents of another VAE than {self.config.vae}")
-        theirs, ours = read_part(bundle, "text_encoder"), self.clap.parts["text_encoder"]
-        # A shipped bundle stores its text encoder in bfloat16.
-        if theirs.keys() != ours.keys() or not all(
-            v.shape == ours[k].shape and torch.allclose(v.float(), ours[k].float(), rtol=1e-2, atol=1e-3)
-            for k, v in theirs.items()
-        ):
-            raise UserError(f"initial: {bundle} was trained with another text encoder than that of {self.config.clap}")
-        load_part(bundle, "unet", model.unet)
+        self.clap.check_same(read_part(bundle, "text_encoder"), bundle, self.config.clap)
+        load_part(bundle, "unet", model.network)
         load_part(bundle, "conditioner", model.conditioner)
-        return model.unet.latent_mean.float().clone(), model.unet.latent_std.float().clone()
+        mean, std = (model.network.get_buffer(name).float().clone() for name in ("latent_mean", "latent_std"))
+        return mean, std
 
     def _windows(self, folders: tuple[str, ...], statistics: tuple[Tensor, Tensor] | None) -> LatentWindows:
         seconds = self.model.hop / self.model.sample_rate
@@ -277,25 +221,18 @@ def silence_latent(bundle: str) -> Tensor:
     return vae.encode_chunked(torch.zeros(1, model.vae.audio_channels, model.window_samples)).mean[0]
 
 
-def stratified_times(batch: int, draws: torch.Generator, lowest: float = 0.0) -> Tensor:
-    """One uniform time in each of `batch` equal parts of [lowest, 1], in random order: lower variance, same law."""
-    times = lowest + (1 - lowest) * (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
-    return times[torch.randperm(batch, generator=draws)]
-
-
-def loss_by_level(errors: Tensor, t: Tensor) -> dict[str, Tensor]:
-    """Mean error of the items in each quarter of the noise levels, NaN where there are none.
-
-    All quarters are there always: processes that log together must name the same figures.
-    """
-    level = (t * _LEVELS).long().clamp_max(_LEVELS - 1)
-    return {f"loss/v_t{i}of{_LEVELS}": errors[level == i].mean() for i in range(_LEVELS)}
-
-
 def run(config: TrainDiffusionConfig) -> Path:
     """Train as configured; returns the bundle's folder."""
     return fit(config.run, DiffusionTask(config), config)
 
 
+def run_file(path: Path) -> Path:
+    """Train the system that the config at `path` names by its model; returns the bundle's folder."""
+    model = read_yaml(path).get("model")
+    if isinstance(model, str) and read_config(model)[1].get("kind") in SPECTRAL:
+        return train_spectrogram.run(load_config(path, TrainSpectrogramConfig))
+    return run(load_config(path, TrainDiffusionConfig))
+
+
 if __name__ == "__main__":
-    main(__doc__, TrainDiffusionConfig, run)
+    main_of(__doc__, run_file)

@@ -22,7 +22,7 @@ def stft(audio: Tensor, taper: Tensor, hop: int, *, centred: bool = True) -> Ten
     """
     flat = audio.reshape(-1, audio.shape[-1])
     spectrum = torch.stft(flat, len(taper), hop, window=taper, center=centred, return_complex=True)
-    return spectrum.unflatten(0, audio.shape[:-1]) if audio.ndim != 2 else spectrum
+    return spectrum.reshape(*audio.shape[:-1], *spectrum.shape[1:])
 
 
 def istft(spectrum: Tensor, taper: Tensor, hop: int) -> Tensor:

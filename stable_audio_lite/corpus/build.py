@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from stable_audio_lite.corpus.captions import captions
 from stable_audio_lite.corpus.compose import MOST_PARTS, compose
+from stable_audio_lite.corpus.instruments import INSTRUMENTS
 from stable_audio_lite.corpus.piece import Piece
 from stable_audio_lite.corpus.render import SAMPLE_RATE, find_soundfont, find_synth, render
 from stable_audio_lite.errors import UserError
@@ -44,7 +45,10 @@ class CorpusReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What a corpus holds; checked here. Lengths are in seconds, `max_parts` counts instruments besides drums."""
+    """What a corpus holds; checked here.
+
+    Lengths are in seconds, `max_parts` counts instruments besides drums, `solo` is the only one where it is given.
+    """
 
     items: int
     held_out: int
@@ -52,6 +56,7 @@ class CorpusConfig:
     min_seconds: float = 4.0
     max_seconds: float = 30.0
     max_parts: int = MOST_PARTS
+    solo: str | None = None
     audio_format: Literal["flac", "wav"] = "flac"
 
     def __post_init__(self) -> None:
@@ -68,6 +73,8 @@ class CorpusConfig:
             raise UserError(f"--min-seconds ({self.min_seconds:g}) is more than --max-seconds ({self.max_seconds:g})")
         if not 1 <= self.max_parts <= MOST_PARTS:
             raise UserError(f"--max-parts must lie in 1..{MOST_PARTS}, got {self.max_parts}")
+        if self.solo is not None and self.solo not in INSTRUMENTS:
+            raise UserError(f"--solo must be one of {', '.join(INSTRUMENTS)}, got {self.solo}")
         if self.audio_format not in ("flac", "wav"):
             raise UserError(f"audio format must be flac or wav, got {self.audio_format!r}")
 
@@ -81,6 +88,7 @@ def build_corpus(
     min_seconds: float = 4.0,
     max_seconds: float = 30.0,
     max_parts: int = MOST_PARTS,
+    solo: str | None = None,
     audio_format: Literal["flac", "wav"] = "flac",
     soundfont: str | None = None,
     progress: bool = True,
@@ -100,6 +108,7 @@ def build_corpus(
         min_seconds=float(min_seconds),
         max_seconds=float(max_seconds),
         max_parts=max_parts,
+        solo=solo,
         audio_format=audio_format,
     )
     if workers is not None and workers < 1:
@@ -121,7 +130,7 @@ def build_corpus(
 
 def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
     """Item `index` of a split, whatever the number of items."""
-    return compose(config.seed, split, index, config.min_seconds, config.max_seconds, config.max_parts)
+    return compose(config.seed, split, index, config.min_seconds, config.max_seconds, config.max_parts, config.solo)
 
 
 def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
@@ -161,6 +170,7 @@ def _claim(out: Path, config: CorpusConfig) -> None:
         "min_seconds": config.min_seconds,
         "max_seconds": config.max_seconds,
         "max_parts": config.max_parts,
+        "solo": config.solo,
         "audio_format": config.audio_format,
     }
     try:
@@ -172,7 +182,7 @@ def _claim(out: Path, config: CorpusConfig) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read; choose an empty folder") from error
     if isinstance(found, dict):
-        found.setdefault("max_parts", MOST_PARTS)  # corpora from before there was a choice
+        found = {"max_parts": MOST_PARTS, "solo": None} | found  # corpora from before there was a choice
     differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
     if differing:
         raise UserError(f"{path}: this corpus has another {', '.join(differing)}; choose an empty folder")

@@ -46,20 +46,27 @@ class _Clock:
 
 
 def compose(
-    seed: int, split: str, index: int, min_seconds: float, max_seconds: float, max_parts: int = MOST_PARTS
+    seed: int,
+    split: str,
+    index: int,
+    min_seconds: float,
+    max_seconds: float,
+    max_parts: int = MOST_PARTS,
+    solo: str | None = None,
 ) -> Piece:
     """Compose item `index` of `split`; other items have no influence on it.
 
-    Lengths are in seconds (4 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS).
+    Lengths are in seconds (4 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS). `solo` names
+    the one instrument of all pieces, which then have no drums.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     seconds = round(rng.uniform(min_seconds, max_seconds), 1)
     seconds = min(max(seconds, min_seconds), max_seconds)
-    counts = PART_COUNTS[:max_parts]
+    counts = PART_COUNTS[: 1 if solo else max_parts]
     count = rng.choices([n for n, _ in counts], [w for _, w in counts])[0]
     style = STYLES[rng.choice([s.name for s in STYLES.values() if _fits(s, seconds)])]
-    parts = _cast(rng, style, count)
-    drums = style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
+    parts = _cast(rng, style, count, solo)
+    drums = not solo and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
@@ -112,10 +119,10 @@ def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> 
     return best[1], best[2]
 
 
-def _cast(rng: random.Random, style: Style, count: int) -> list[Part]:
+def _cast(rng: random.Random, style: Style, count: int, solo: str | None) -> list[Part]:
     """Draws the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
     if count == 1:
-        name = rng.choice(list(INSTRUMENTS))
+        name = solo or rng.choice(list(INSTRUMENTS))
         return [Part(instrument=name, role="solo", pan=round(rng.uniform(-0.2, 0.2), 2), volume=balanced(name, 110))]
     roles = ["lead", *rng.choice(_LINE_UPS[count])]
     taken: list[str] = []

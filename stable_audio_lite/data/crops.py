@@ -21,11 +21,12 @@ from stable_audio_lite.errors import UserError
 
 @dataclass(frozen=True)
 class Crop:
-    """A stretch of an item: `audio` (2, T), its start and the item's whole length in seconds."""
+    """A stretch of an item: `audio` (2, T), its start and the item's whole length in seconds, the captions."""
 
     audio: Tensor
     seconds_start: float
     seconds_total: float
+    captions: tuple[str, ...]
 
 
 class Crops:
@@ -88,7 +89,7 @@ class Crops:
         gain = 10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20) if self.gain_db else 1.0
         if self.inverted and rng.random() < self.inverted:
             gain = -gain
-        return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total)
+        return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total, item.captions)
 
 
 class LatentCrops:

@@ -84,9 +84,9 @@ class LatentWindows:
 
 
 def stack(windows: list[Window]) -> dict[str, Any]:
-    """Latents (B, C, T), the frames that are no padding (B,), captions, and timing (B,) of a batch."""
+    """Latents x0 (B, C, T), the frames that are no padding (B,), captions, and timing (B,) of a batch."""
     return {
-        "latents": torch.stack([w.latent for w in windows]),
+        "x0": torch.stack([w.latent for w in windows]),
         "frames": torch.tensor([w.frames for w in windows]),
         "captions": [w.caption for w in windows],
         "seconds_start": torch.tensor([w.seconds_start for w in windows]),

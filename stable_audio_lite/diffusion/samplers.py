@@ -41,7 +41,8 @@ class Sampler(Protocol):
             denoiser: what estimates x0.
             x: (B, ...) at noise level sigmas[0], which is standard normal noise times that.
             sigmas: (steps + 1,) falling noise levels; end in 0 for a clean result.
-            noise: gives fresh standard normal noise like x at each call; the `-sde` samplers add it at each step.
+            noise: gives fresh standard normal noise like x at each call; ddpm and the `-sde` samplers add it at each
+                step.
             on_step: called as each step is denoised.
 
         Returns:
@@ -90,7 +91,7 @@ def _solve(
     if len(sigmas) == 2 and sigmas[-1] == 0:
         # One step to zero is the same for every solver, and k-diffusion's SDE functions trip over it.
         name = "sample_dpmpp_2m"
-    if name.endswith("_sde"):
+    if name.endswith(("_sde", "_ancestral")):
         # k-diffusion's own choice, a Brownian tree, is slow, and pays only where steps are retaken; here none is, so
         # unit normal noise per step has the same law.
         options["noise_sampler"] = lambda sigma, sigma_next: noise().to(x)
@@ -102,15 +103,17 @@ def _k_sampling() -> types.ModuleType:
     """k_diffusion.sampling alone.
 
     Importing k_diffusion runs its training and evaluation code with torchvision and more, which takes seconds. So its
-    folder is opened under another package name, which runs no __init__, and its `utils` (unused by the functions
-    here, and the part that wants torchvision) is left empty.
+    folder is opened under another package name, which runs no __init__, and its `utils` (which wants torchvision) is
+    reduced to the one function that is used here.
     """
     spec = importlib.util.find_spec("k_diffusion")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("k-diffusion is missing; install it with: pip install k-diffusion")
     package = types.ModuleType("_k_diffusion_light")
     package.__path__ = list(spec.submodule_search_locations)
-    package.utils = types.ModuleType("utils")  # type: ignore[attr-defined]
+    package.utils = types.SimpleNamespace(  # type: ignore[attr-defined]
+        append_dims=lambda x, ndim: x.reshape(*x.shape, *[1] * (ndim - x.ndim))
+    )
     sys.modules[package.__name__] = package
     return importlib.import_module(f"{package.__name__}.sampling")
 
@@ -119,5 +122,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp-2m": functools.partial(_solve, "sample_dpmpp_2m"),
     "dpmpp-2m-sde": functools.partial(_solve, "sample_dpmpp_2m_sde"),
     "dpmpp-3m-sde": functools.partial(_solve, "sample_dpmpp_3m_sde"),
+    "ddpm": functools.partial(_solve, "sample_euler_ancestral"),
 }
-"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) by name: 2M as an ODE, 2M and 3M as SDEs."""
+"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) by name: 2M as an ODE, 2M and 3M as SDEs; and DDPM's ancestral
+sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2, with the posterior's variance of equation 7)."""
