@@ -18,7 +18,8 @@ LAYERS = (
     ("conditioning",),
     ("diffusion",),
     ("bundle", "lora"),
-    ("pipeline", "codec", "describe", "doctor"),
+    ("systems", "degradations"),
+    ("pipeline", "restore", "codec", "describe", "doctor"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

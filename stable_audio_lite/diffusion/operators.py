@@ -70,6 +70,10 @@ class Mask:
 
     adjoint = forward
 
+    def to(self, device: torch.device) -> Mask:
+        """The same on another device."""
+        return Mask(self.singular.to(device) > 0)
+
     def u(self, coordinates: Tensor) -> Tensor:
         """The coordinates themselves, as are those of `ut`, `v` and `vt`."""
         return coordinates
