@@ -302,9 +302,9 @@ class _Progress:
 
 
 def _restore(args: argparse.Namespace) -> None:
-    for task, option in _TASK_OPTIONS.items():
-        if task != args.task and getattr(args, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')}: belongs to --task {task}, not to {args.task}")
+    for name, option in _TASK_OPTIONS.items():
+        if name != args.task and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: belongs to --task {name}, not to {args.task}")
     gaps = tuple(_gap(text) for text in args.gap or ())
     from stable_audio_lite.audio.io import audio_info, check_writable
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class Observation:
 class Task(Protocol):
     """A thing to repair."""
 
-    name: str
+    name: ClassVar[str]
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, least: int) -> Observation:
         """The observation in mono `audio` (T,), padded with silence to `least` frames or more."""
@@ -56,7 +56,7 @@ class Inpaint:
     """Stretches that are missing or spoiled: (start, stop) in seconds."""
 
     gaps: tuple[tuple[float, float], ...]
-    name: str = "inpaint"
+    name: ClassVar[str] = "inpaint"
 
     def __post_init__(self) -> None:
         for start, stop in self.gaps:
@@ -108,7 +108,7 @@ class Bandwidth:
     """Frequencies above `cutoff` Hz are missing."""
 
     cutoff: float
-    name: str = "bandwidth"
+    name: ClassVar[str] = "bandwidth"
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, least: int) -> Observation:
         """Rows that reach beyond the cut-off are unknown.
@@ -136,7 +136,7 @@ class Denoise:
     """White noise of `level_db` dB (root mean square, full scale is 0), estimated where None."""
 
     level_db: float | None = None
-    name: str = "denoise"
+    name: ClassVar[str] = "denoise"
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, least: int) -> Observation:
         """Everything is seen, and all of it is noisy."""
@@ -169,7 +169,7 @@ class Dereverb:
     delay: int = 4
     iterations: int = 1
     hold: float = 1.0
-    name: str = "dereverb"
+    name: ClassVar[str] = "dereverb"
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, least: int) -> Observation:
         """Every frequency is convolved with a filter; what the filters can't explain counts as noise."""
