@@ -1,4 +1,4 @@
-"""The `stable-audio-lite` command: generate, encode, decode, info, corpus, validate-dataset, plan, evaluate, doctor.
+"""The `stable-audio-lite` command: generate, restore, encode, decode, info, corpus, plan, evaluate, doctor and more.
 
 Nothing heavy is imported before the arguments are known to be good, so mistakes and `--help` answer at once.
 """
@@ -22,10 +22,12 @@ from stable_audio_lite.errors import UserError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from stable_audio_lite.degradations import Task
     from stable_audio_lite.generation import Generated, Pipeline
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _UNPROMPTED = "sound"  # stands for the prompt in names of files
+_TASK_OPTIONS = {"inpaint": "gap", "bandwidth": "cutoff", "denoise": "noise_db", "dereverb": "room"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="stable-audio-lite", description="Text to music and sound.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     _add_generate(commands)
+    _add_restore(commands)
     _add_encode(commands)
     _add_decode(commands)
     _add_info(commands)
@@ -103,6 +106,30 @@ def _add_generate(commands: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser, default: str = "starter") -> None:
     add = parser.add_argument
     add("--model", default=default, help=f"a shipped model, a bundle's folder or a hub id (default: {default})")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
+
+
+def _add_restore(commands: Any) -> None:
+    about = "Repair a sound file of any length: missing stretches or frequencies, noise, reverberation."
+    parser = commands.add_parser("restore", help="repair a sound file", description=about)
+    parser.set_defaults(run=_restore)
+    add = parser.add_argument
+    add("file", metavar="IN", type=Path, help="the sound")
+    add("-o", "--output", type=Path, required=True, help="a .wav or .flac file")
+    add("--task", required=True, choices=tuple(_TASK_OPTIONS), help="what is wrong with it")
+    add("--gap", nargs="+", metavar="START-END", help="inpaint: what is missing, in seconds, as in 1.5-1.8")
+    add(
+        "--cutoff", type=float, metavar="HZ", help="bandwidth: where the sound's frequencies end (default: by its rate)"
+    )
+    add("--noise-db", type=float, metavar="DB", help="denoise: level, full scale is 0 (default: estimated)")
+    add("--room", type=Path, metavar="FILE", help="dereverb: the room's impulse response (default: estimated)")
+    add("--steps", type=int, default=50, help="sampling steps (default: 50)")
+    add("--eta", type=float, default=0.8, help="share of fresh noise in what is unknown, 0..1 (default: 0.8)")
+    add("--eta-b", type=float, default=0.8, help="weight of what is known, 0..1 (default: 0.8)")
+    add("--seed", type=int, help="of the noise (default: random, printed)")
+    add("--batch", type=int, default=4, help="windows worked on at once (default: 4)")
+    add("--model", required=True, help="a bundle's folder or a hub id, of a model of complex spectrograms")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
 
@@ -279,6 +306,51 @@ class _Progress:
         if self._bar is not None:
             self._bar.clear()
         print(text, flush=True)
+
+
+def _restore(args: argparse.Namespace) -> None:
+    for name, option in _TASK_OPTIONS.items():
+        if name != args.task and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: belongs to --task {name}, not to {args.task}")
+    gaps = tuple(_gap(text) for text in args.gap or ())
+    from stable_audio_lite.audio.io import audio_info, check_writable
+
+    check_writable(args.output)
+    rate = audio_info(args.file).sample_rate
+    from stable_audio_lite.restore import Restorer, RestoreSettings
+
+    settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed, batch=args.batch)
+    model = Restorer.from_pretrained(args.model, args.device, args.dtype)
+    started = time.perf_counter()
+    with _Progress(1) as progress:
+        task = _task(args, gaps, rate, model.sample_rate)
+        done = model.restore_file(args.file, args.output, task, settings, progress.within(0, 1))
+    rest = ", ".join(f"{key} {value}" for key, value in done.settings.items() if value is not None)
+    quieter = f", attenuated to {done.gain:.3f}" if done.gain < 1 else ""
+    working = time.perf_counter() - started
+    print(f"{args.output}: {rest}{quieter}\n{done.seconds:.1f} s of sound in {working:.1f} s on {model.device}")
+
+
+def _gap(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)-(\d+\.?\d*|\.\d+)", text)
+    if not match:
+        raise UserError(f"--gap: {text!r} is not START-END in seconds, as in 1.5-1.8")
+    return float(match[1]), float(match[2])
+
+
+def _task(args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int) -> Task:
+    from stable_audio_lite.audio.io import read_audio
+    from stable_audio_lite.degradations import Bandwidth, Denoise, Dereverb, Inpaint
+
+    if args.task == "inpaint":
+        return Inpaint(gaps)
+    if args.task == "bandwidth":
+        if args.cutoff is None and rate >= model_rate:
+            raise UserError(f"--task bandwidth: give --cutoff, for {args.file} has a rate of {rate} Hz")
+        return Bandwidth(rate / 2 if args.cutoff is None else args.cutoff)
+    if args.task == "denoise":
+        return Denoise(args.noise_db)
+    return Dereverb(None if args.room is None else read_audio(args.room, model_rate).mean(0))
 
 
 def _encode(args: argparse.Namespace) -> None:

@@ -18,7 +18,8 @@ LAYERS = (
     ("conditioning",),
     ("diffusion",),
     ("bundle", "systems", "lora"),
-    ("generation", "spectral", "pipeline", "codec", "describe", "doctor"),
+    ("degradations",),
+    ("generation", "spectral", "pipeline", "restore", "codec", "describe", "doctor"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

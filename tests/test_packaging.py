@@ -73,7 +73,7 @@ def test_training_stays_ours_when_laion_claps_folder_is_on_the_path(tmp_path):
     assert Path(run_elsewhere(code + "import training; print(training.__file__)", tmp_path)).parent == ROOT / "training"
 
 
-@pytest.mark.parametrize("module", ["k_diffusion", "dac", "laion_clap"])
+@pytest.mark.parametrize("module", ["k_diffusion", "dac", "laion_clap", "nara_wpe"])
 def test_each_borrowed_package_is_touched_in_one_file_at_most(module):
     files = [p.relative_to(ROOT) for p in (ROOT / "stable_audio_lite").rglob("*.py") if module in imported_by(p)]
     assert len(files) <= 1, files

@@ -1,0 +1,36 @@
+"""Dereverberation by weighted prediction error (Nakatani et al. 2010); the one module that knows nara_wpe."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wpe(x: Tensor, taps: int = 150, delay: int = 4, iterations: int = 1) -> Tensor:
+    """Remove from each frequency what its own past predicts; the defaults are those of Saito et al. 2022.
+
+    Args:
+        x: (B, 2, F, T) real and imaginary parts of a spectrogram.
+        taps: frames of the past that predict; at most a third of T are used, for more would predict anything.
+        delay: frames back at which that past begins, so that a sound's own onset stays.
+        iterations: estimates of the sound's power, the first from x.
+
+    Returns:
+        (B, 2, F, T).
+
+    Raises:
+        ValueError: a setting is below 1.
+    """
+    if min(taps, delay, iterations) < 1:
+        raise ValueError(f"taps, delay and iterations must be at least 1, got {taps}, {delay} and {iterations}")
+    from nara_wpe.wpe import wpe as solve
+
+    used = max(1, min(taps, x.shape[3] // 3))
+    spectrum = torch.complex(x[:, 0], x[:, 1]).to(torch.complex128).cpu()
+    rows = spectrum.flatten(0, 1)[:, None].numpy()  # B * F, 1 microphone, T
+    heard = rows.any((1, 2))  # silent rows have no inverse
+    rows = rows.copy()
+    if heard.any():
+        rows[heard] = solve(rows[heard], taps=used, delay=delay, iterations=iterations)
+    dry = torch.from_numpy(rows).reshape(spectrum.shape)
+    return torch.stack((dry.real, dry.imag), 1).to(x)

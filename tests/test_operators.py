@@ -1,0 +1,134 @@
+"""Operators on spectrograms against their own decomposition, their adjoint and a dense one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stable_audio_lite.diffusion.operators import (
+    Convolution,
+    Mask,
+    Operator,
+    band_mask,
+    gap_mask,
+    identity,
+    project_null,
+)
+
+BINS, FRAMES = 4, 9
+
+
+def filters(taps: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BINS, taps, dtype=torch.complex128, generator=generator)
+
+
+def differences() -> Tensor:
+    """x[t] - x[t - 1]: loses each frequency's mean."""
+    return torch.tensor([[1.0, -1.0]], dtype=torch.complex128).expand(BINS, 2)
+
+
+OPERATORS: dict[str, Operator] = {
+    "gap": gap_mask(FRAMES, [(3 * 8, 5 * 8)], hop=8, window=16),
+    "band": band_mask(BINS, 1, 3),
+    "noise": identity(),
+    "room": Convolution(filters(5), FRAMES),
+    "room as long as the sound": Convolution(filters(FRAMES), FRAMES),
+    "room that looks ahead": Convolution(filters(6), FRAMES, lead=2),
+    "room that loses something": Convolution(differences(), FRAMES),
+    "silence": Convolution(0 * filters(2), FRAMES),
+}
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(2, 2, BINS, FRAMES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_the_decomposition_is_the_operator(operator: Operator) -> None:
+    x = draw(0)
+    torch.testing.assert_close(operator.u(operator.singular * operator.vt(x)), operator.forward(x), atol=1e-6, rtol=0)
+    torch.testing.assert_close(operator.v(operator.singular * operator.ut(x)), operator.adjoint(x), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_the_adjoint_is_one(operator: Operator) -> None:
+    x, y = draw(0), draw(1)
+    torch.testing.assert_close(dot(operator.forward(x), y), dot(x, operator.adjoint(y)))
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_both_bases_are_orthonormal_on_real_coordinates(operator: Operator) -> None:
+    x, y = draw(0), draw(1)
+    for there, back in ((operator.vt, operator.v), (operator.ut, operator.u)):
+        torch.testing.assert_close(back(there(x)), x)
+        torch.testing.assert_close(there(back(x)), x)
+        torch.testing.assert_close(dot(there(x), there(y)), dot(x, y))
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_singular_values_are_those_of_the_dense_matrix(operator: Operator) -> None:
+    size = 2 * BINS * FRAMES
+    basis = torch.eye(size, dtype=torch.float64).reshape(size, 2, BINS, FRAMES)
+    dense = operator.forward(basis).reshape(size, size)
+    ours = operator.singular.double().expand(1, 2, BINS, FRAMES).flatten().sort(descending=True).values
+    torch.testing.assert_close(ours, torch.linalg.svdvals(dense), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
+def test_what_is_lost_is_lost_and_the_rest_is_not(operator: Operator) -> None:
+    x = draw(0)
+    lost = project_null(operator, x)
+    assert operator.forward(lost).abs().max() < 1e-6
+    torch.testing.assert_close(project_null(operator, lost), lost)
+    torch.testing.assert_close(dot(lost, x - lost), torch.zeros(2, dtype=torch.float64))
+
+
+def test_what_each_operator_loses() -> None:
+    x = draw(0)
+    for name in ("noise", "room", "room that looks ahead"):
+        assert not project_null(OPERATORS[name], x).any()
+    torch.testing.assert_close(project_null(OPERATORS["silence"], x), x)
+    constant = torch.ones(1, 2, BINS, FRAMES, dtype=torch.float64)
+    torch.testing.assert_close(project_null(OPERATORS["room that loses something"], constant), constant)
+    assert OPERATORS["band"].singular.flatten().tolist() == [0, 1, 1, 0]
+
+
+def test_frames_that_overlap_a_gap_are_unknown() -> None:
+    # Frame k is centred on 8 k + 4 and sees 16 samples: frame 1 ends at 20, frame 6 starts at 44.
+    known = gap_mask(FRAMES, [(20, 44)], hop=8, window=16).singular.flatten().tolist()
+    assert known == [1, 1, 0, 0, 0, 0, 1, 1, 1]
+    known = gap_mask(FRAMES, [(19, 20), (44, 45)], hop=8, window=16).singular.flatten().tolist()
+    assert known == [1, 0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_a_convolution_is_the_sum_over_taps() -> None:
+    taps, x = filters(3), draw(0)
+    z = torch.complex(x[:, 0], x[:, 1])
+    expected = sum(taps[:, i, None] * z.roll(i - 1, 2) for i in range(3))
+    y = Convolution(taps, FRAMES, lead=1).forward(x)
+    torch.testing.assert_close(torch.complex(y[:, 0], y[:, 1]), expected)
+
+
+def test_bad_operators_are_refused() -> None:
+    with pytest.raises(ValueError, match="complex"):
+        Convolution(filters(3).real, FRAMES)
+    with pytest.raises(ValueError, match="L <= 4"):
+        Convolution(filters(5), 4)
+    with pytest.raises(ValueError, match="lead"):
+        Convolution(filters(3), FRAMES, lead=3)
+    with pytest.raises(ValueError, match="bins"):
+        band_mask(4, 2, 2)
+    with pytest.raises(ValueError, match="gap"):
+        gap_mask(4, [(3, 3)], hop=8, window=16)
+
+
+def test_a_mask_may_differ_from_item_to_item() -> None:
+    known = torch.rand(2, 1, BINS, FRAMES, generator=torch.Generator().manual_seed(3)) > 0.5
+    x = draw(0)
+    torch.testing.assert_close(Mask(known).forward(x), x * known)
