@@ -239,6 +239,26 @@ def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
         TrainClapConfig(run=again, freeze_text=True, **settings)
 
 
+def test_main_captions_are_drawn_as_often_as_asked(corpus, tmp_path):
+    settings = {
+        "model": "configs/stable_audio/tiny.yaml",
+        "data": str(corpus),
+        "batch_size": 3,
+        "optimizer": OptimizerConfig(lr=1e-3),
+        "run": RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
+    }
+    shares = {}
+    for main in (0.0, 0.5, 1.0):
+        task = ClapTask(TrainClapConfig(main_caption=main, **settings))
+        again = task.tokenizer.token_to_id("Ġagain")
+        assert again is not None  # the captions that aren't the main one have this word
+        found = [(task.batch(number, 0, 1)["ids"] == again).any(1) for number in range(60)]
+        shares[main] = 1 - float(torch.cat(found).float().mean())
+    assert shares[1.0] == 1 and 0.4 < shares[0.0] < 0.6 and 0.67 < shares[0.5] < 0.83
+    with pytest.raises(ValueError, match="main_caption must lie in 0..1"):
+        TrainClapConfig(main_caption=1.5, **settings)
+
+
 def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):
     model = yaml.safe_load(Path("configs/stable_audio/tiny.yaml").read_text())
     model["clap"]["audio_fusion"] = True
