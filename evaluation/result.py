@@ -44,6 +44,10 @@ class Figure:
     beside: dict[str, float] = field(default_factory=dict)
 
 
+Nearest = tuple[tuple[str, float], ...]
+"""Paths of the training sounds whose embeddings are closest, closest first, and their cosines."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sound:
     """One evaluated file.
@@ -56,7 +60,7 @@ class Sound:
         prompt: what it was made from, or describes it; "" for nothing.
         requested: the length in seconds that was asked for, or None.
         heard: measurements by name: "end" in seconds, "width" in dB, ...
-        nearest: of a generated sound: paths of the training sounds whose embeddings are closest, and their cosines.
+        nearest: the training sounds that are most alike; () where none were given, and of recordings among them.
     """
 
     path: str
@@ -67,7 +71,7 @@ class Sound:
     prompt: str = ""
     requested: float | None = None
     heard: dict[str, float] = field(default_factory=dict)
-    nearest: tuple[tuple[str, float], ...] = ()
+    nearest: Nearest = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +101,30 @@ class Result:
     def figure(self, name: str) -> Figure | None:
         """The figure of that name, or None."""
         return next((f for f in self.figures if f.name == name), None)
+
+
+def as_text(result: Result) -> str:
+    """A line for each figure, and for all that could not be had."""
+    lines = [f"{'':18}{'n':>7}{'':>9}{'value':>10}{'95 %':>22}   beside"]
+    lines += [_line(figure) for figure in result.figures]
+    lines += [f"{name}: not measured: {reason}" for name, reason in result.missing.items()]
+    if alike := max((sound for sound in result.generated if sound.nearest), key=_closeness, default=None):
+        lines.append(f"most like a training sound: {alike.path}, of {alike.nearest[0][0]} ({_closeness(alike):.3f})")
+    treated = sum(bool(sound.treatment) for sound in (*result.generated, *result.reference))
+    if treated:
+        lines.append(f"{treated} sounds were treated first, as the result says of each")
+    lines += [f"left out: {reason}" for reason in result.left_out.values()]
+    return "\n".join(lines)
+
+
+def _closeness(sound: Sound) -> float:
+    return sound.nearest[0][1]
+
+
+def _line(figure: Figure) -> str:
+    interval = f"{figure.low:.4g} to {figure.high:.4g}"
+    beside = ", ".join(f"{name} {value:.4g}" for name, value in figure.beside.items())
+    return f"{figure.name:18}{figure.n:7}{figure.unit:>9}{figure.value:10.4g}{interval:>22}   {beside}".rstrip()
 
 
 def save_result(result: Result, path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from test_embedders import openl3_file
 
-import evaluation
 from evaluation import embedding
 from evaluation.embedders.clap import ClapEmbedder, load_any_clap
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder
 from evaluation.frechet import Gaussian, frechet_distance
 from evaluation.options import add_arguments, options_of
-from evaluation.result import Result, Sound, load_result
-from evaluation.run import as_text, evaluate
+from evaluation.result import Result, as_text, load_result
+from evaluation.run import evaluate
 from evaluation.streams import Level
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import write_audio
@@ -80,24 +78,6 @@ def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stand_in(name: str, **contents: Callable) -> None:
-    """The module `evaluation.NAME`, where it is not there."""
-    if not (ROOT / "evaluation" / f"{name}.py").is_file():
-        module = types.ModuleType(f"evaluation.{name}")
-        module.__file__ = __file__
-        module.__dict__.update(contents)
-        sys.modules[f"evaluation.{name}"] = module
-        setattr(evaluation, name, module)
-
-
-stand_in(
-    "listening",
-    describe=lambda audio, rate: {"end": audio.shape[1] / rate, "peak": float(audio.abs().max())},
-    summarise=lambda sounds, reference: ([], {}),
-)
-stand_in("neighbours", nearest=lambda made, known, paths, k=3: [tuple((p, 0.5) for p in paths[:k])] * len(made))
-
-
 @pytest.fixture
 def run(weights: Path, tmp_path: Path) -> Callable[..., Result]:
     """`evaluate` with the weights and a cache of its own, or the one given."""
@@ -141,13 +121,11 @@ def test_figures_depend_on_neither_batch_nor_workers(run, music: Path, tmp_path:
 def test_two_processes_find_what_one_does(run, music: Path, weights: Path, tmp_path: Path) -> None:
     """Over gloo, each with a half of the files."""
     one = run(music / "made", music / "real", "--metrics", "fd_clap,clap_score")
-    script = tmp_path / "both.py"
-    script.write_text("import test_evaluate\nfrom evaluation.run import main\nmain()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "evaluation.run"]
     options = ["--clap", weights / "clap", "--cache", tmp_path / "shared", "-o", tmp_path / "both.json"]
     command = [*launch, music / "made", music / "real", "--metrics", "fd_clap,clap_score", *options]
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -309,11 +287,56 @@ def test_distances_are_extrapolated_to_infinitely_many_sounds(run, music: Path) 
     assert infinite.value < plain.value and infinite.low < infinite.value < infinite.high
 
 
-def test_nearest_training_sounds_are_listed(run, music: Path) -> None:
-    result = run(music / "made", music / "real", "--training", music / "real", "--metrics", "fd_clap")
-    for sound in (*result.generated, *result.reference):
-        assert isinstance(sound, Sound) and len(sound.nearest) == 3 and Path(sound.nearest[0][0]).is_file()
-    assert "end" in result.generated[0].heard
+def test_nearest_training_sounds_are_listed_beside_those_of_held_out_recordings(
+    run, music: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A copy is found, whatever its name and level; recordings that were learned from are no yardstick."""
+    for number in range(4):
+        write_audio(tmp_path / "learned" / f"{number}.wav", tone(number, 1 + 0.2 * number), RATE)
+    write_audio(tmp_path / "made" / "copy.wav", 0.5 * tone(3, 1.6), RATE)
+    write_audio(tmp_path / "made" / "own.wav", tone(9, 1.6), RATE)
+    done = []
+    write = embedding.Store.write
+    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    arguments = (tmp_path / "made", music / "real", "--training", tmp_path / "learned", "--metrics", "fd_openl3")
+    result = run(*arguments)
+    # Training sounds that are recordings too are heard with them, once; all others by CLAP alone.
+    assert done.count("clap") == 2 + 6 and done.count("openl3") == 2 + 6 + 6
+    copy, own = sorted(result.generated, key=lambda sound: sound.path)
+    path, cosine = copy.nearest[0]
+    assert path == str(tmp_path / "learned" / "3.wav") and cosine > 0.999 and own.nearest[0][1] < cosine
+    assert [len(sound.nearest) for sound in result.generated] == [3, 3]
+    real = {Path(sound.path).stem: sound.nearest for sound in result.reference}
+    assert [name for name, near in sorted(real.items()) if near] == ["4", "5"]
+    usual = (real["4"][0][1] + real["5"][0][1]) / 2
+    assert result.figure("nearest_training").beside["real"] == pytest.approx(usual)
+    assert f"copy.wav, of {path}" in as_text(result)
+    assert result.settings["training"]["sounds"] == 4 and result.settings["likeness"] == "clap"
+    done.clear()
+    assert run(*arguments).generated == result.generated and done == []
+    all_learned = run(tmp_path / "made", tmp_path / "learned", "--training", tmp_path / "learned")
+    assert "all of them are in --training" in all_learned.missing["nearest_training of recordings"]
+    assert all_learned.figure("nearest_training").beside == {}
+
+
+def test_training_sounds_without_an_embedder_are_not_searched(run, music: Path, tmp_path: Path) -> None:
+    arguments = ["--metrics", "fd_openl3", "--weights", tmp_path, "--training", music / "real"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [music / "made", music / "real", *arguments, "--cache", tmp_path, "-o", tmp_path / "r.json"]
+    result = evaluate(options_of(parser.parse_args([str(a) for a in (*given, "--device", "cpu")])))
+    assert "630k" in result.missing["nearest_training"] and not any(s.nearest for s in result.generated)
+
+
+def test_diversity_stands_beside_that_of_recordings(run, music: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        write_audio(tmp_path / "alike" / f"{number}.wav", tone(1, 1.5) * (1 + 0.01 * number), RATE)
+    alike = run(tmp_path / "alike", music / "real", "--metrics", "fd_clap").figure("diversity")
+    varied = run(music / "made", music / "real", "--metrics", "fd_clap").figure("diversity")
+    assert alike.value == pytest.approx(1, abs=1e-3) and varied.value > alike.value + 1e-3
+    assert alike.n == varied.n == 6
+    assert alike.beside == varied.beside and alike.beside["real"] > 1
+    assert run(music / "made", "--metrics", "clap_score").figure("diversity").beside == {}
 
 
 def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
