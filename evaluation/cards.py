@@ -143,7 +143,9 @@ def card(label: str, sound: Sound, places: Places) -> Card:
     heights: dict[int, float] = {}
     try:
         if file is None:
-            raise UserError(f"{sound.path}: no such file here or beside the result; start where evaluation.run was")
+            raise UserError(
+                f"{sound.path}: no such file here or beside the result; put it back, or evaluate where it lies now"
+            )
         picture, heights = _picture(file)
         player = _mp3(file) if places.embed else places.link(file)
     except UserError as error:

@@ -6,6 +6,7 @@ Stored as JSON. Two results may be compared where their settings agree; `differe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
@@ -27,6 +28,8 @@ class Missing(UserError):
 class Figure:
     """One metric's value with its 95 % bootstrap interval over `n` sounds, or windows where `unit` says so.
 
+    Of a single sound there is no interval: `low` and `high` are NaN.
+
     Attributes:
         name: of the metric, "fd_openl3".
         beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae". Of a distance
@@ -42,6 +45,11 @@ class Figure:
     unit: str = ""
     higher_is_better: bool | None = None
     beside: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether `low` and `high` are known."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 Nearest = tuple[tuple[str, float], ...]
@@ -87,6 +95,7 @@ class Result:
         reference: those that they are compared with.
         left_out: files that could not be used, and why.
         tables: histograms and the like by name: rows of named values.
+        origin: where all of it comes from, which may differ between results that compare.
     """
 
     model: str
@@ -97,6 +106,7 @@ class Result:
     reference: tuple[Sound, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def figure(self, name: str) -> Figure | None:
         """The figure of that name, or None."""
@@ -122,7 +132,7 @@ def _closeness(sound: Sound) -> float:
 
 
 def _line(figure: Figure) -> str:
-    interval = f"{figure.low:.4g} to {figure.high:.4g}"
+    interval = f"{figure.low:.4g} to {figure.high:.4g}" if figure.has_interval else ""
     beside = ", ".join(f"{name} {value:.4g}" for name, value in figure.beside.items())
     return f"{figure.name:18}{figure.n:7}{figure.unit:>9}{figure.value:10.4g}{interval:>22}   {beside}".rstrip()
 
@@ -133,10 +143,20 @@ def save_result(result: Result, path: Path) -> None:
     Raises:
         UserError: it can't be written.
     """
-    text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, ensure_ascii=False)
+    data = without_nan({"format": FORMAT, **asdict(result)})
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         # Names that are no UTF-8 hold lone surrogates; with a backslash they are what JSON writes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values for JSON, which has no NaN and no infinity: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_result(path: Path) -> Result:
@@ -149,7 +169,7 @@ def load_result(path: Path) -> Result:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format") != FORMAT:
             raise ValueError("another version's layout")
-        figures = tuple(from_dict(Figure, row, "figures") for row in data.pop("figures"))
+        figures = tuple(_figure(row) for row in data.pop("figures"))
         generated, reference = (tuple(_sound(row, key) for row in data.pop(key)) for key in ("generated", "reference"))
         _check_mappings(data)
         return Result(figures=figures, generated=generated, reference=reference, **data)
@@ -160,6 +180,12 @@ def load_result(path: Path) -> Result:
         raise UserError(f"{path}: not a result of evaluation.run ({reason}); run it again") from error
 
 
+def _figure(row: Any) -> Figure:
+    if isinstance(row, dict):
+        row = row | {key: math.nan for key in ("value", "low", "high") if row.get(key, 0) is None}
+    return from_dict(Figure, row, "figures")
+
+
 def _sound(row: dict[str, Any], where: str) -> Sound:
     nearest = tuple((str(path), float(cosine)) for path, cosine in row.pop("nearest"))
     return replace(from_dict(Sound, row, where), nearest=nearest)
@@ -168,10 +194,12 @@ def _sound(row: dict[str, Any], where: str) -> Sound:
 def _check_mappings(data: dict[str, Any]) -> None:
     if not isinstance(data["model"], str) or not isinstance(data["settings"], dict):
         raise ValueError("'model' must be a text and 'settings' a mapping")
-    texts = [value for key in ("missing", "left_out") for value in data[key].values()]
+    texts = [value for key in ("missing", "left_out", "origin") for value in data.get(key, {}).values()]
     rows = [row for table in data["tables"].values() for row in table]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("'missing' and 'left_out' must hold texts, and 'tables' rows of named values")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("'missing', 'left_out' and 'origin' must hold texts")
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("'tables' must hold rows of named values")
 
 
 def partners(generated: Sequence[Sound], reference: Sequence[Sound]) -> list[Sound | None]:

@@ -12,12 +12,11 @@ where it was stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,20 @@ from evaluation.case import Case
 from evaluation.embedders import Embedder, load_embedder
 from evaluation.embedding import Describer, Listener, Store, embed_all, in_parallel
 from evaluation.frechet import load_statistics, save_statistics
+from evaluation.manifest import set_hash, versions
 from evaluation.metrics import DEFAULTS, METRICS, embedder_of, measure
 from evaluation.options import ABOUT, Options, add_arguments, options_of
 from evaluation.result import Figure, Missing, Nearest, Result, Sound, as_text, partners, save_result
 from evaluation.sounds import Clip, RoundTrip, examine, white_noise
 from evaluation.streams import Level
+from stable_audio_lite.audio.io import Stored
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, sha256
 
-_PACKAGES = ("stable-audio-lite", "torch", "torchaudio", "transformers", "hear21passt", "soxr", "soundfile")
+_PATIENCE = timedelta(days=7)  # that a process waits for the others, whose files may be longer, or not embedded yet
 _LIKENESS = ("clap", "openl3", "passt")  # which embedder tells what is alike: the first that is there
 
 
@@ -53,12 +54,15 @@ class Evaluation:
             UserError: a metric is unknown, the output can't be written, or weights that were given are damaged.
         """
         self.options = options
-        self.state = PartialState(cpu=options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self.state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.device = self.state.device if self.state.num_processes > 1 else choose_device(options.device)
         self.metrics = options.metrics or DEFAULTS
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"--metrics: unknown {unknown[0]}; choose some of {', '.join(METRICS)}")
         check_place(options.output)
+        if options.save_statistics:
+            check_place(options.save_statistics / "openl3.npz")
         self.statistics = load_statistics(options.statistics) if options.statistics else (None, None)
         self.store, self.describer = Store(options.cache), Describer()
         self.left_out: dict[str, str] = {}
@@ -102,7 +106,7 @@ class Evaluation:
                 self.generated[index] = replace(clip, sound=replace(clip.sound, prompt=other.prompt))
 
     def _read(self, source: str, prompts: frozenset[str] = frozenset()) -> list[Clip]:
-        items = read_items(source)
+        items = [_placed(item) for item in read_items(source)]
         seen = in_parallel(lambda item: _examined(item, prompts), items, self.options.workers)
         self.left_out |= {str(i.path): found for i, found in zip(items, seen, strict=True) if isinstance(found, str)}
         clips = [found for found in seen if isinstance(found, Clip)]
@@ -121,6 +125,8 @@ class Evaluation:
         alike = [self.likeness] if self.likeness else []
         self.noise = [white_noise(clip) for clip in self.reference or self.generated]
         self.vae = [self.trip(clip) for clip in self.reference] if self.trip else []
+        if self.trip and not self.reference:
+            self.missing["vae"] = "needs recordings to encode and decode; give REFERENCE, their folder or list"
         jobs: list[tuple[Clip, Sequence[Listener]]] = [
             (clip, [self.describer, *networks]) for clip in self.generated + self.reference
         ]
@@ -146,7 +152,7 @@ class Evaluation:
         generated, reference = self._heard(case)
         heard, tables = summarise(generated, reference)
         return Result(
-            model=self.options.name or Path(self.options.generated).name,
+            model=self.options.name or Path(self.options.generated).absolute().name,
             settings=self.settings(),
             figures=(*figures, *heard, *self._diversity(case)),
             missing=self.missing,
@@ -154,6 +160,7 @@ class Evaluation:
             reference=tuple(reference),
             left_out=self.left_out,
             tables={"calibration": calibration, **tables},
+            origin=self._origin(),
         )
 
     def _measure(self, case: Case) -> tuple[list[Figure], list[dict[str, Any]]]:
@@ -184,6 +191,9 @@ class Evaluation:
     def _save_statistics(self, case: Case) -> None:
         if self.options.save_statistics is None:
             return
+        if len(self.reference) < 2:
+            self.missing["statistics"] = "need at least 2 recordings"
+            return
         for embedder in self.embedders.values():
             with case.rows(self.reference, embedder) as rows:
                 told = {"name": embedder.name, **embedder.settings}
@@ -209,19 +219,34 @@ class Evaluation:
         return replace(clip.sound, heard={name: float(value) for name, value in heard.items()}, nearest=near)
 
     def settings(self) -> dict[str, Any]:
-        """Whatever changes figures: two results may be compared where it agrees."""
-        recordings: dict[str, Any] = _hash(clip.key for clip in self.reference)
+        """Whatever changes figures but what is under test: two results may be compared where it agrees."""
+        recordings: dict[str, Any] = set_hash(clip.key for clip in self.reference)
         if self.options.statistics:
             recordings = {"statistics": sha256(self.options.statistics)[:12]}
         return {
             "level": str(Level(*self.options.level)),
             "resampler": "soxr HQ",
             "reference": recordings,
-            **({"training": _hash(clip.key for clip in self.training)} if self.training else {}),
+            "prompts": set_hash(clip.sound.prompt for clip in self.generated),
+            **({"training": set_hash(clip.key for clip in self.training)} if self.training else {}),
             "likeness": self.likeness.name if self.likeness else None,
             **{name: embedder.settings for name, embedder in self.embedders.items()},
-            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+            "listening": self.describer.settings,
+            "versions": versions(),
         }
+
+    def _origin(self) -> dict[str, str]:
+        """What may differ between results that compare."""
+        given = self.options
+        sources = {"generated": given.generated, "reference": given.reference, "training": given.training}
+        known = {name: str(Path(s).absolute() if Path(s).exists() else s) for name, s in sources.items() if s}
+        vae = {"vae": f"{given.vae}, weights {self.trip.hash}"} if self.trip else {}
+        return {**known, **vae, "device": str(self.device)}
+
+
+def _placed(item: Item) -> Item:
+    """With a path that leads there from any folder, as links in a result have to."""
+    return item if isinstance(item.path, Stored) else replace(item, path=Path(item.path).absolute())
 
 
 def _examined(item: Item, prompts: frozenset[str]) -> Clip | str:
@@ -229,19 +254,6 @@ def _examined(item: Item, prompts: frozenset[str]) -> Clip | str:
         return examine(item, prompts)
     except UserError as error:
         return str(error)
-
-
-def _hash(keys: Iterable[str]) -> dict[str, Any]:
-    """What names a set of sounds, in whatever order they come."""
-    ordered = sorted(keys)
-    return {"sounds": len(ordered), "hash": hashlib.sha256("\n".join(ordered).encode()).hexdigest()[:12]}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package).partition("+")[0]  # without what torch was built for
-    except PackageNotFoundError:
-        return None
 
 
 def evaluate(options: Options) -> Result | None:
