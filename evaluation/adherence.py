@@ -32,9 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.bootstrap import interval
 from evaluation.frechet import Gaussian, frechet_distance
 from evaluation.music import key, tempo, width_db
 from evaluation.obedience import sound_end
+from evaluation.result import without_nan
 from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.bundle import load_whole_clap
@@ -48,7 +50,6 @@ MEASURES = ("families", "instruments", "drums", "style", "tempo", "tempo octave"
 SHORTEST = 2.0  # seconds asked for at least
 TEMPO_SHARE, END_SECONDS, WIDTH_DB = 0.04, 0.5, 6.0
 OCTAVES = (1 / 3, 1 / 2, 2.0, 3.0)
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Heard:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Mean share of right answers over `n` sounds with its 95 % interval, beside ceiling and floor."""
+    """Mean share of right answers over `n` sounds with its 95 % interval (NaN of one), beside ceiling and floor."""
 
     name: str
     n: int
@@ -200,8 +201,7 @@ def _summary(
     values, ceiling, floor = (np.array([row[name] for row in rows if name in row]) for rows in (made, real, shuffled))
     if not len(values):
         return None
-    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    low, high = interval(values, seed)
     means = {"value": values.mean(), "low": low, "high": high, "ceiling": ceiling.mean(), "floor": floor.mean()}
     return Measure(name=name, n=len(values), **{k: float(v) for k, v in means.items()})
 
@@ -225,8 +225,8 @@ def as_text(measures: Sequence[Measure], apart: Distances | None) -> str:
     """A table."""
     lines = [f"{'':14}{'n':>5}{'right':>8}{'95 %':>14}{'real':>8}{'shuffled':>10}"]
     for row in measures:
-        interval = f"{row.low:.0%} to {row.high:.0%}"
-        lines.append(f"{row.name:14}{row.n:5}{row.value:8.0%}{interval:>14}{row.ceiling:8.0%}{row.floor:10.0%}")
+        span = f"{row.low:.0%} to {row.high:.0%}" if row.n > 1 else ""
+        lines.append(f"{row.name:14}{row.n:5}{row.value:8.0%}{span:>14}{row.ceiling:8.0%}{row.floor:10.0%}")
     if apart:
         lines.append(
             f"Fréchet distance of CLAP embeddings ({apart.n} and {apart.n} sounds): generated to real "
@@ -259,7 +259,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     whole = {"measures": [asdict(row) for row in measures], "frechet": asdict(apart) if apart else None}
-    print(json.dumps(whole, indent=2) if args.json else as_text(measures, apart))
+    print(json.dumps(without_nan(whole), indent=2) if args.json else as_text(measures, apart))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-RESAMPLES = 2000
+_RESAMPLES = 2000
 _NORMAL = 1.96  # standard deviations that hold 95 %
 
 
 def interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """Of the mean of N `values`, by percentiles."""
+    """Of the mean of N `values`, by percentiles; NaN of a single one, which says nothing of others."""
     rng, known = np.random.default_rng(seed), np.asarray(values, float)
-    means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(RESAMPLES)]
+    if len(known) < 2:
+        return math.nan, math.nan
+    means = [known[rng.integers(len(known), size=len(known))].mean() for _ in range(_RESAMPLES)]
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 

@@ -84,6 +84,46 @@ class Places:
         return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """A generated sound and the training sound that it is most like.
+
+    Attributes:
+        name, link: of the generated sound; the link is None where its file is not there.
+        training, training_link: of the training sound.
+        cosine: of their embeddings.
+        beyond: share of the recordings that are less like any training sound; None where no recording tells.
+    """
+
+    name: str
+    link: str | None
+    training: str
+    training_link: str | None
+    cosine: float
+    beyond: float | None
+
+
+def likenesses(result: Result, places: Places, count: int = 20) -> list[Likeness]:
+    """The `count` generated sounds that are most like a training sound, the closest first."""
+    usual = [sound.nearest[0][1] for sound in result.reference if sound.nearest]
+    sounds = sorted((s for s in result.generated if s.nearest), key=lambda s: s.nearest[0][1], reverse=True)
+    found = []
+    for sound in sounds[:count]:
+        (training, cosine), own = sound.nearest[0], places.find(sound.path)
+        other = places.find(training)
+        found.append(
+            Likeness(
+                name=PurePath(sound.path).name,
+                link=places.link(own) if own else None,
+                training=training,
+                training_link=places.link(other) if other else None,
+                cosine=cosine,
+                beyond=sum(value < cosine for value in usual) / len(usual) if usual else None,
+            )
+        )
+    return found
+
+
 def groups(result: Result) -> list[tuple[str, list[tuple[str, Sound]]]]:
     """Prompts, or names where there are none, each with its generated sounds and the recording beside them."""
     found: dict[str, list[tuple[str, Sound]]] = {}
@@ -103,7 +143,9 @@ def card(label: str, sound: Sound, places: Places) -> Card:
     heights: dict[int, float] = {}
     try:
         if file is None:
-            raise UserError(f"{sound.path}: no such file here or beside the result; start where evaluation.run was")
+            raise UserError(
+                f"{sound.path}: no such file here or beside the result; put it back, or evaluate where it lies now"
+            )
         picture, heights = _picture(file)
         player = _mp3(file) if places.embed else places.link(file)
     except UserError as error:

@@ -49,7 +49,8 @@ class Case:
     def _read(self, clip: Clip, embedder: Embedder) -> dict[str, Tensor]:
         found = self.store.read(clip, embedder)
         if found is None:
-            raise Missing(f"the embedding of {clip.sound.path} has gone from the cache; run the command again")
+            where = f"the embedding of {clip.sound.path} is not in {self.store.folder}"
+            raise Missing(f"{where}; run again, on several machines with a --cache that all of them share")
         return found
 
     def pairs(self) -> list[tuple[Clip, Clip]]:

@@ -29,7 +29,7 @@ def strip(figure: Figure, columns: Sequence[str]) -> str:
         parts.append(
             f'<line class="mark c{columns.index(name) % 6}" x1="{at(value)}" x2="{at(value)}" y1="3" y2="21"/>'
         )
-    if math.isfinite(figure.low) and math.isfinite(figure.high):
+    if figure.has_interval:
         parts.append(
             f'<line class="interval" x1="{at(figure.low)}" x2="{at(figure.high)}" y1="{middle}" y2="{middle}"/>'
         )

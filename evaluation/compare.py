@@ -78,7 +78,8 @@ def _cell(figure: Figure | None, winner: Figure | None, held_against: Figure, se
     value = f"**{shown(figure.value)}**" if winner and figure.value == winner.value else shown(figure.value)
     size = f", n = {figure.n}" if several else ""
     alike = "" if figure is held_against or differ(figure, held_against) else f" {ALIKE}"
-    return f"{value} [{shown(figure.low)}, {shown(figure.high)}]{size}{alike}"
+    span = f" [{shown(figure.low)}, {shown(figure.high)}]" if figure.has_interval else ""
+    return f"{value}{span}{size}{alike}"
 
 
 def _names(results: Sequence[Result], paths: Sequence[Path]) -> list[str]:

@@ -69,12 +69,13 @@ def frechet(metric: str, embedder: Embedder, case: Case) -> Measured:
         value, n = distance(made, real, None), sum(made.counts)
         resamples = _RESAMPLES_INFINITE if infinite else _RESAMPLES
         half = spread(lambda weights: distance(made, real, weights), len(made.counts), resamples)
-    beside = {}
+    beside, sizes = {}, {}
     if case.statistics is not None:
-        beside = {"noise": apart(case.noise, real)}
+        beside, sizes = {"noise": apart(case.noise, real)}, {"noise": len(case.noise)}
     elif groups := _split(case):
         first, second = (gaussian(clips) for clips in halves(case.reference))
         beside = {name: (apart(one, second) + apart(two, first)) / 2 for name, (one, two) in groups.items()}
+        sizes = {name: len(one) for name, (one, _) in groups.items()}
     figure = Figure(
         name=metric,
         value=value,
@@ -85,21 +86,23 @@ def frechet(metric: str, embedder: Embedder, case: Case) -> Measured:
         higher_is_better=False,
         beside=beside,
     )
-    return Measured(figure, [{"metric": metric, "beside": name, "value": there} for name, there in beside.items()])
+    rows = [{"metric": metric, "beside": name, "value": there, "n": sizes[name]} for name, there in beside.items()]
+    return Measured(figure, rows)
 
 
 def _split(case: Case) -> dict[str, tuple[list[Clip], list[Clip]]]:
     """Halves of equally many sounds, each to be compared with the recordings of the other half, which none is made of.
 
     The distance grows as sounds get fewer, and is small between a recording and what is made of it: only like this does
-    what stands beside a figure compare.
+    what stands beside a figure compare. What has fewer than two sounds in a half is left out.
     """
     groups = {"real halves": halves(case.reference), "generated halves": _halves_of_generated(case)}
     for name, clips in (("noise", case.noise), ("vae", case.vae)):
         if clips:
             groups[name] = halves(clips, [clip.key for clip in case.reference])
-    count = min(len(half) for pair in groups.values() for half in pair)
-    return {name: (one[:count], two[:count]) for name, (one, two) in groups.items()} if count >= 2 else {}
+    groups = {name: pair for name, pair in groups.items() if min(map(len, pair)) >= 2}
+    count = min((len(half) for pair in groups.values() for half in pair), default=0)
+    return {name: (one[:count], two[:count]) for name, (one, two) in groups.items()}
 
 
 def _halves_of_generated(case: Case) -> tuple[list[Clip], list[Clip]]:

@@ -1,4 +1,4 @@
-"""Runs embedders over sounds and keeps what they give on disk, by the file's hash and the embedder's settings.
+"""Runs embedders over sounds and keeps what they give on disk, by file's hash, embedder's settings and versions.
 
 What is on disk is not computed again, so a killed evaluation goes on where it stopped, and the next one with the same
 recordings begins with them. Files are split over processes and, within one, over threads; each goes through the
@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from evaluation.frechet import Gaussian
+from evaluation.manifest import code_hash, versions
 from evaluation.sounds import Clip
 from evaluation.streams import LONGEST
 from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio
@@ -56,10 +57,10 @@ class Describer:
     name = "listening"
 
     def __init__(self) -> None:
-        from evaluation import listening
+        from evaluation import listening, music, obedience
 
         self._describe = listening.describe
-        self.settings = {"code": hashlib.sha256(Path(listening.__file__).read_bytes()).hexdigest()[:12]}
+        self.settings = {"code": code_hash(listening, music, obedience)}
 
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
         """A scalar for each measurement."""
@@ -71,13 +72,13 @@ class Describer:
 
 @dataclass(frozen=True)
 class Store:
-    """Named tensors in `folder`, one safetensors file for a sound and a listener."""
+    """Named tensors in `folder`, one safetensors file for a sound, a listener and the versions of packages."""
 
     folder: Path
 
     def path(self, clip: Clip, listener: Listener) -> Path:
         """Where they lie, or would."""
-        told = json.dumps([FORMAT, clip.key, listener.name, listener.settings], sort_keys=True)
+        told = json.dumps([FORMAT, clip.key, listener.name, listener.settings, versions()], sort_keys=True)
         key = hashlib.sha256(told.encode()).hexdigest()
         return self.folder / listener.name / key[:2] / f"{key}.safetensors"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,9 +120,9 @@ def summarise(
     """Figures and tables of what was heard in generated `sounds`, beside the same of the `reference` recordings.
 
     - on_time: share whose sound ends within 0.5 s of what was asked for; beside it, of recordings, within 0.5 s of the
-      file's end ("real"), and of sounds held against each other's lengths ("shuffled lengths")
+      file's end ("real"), and of sounds held against the lengths of all others ("shuffled lengths")
     - timing_error: mean time between the two, in s
-    - width_right: share within 6 dB of the width of the recording of the same prompt or name; beside it, of another's
+    - width_right: share within 6 dB of the width of the recording of the same prompt or name; beside it, of all others
     - width, level, intro, development, outro: means of `describe`; nearest_training: mean cosine to the closest one
 
     The tables: "timing", a row for each bin of lengths asked for, and "timing_histogram", how many of them came out how
@@ -142,32 +142,33 @@ def _asked(sounds: Sequence[Sound]) -> list[tuple[float, float]]:
 
 def _timing(sounds: Sequence[Sound], reference: Sequence[Sound]) -> list[Figure | None]:
     wanted, ends = np.array(_asked(sounds)).reshape(-1, 2).T
-    late = {
-        "made": ends - wanted,
-        "real": np.array([s.heard["end"] - s.seconds for s in reference if "end" in s.heard]),
-        "shuffled lengths": _turned(ends) - wanted if len(set(wanted)) > 1 else np.array([]),
-    }
-    right = {name: np.abs(seconds) <= END_SECONDS for name, seconds in late.items()}
-    error = {name: np.abs(seconds) for name, seconds in late.items()}
+    real = np.array([s.heard["end"] - s.seconds for s in reference if "end" in s.heard])
+    others = [ends[wanted != own] - own for own in wanted] if len(set(wanted)) > 1 else []
+
+    def beside(measure: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
+        return {"real": measure(real), "shuffled lengths": np.array([measure(late).mean() for late in others])}
+
     return [
-        _figure("on_time", right.pop("made"), right, True),
-        _figure("timing_error", error.pop("made"), error, False),
+        _figure("on_time", _on_time(ends - wanted), beside(_on_time), True),
+        _figure("timing_error", np.abs(ends - wanted), beside(np.abs), False),
     ]
 
 
-def _turned(values: np.ndarray) -> np.ndarray:
-    """Each one's value given to another, far off in the list, as neighbours may be alike."""
-    return np.roll(values, len(values) // 2)
+def _on_time(late: np.ndarray) -> np.ndarray:
+    return np.abs(late) <= END_SECONDS
 
 
 def _width_right(sounds: Sequence[Sound], reference: Sequence[Sound]) -> Figure | None:
     pairs = [
-        (sound.heard["width"], partner.heard["width"])
+        (sound.heard["width"], partner)
         for sound, partner in zip(sounds, partners(sounds, reference), strict=True)
         if partner and "width" in sound.heard and "width" in partner.heard
     ]
-    made, real = np.maximum(np.array(pairs, float).reshape(-1, 2), MONO_DB).T
-    beside = {"shuffled": np.abs(made - _turned(real)) <= WIDTH_DB}
+    made = np.maximum([width for width, _ in pairs], MONO_DB)
+    real = np.maximum([partner.heard["width"] for _, partner in pairs], MONO_DB)
+    paths = np.array([partner.path for _, partner in pairs])
+    others = [real[paths != path] - width for width, path in zip(made, paths, strict=True)]
+    beside = {"shuffled": [np.mean(np.abs(far) <= WIDTH_DB) for far in others if len(far)]}
     return _figure("width_right", np.abs(made - real) <= WIDTH_DB, beside, True)
 
 

@@ -13,15 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.result import Figure
+from evaluation.bootstrap import spread
+from evaluation.case import Case
+from evaluation.embedders import Embedder
+from evaluation.result import Figure, Nearest
+from evaluation.sounds import Clip
 
 _QUERIES, _BLOCK = 256, 16384  # rows of both sides that are compared at once: 16 MiB of cosines
-_RESAMPLES = 200
+_RESAMPLES = 100
 
 
-def nearest(
-    generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3
-) -> list[tuple[tuple[str, float], ...]]:
+def closest(case: Case, training: Sequence[Clip], embedder: Embedder) -> tuple[dict[str, Nearest], dict[str, Nearest]]:
+    """By the clips' keys, the training sounds closest to each generated sound and, as a yardstick, to each recording.
+
+    A recording that is a training sound itself is no yardstick, and is left out.
+    """
+    known, paths = case.means(training, embedder), [clip.sound.path for clip in training]
+    learned = {clip.key for clip in training}
+    held_out = [clip for clip in case.reference if clip.key not in learned]
+    made, real = (
+        nearest(case.means(clips, embedder), known, paths) if clips else [] for clips in (case.generated, held_out)
+    )
+    return (
+        {clip.key: near for clip, near in zip(case.generated, made, strict=True)},
+        {clip.key: near for clip, near in zip(held_out, real, strict=True)},
+    )
+
+
+def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Nearest]:
     """The `k` training sounds closest to each generated one, closest first, and their cosines.
 
     Args:
@@ -77,24 +96,28 @@ def vendi_score(embeddings: Tensor, weights: Tensor | None = None) -> float:
     return float(torch.special.entr(values).sum().exp())
 
 
-def diversity(generated: Tensor, reference: Tensor, seed: int = 0) -> Figure:
+def diversity(generated: Tensor, reference: Tensor | None = None, seed: int = 0) -> Figure:
     """The Vendi score of (N, D) embeddings, and beside it that of the (M, D) of the reference.
 
     It grows with the number of sounds, so both are of as many, drawn at random where one side has more. Resampled sets
-    hold sounds twice and are less diverse than the set itself, so the bootstrap interval is moved by that difference.
+    hold sounds twice and are less diverse than the set itself, so the interval is as wide as theirs, around the value.
+
+    Raises:
+        ValueError: as `vendi_score`.
     """
-    count = min(len(generated), len(reference))
+    count = len(generated) if reference is None else min(len(generated), len(reference))
     rng = np.random.default_rng(seed)
-    made, real = (side[np.sort(rng.permutation(len(side))[:count])] for side in (generated, reference))
+    made, real = (
+        None if side is None else side[np.sort(rng.permutation(len(side))[:count])] for side in (generated, reference)
+    )
+    assert made is not None
     value = vendi_score(made)
-    draws = rng.multinomial(count, np.full(count, 1 / count), size=_RESAMPLES) / count
-    scores = np.array([vendi_score(made, torch.from_numpy(draw)) for draw in draws])
-    low, high = value + np.quantile(scores, (0.025, 0.975)) - scores.mean()
+    half = spread(lambda draw: vendi_score(made, draw / count), count, _RESAMPLES, seed)
     return Figure(
         name="diversity",
         value=value,
-        low=float(low),
-        high=float(high),
+        low=max(1.0, value - half),
+        high=min(float(count), value + half),
         n=count,
-        beside={"real": vendi_score(real)},
+        beside={} if real is None else {"real": vendi_score(real)},
     )

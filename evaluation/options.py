@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", default="", metavar="A,B,...", help="default: fd_openl3,kl_passt,clap_score,fd_clap")
     add("-o", "--output", type=Path, default=Path("result.json"), help="default: result.json")
     add("--name", help="of the model in reports (default: GENERATED's)")
-    add("--training", metavar="DATA", help="what the model learned from: the nearest of it to each sound are listed")
+    add(
+        "--training", metavar="DATA", help="what the model learned from: the sounds of it that are most like each sound"
+    )
     add("--vae", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id: recordings go through its VAE alone")
     add("--openl3", metavar="FILE", help="weights: a path, or owner/name/file on the hub (default: in --weights)")
     add("--content", default="music", choices=("music", "env"), help="what OpenL3 was trained on (default: music)")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.cards import Card, Places, card, groups
+from evaluation.cards import Card, Places, card, groups, likenesses
 from evaluation.charts import histogram, strip
 from evaluation.published import METRICS, TABLES
 from evaluation.result import Figure, Result, flat_settings, load_result, shown
@@ -65,6 +65,8 @@ def as_html(result: Result, places: Places, prompts: int) -> tuple[str, list[Car
         weights={name: settings.get(f"{metric.embedder}.weights") for name, metric in METRICS.items()},
         published=TABLES if any(result.figure(name) for name in METRICS) else (),
         histogram=histogram(result.tables.get("timing_histogram", [])),
+        likenesses=likenesses(result, places),
+        likest=max((sound.nearest[0][1] for sound in result.reference if sound.nearest), default=None),
         treatments=_treatments(result),
         settings=settings,
         groups=seen,

@@ -6,6 +6,7 @@ Stored as JSON. Two results may be compared where their settings agree; `differe
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
@@ -27,6 +28,8 @@ class Missing(UserError):
 class Figure:
     """One metric's value with its 95 % bootstrap interval over `n` sounds, or windows where `unit` says so.
 
+    Of a single sound there is no interval: `low` and `high` are NaN.
+
     Attributes:
         name: of the metric, "fd_openl3".
         beside: the same metric elsewhere, by name: "real halves", "noise", "shuffled captions", "vae". Of a distance
@@ -43,6 +46,15 @@ class Figure:
     higher_is_better: bool | None = None
     beside: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_interval(self) -> bool:
+        """Whether `low` and `high` are known."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
+
+Nearest = tuple[tuple[str, float], ...]
+"""Paths of the training sounds whose embeddings are closest, closest first, and their cosines."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sound:
@@ -56,7 +68,7 @@ class Sound:
         prompt: what it was made from, or describes it; "" for nothing.
         requested: the length in seconds that was asked for, or None.
         heard: measurements by name: "end" in seconds, "width" in dB, ...
-        nearest: of a generated sound: paths of the training sounds whose embeddings are closest, and their cosines.
+        nearest: the training sounds that are most alike; () where none were given, and of recordings among them.
     """
 
     path: str
@@ -67,7 +79,7 @@ class Sound:
     prompt: str = ""
     requested: float | None = None
     heard: dict[str, float] = field(default_factory=dict)
-    nearest: tuple[tuple[str, float], ...] = ()
+    nearest: Nearest = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +95,7 @@ class Result:
         reference: those that they are compared with.
         left_out: files that could not be used, and why.
         tables: histograms and the like by name: rows of named values.
+        origin: where all of it comes from, which may differ between results that compare.
     """
 
     model: str
@@ -93,10 +106,35 @@ class Result:
     reference: tuple[Sound, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
     def figure(self, name: str) -> Figure | None:
         """The figure of that name, or None."""
         return next((f for f in self.figures if f.name == name), None)
+
+
+def as_text(result: Result) -> str:
+    """A line for each figure, and for all that could not be had."""
+    lines = [f"{'':18}{'n':>7}{'':>9}{'value':>10}{'95 %':>22}   beside"]
+    lines += [_line(figure) for figure in result.figures]
+    lines += [f"{name}: not measured: {reason}" for name, reason in result.missing.items()]
+    if alike := max((sound for sound in result.generated if sound.nearest), key=_closeness, default=None):
+        lines.append(f"most like a training sound: {alike.path}, of {alike.nearest[0][0]} ({_closeness(alike):.3f})")
+    treated = sum(bool(sound.treatment) for sound in (*result.generated, *result.reference))
+    if treated:
+        lines.append(f"{treated} sounds were treated first, as the result says of each")
+    lines += [f"left out: {reason}" for reason in result.left_out.values()]
+    return "\n".join(lines)
+
+
+def _closeness(sound: Sound) -> float:
+    return sound.nearest[0][1]
+
+
+def _line(figure: Figure) -> str:
+    interval = f"{figure.low:.4g} to {figure.high:.4g}" if figure.has_interval else ""
+    beside = ", ".join(f"{name} {value:.4g}" for name, value in figure.beside.items())
+    return f"{figure.name:18}{figure.n:7}{figure.unit:>9}{figure.value:10.4g}{interval:>22}   {beside}".rstrip()
 
 
 def save_result(result: Result, path: Path) -> None:
@@ -105,10 +143,20 @@ def save_result(result: Result, path: Path) -> None:
     Raises:
         UserError: it can't be written.
     """
-    text = json.dumps({"format": FORMAT, **asdict(result)}, indent=1, ensure_ascii=False)
+    data = without_nan({"format": FORMAT, **asdict(result)})
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         # Names that are no UTF-8 hold lone surrogates; with a backslash they are what JSON writes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def without_nan(value: Any) -> Any:
+    """Plain values for JSON, which has no NaN and no infinity: None stands for them."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_result(path: Path) -> Result:
@@ -121,7 +169,7 @@ def load_result(path: Path) -> Result:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data.pop("format") != FORMAT:
             raise ValueError("another version's layout")
-        figures = tuple(from_dict(Figure, row, "figures") for row in data.pop("figures"))
+        figures = tuple(_figure(row) for row in data.pop("figures"))
         generated, reference = (tuple(_sound(row, key) for row in data.pop(key)) for key in ("generated", "reference"))
         _check_mappings(data)
         return Result(figures=figures, generated=generated, reference=reference, **data)
@@ -132,6 +180,12 @@ def load_result(path: Path) -> Result:
         raise UserError(f"{path}: not a result of evaluation.run ({reason}); run it again") from error
 
 
+def _figure(row: Any) -> Figure:
+    if isinstance(row, dict):
+        row = row | {key: math.nan for key in ("value", "low", "high") if row.get(key, 0) is None}
+    return from_dict(Figure, row, "figures")
+
+
 def _sound(row: dict[str, Any], where: str) -> Sound:
     nearest = tuple((str(path), float(cosine)) for path, cosine in row.pop("nearest"))
     return replace(from_dict(Sound, row, where), nearest=nearest)
@@ -140,10 +194,12 @@ def _sound(row: dict[str, Any], where: str) -> Sound:
 def _check_mappings(data: dict[str, Any]) -> None:
     if not isinstance(data["model"], str) or not isinstance(data["settings"], dict):
         raise ValueError("'model' must be a text and 'settings' a mapping")
-    texts = [value for key in ("missing", "left_out") for value in data[key].values()]
+    texts = [value for key in ("missing", "left_out", "origin") for value in data.get(key, {}).values()]
     rows = [row for table in data["tables"].values() for row in table]
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("'missing' and 'left_out' must hold texts, and 'tables' rows of named values")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("'missing', 'left_out' and 'origin' must hold texts")
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("'tables' must hold rows of named values")
 
 
 def partners(generated: Sequence[Sound], reference: Sequence[Sound]) -> list[Sound | None]:

@@ -4,19 +4,19 @@
     accelerate launch --num_processes 8 -m evaluation.run music/ recordings/ --vae starter
 
 Every figure stands beside the same metric between halves of the recordings, for white noise, with shuffled captions and
-through the VAE alone, with its 95 % bootstrap interval over the generated sounds. Embeddings are kept: the same command
-goes on where it was stopped.
+through the VAE alone, with its 95 % bootstrap interval over the generated sounds. `--training DATA` lists the training
+sounds that are most like each, beside how like them the recordings are. Embeddings are kept: the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,21 @@ from evaluation.case import Case
 from evaluation.embedders import Embedder, load_embedder
 from evaluation.embedding import Describer, Listener, Store, embed_all, in_parallel
 from evaluation.frechet import load_statistics, save_statistics
+from evaluation.manifest import set_hash, versions
 from evaluation.metrics import DEFAULTS, METRICS, embedder_of, measure
 from evaluation.options import ABOUT, Options, add_arguments, options_of
-from evaluation.result import Figure, Missing, Result, Sound, partners, save_result
+from evaluation.result import Figure, Missing, Nearest, Result, Sound, as_text, partners, save_result
 from evaluation.sounds import Clip, RoundTrip, examine, white_noise
 from evaluation.streams import Level
+from stable_audio_lite.audio.io import Stored
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, sha256
 
-_PACKAGES = ("stable-audio-lite", "torch", "torchaudio", "transformers", "hear21passt", "soxr", "soundfile")
-_NEIGHBOURS = ("clap", "openl3", "passt")  # which embedder tells what is alike, if it is there
+_PATIENCE = timedelta(days=7)  # that a process waits for the others, whose files may be longer, or not embedded yet
+_LIKENESS = ("clap", "openl3", "passt")  # which embedder tells what is alike: the first that is there
 
 
 class Evaluation:
@@ -52,26 +54,31 @@ class Evaluation:
             UserError: a metric is unknown, the output can't be written, or weights that were given are damaged.
         """
         self.options = options
-        self.state = PartialState(cpu=options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        cpu = options.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self.state = PartialState(cpu=cpu, timeout=_PATIENCE)
         self.device = self.state.device if self.state.num_processes > 1 else choose_device(options.device)
         self.metrics = options.metrics or DEFAULTS
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise UserError(f"--metrics: unknown {unknown[0]}; choose some of {', '.join(METRICS)}")
         check_place(options.output)
+        if options.save_statistics:
+            check_place(options.save_statistics / "openl3.npz")
         self.statistics = load_statistics(options.statistics) if options.statistics else (None, None)
         self.store, self.describer = Store(options.cache), Describer()
         self.left_out: dict[str, str] = {}
         self.missing: dict[str, str] = {}
         self.embedders: dict[str, Embedder] = {}
         self._load_embedders()
+        self.likeness = next((self.embedders[name] for name in _LIKENESS if name in self.embedders), None)
         self.trip = RoundTrip(options.vae, str(self.device)) if options.vae else None
 
     def _load_embedders(self) -> None:
-        """Those that the metrics need; for metrics whose embedder can't be had, what it lacks."""
+        """Those that the metrics need, CLAP for training sounds; of those that can't be had, what they lack."""
         given = self.options
         sources = {"openl3": given.openl3, "passt": given.passt, "clap": given.clap}
         lacking: dict[str, str] = {}
-        for name in dict.fromkeys(embedder_of(metric) for metric in self.metrics):
+        needed = [embedder_of(metric) for metric in self.metrics] + ["clap"] * bool(given.training)
+        for name in dict.fromkeys(needed):
             source, level = sources[name], Level(*given.level)
             try:
                 self.embedders[name] = load_embedder(
@@ -80,6 +87,8 @@ class Evaluation:
             except Missing as error:
                 lacking[name] = str(error)
         self.missing = {metric: lacking[name] for metric in self.metrics if (name := embedder_of(metric)) in lacking}
+        if given.training and not self.embedders:
+            self.missing["nearest_training"] = lacking["clap"]
 
     def gather(self) -> None:
         """Read all files through. A generated sound without a prompt has that of the recording of its name.
@@ -97,7 +106,7 @@ class Evaluation:
                 self.generated[index] = replace(clip, sound=replace(clip.sound, prompt=other.prompt))
 
     def _read(self, source: str, prompts: frozenset[str] = frozenset()) -> list[Clip]:
-        items = read_items(source)
+        items = [_placed(item) for item in read_items(source)]
         seen = in_parallel(lambda item: _examined(item, prompts), items, self.options.workers)
         self.left_out |= {str(i.path): found for i, found in zip(items, seen, strict=True) if isinstance(found, str)}
         clips = [found for found in seen if isinstance(found, Clip)]
@@ -112,12 +121,16 @@ class Evaluation:
             UserError: the store can't be written, or nothing is left.
         """
         networks = list(self.embedders.values())
+        measuring = [self.embedders[name] for name in map(embedder_of, self.metrics) if name in self.embedders]
+        alike = [self.likeness] if self.likeness else []
         self.noise = [white_noise(clip) for clip in self.reference or self.generated]
         self.vae = [self.trip(clip) for clip in self.reference] if self.trip else []
+        if self.trip and not self.reference:
+            self.missing["vae"] = "needs recordings to encode and decode; give REFERENCE, their folder or list"
         jobs: list[tuple[Clip, Sequence[Listener]]] = [
             (clip, [self.describer, *networks]) for clip in self.generated + self.reference
         ]
-        jobs += [(clip, networks) for clip in self.training + self.noise + self.vae]
+        jobs += [(clip, measuring) for clip in self.noise + self.vae] + [(clip, alike) for clip in self.training]
         failed = embed_all(jobs, self.store, self.options.workers)
         self.left_out |= failed
         for name in ("generated", "reference", "training", "noise", "vae"):
@@ -134,6 +147,24 @@ class Evaluation:
         from evaluation.listening import summarise
 
         case = Case(self.generated, self.reference, self.noise, self.vae, self.store, *self.statistics)
+        figures, calibration = self._measure(case)
+        self._save_statistics(case)
+        generated, reference = self._heard(case)
+        heard, tables = summarise(generated, reference)
+        return Result(
+            model=self.options.name or Path(self.options.generated).absolute().name,
+            settings=self.settings(),
+            figures=(*figures, *heard, *self._diversity(case)),
+            missing=self.missing,
+            generated=tuple(generated),
+            reference=tuple(reference),
+            left_out=self.left_out,
+            tables={"calibration": calibration, **tables},
+            origin=self._origin(),
+        )
+
+    def _measure(self, case: Case) -> tuple[list[Figure], list[dict[str, Any]]]:
+        """The metrics that can be had, and what stands beside them."""
         figures, calibration = [], []
         for metric in (name for name in self.metrics if name not in self.missing):
             try:
@@ -143,59 +174,79 @@ class Evaluation:
             else:
                 figures.append(measured.figure)
                 calibration += measured.rows
-        self._save_statistics(case)
-        generated, reference = (self._heard(clips, case) for clips in (self.generated, self.reference))
-        heard, tables = summarise(generated, reference)
-        return Result(
-            model=self.options.name or Path(self.options.generated).name,
-            settings=self.settings(),
-            figures=(*figures, *heard),
-            missing=self.missing,
-            generated=tuple(generated),
-            reference=tuple(reference),
-            left_out=self.left_out,
-            tables={"calibration": calibration, **tables},
-        )
+        return figures, calibration
+
+    def _diversity(self, case: Case) -> list[Figure]:
+        from evaluation.neighbours import diversity
+
+        if self.likeness is None or len(self.generated) < 2:
+            return []
+        recordings = case.means(self.reference, self.likeness) if len(self.reference) > 1 else None
+        try:
+            return [diversity(case.means(self.generated, self.likeness), recordings)]
+        except ValueError as error:
+            self.missing["diversity"] = str(error)
+            return []
 
     def _save_statistics(self, case: Case) -> None:
         if self.options.save_statistics is None:
+            return
+        if len(self.reference) < 2:
+            self.missing["statistics"] = "need at least 2 recordings"
             return
         for embedder in self.embedders.values():
             with case.rows(self.reference, embedder) as rows:
                 told = {"name": embedder.name, **embedder.settings}
                 save_statistics(self.options.save_statistics / f"{embedder.name}.npz", rows.gaussian(), told)
 
-    def _heard(self, clips: Sequence[Clip], case: Case) -> list[Sound]:
-        """The sounds with what was heard in them, and the training sounds that are nearest."""
-        from evaluation.neighbours import nearest
+    def _heard(self, case: Case) -> tuple[list[Sound], list[Sound]]:
+        """Generated sounds and recordings, with what was heard in them and the training sounds that are nearest."""
+        from evaluation.neighbours import closest
 
-        closest: list[tuple[tuple[str, float], ...]] = [()] * len(clips)
-        alike = next((self.embedders[name] for name in _NEIGHBOURS if name in self.embedders), None)
-        if self.training and alike is None:
-            self.missing["nearest training sounds"] = "needs an embedder; none of the metrics' weights are there"
-        elif self.training and alike is not None and clips:
-            paths = [clip.sound.path for clip in self.training]
-            closest = nearest(case.means(clips, alike), case.means(self.training, alike), paths)
-        described = [self.store.read(clip, self.describer) or {} for clip in clips]
-        return [
-            replace(clip.sound, heard={name: float(value) for name, value in heard.items()}, nearest=near)
-            for clip, heard, near in zip(clips, described, closest, strict=True)
-        ]
+        near: tuple[dict[str, Nearest], dict[str, Nearest]] = {}, {}
+        if self.training and self.likeness:
+            near = closest(case, self.training, self.likeness)
+            if self.reference and not near[1]:
+                self.missing["nearest_training of recordings"] = "all of them are in --training; give some that are not"
+        made, real = (
+            [self._sound(clip, found.get(clip.key, ())) for clip in clips]
+            for clips, found in zip((self.generated, self.reference), near, strict=True)
+        )
+        return made, real
+
+    def _sound(self, clip: Clip, near: Nearest) -> Sound:
+        heard = self.store.read(clip, self.describer) or {}
+        return replace(clip.sound, heard={name: float(value) for name, value in heard.items()}, nearest=near)
 
     def settings(self) -> dict[str, Any]:
-        """Whatever changes figures: two results may be compared where it agrees."""
+        """Whatever changes figures but what is under test: two results may be compared where it agrees."""
+        recordings: dict[str, Any] = set_hash(clip.key for clip in self.reference)
         if self.options.statistics:
-            recordings: dict[str, Any] = {"statistics": sha256(self.options.statistics)[:12]}
-        else:
-            keys = "\n".join(sorted(clip.key for clip in self.reference))
-            recordings = {"sounds": len(self.reference), "hash": hashlib.sha256(keys.encode()).hexdigest()[:12]}
+            recordings = {"statistics": sha256(self.options.statistics)[:12]}
         return {
             "level": str(Level(*self.options.level)),
             "resampler": "soxr HQ",
             "reference": recordings,
+            "prompts": set_hash(clip.sound.prompt for clip in self.generated),
+            **({"training": set_hash(clip.key for clip in self.training)} if self.training else {}),
+            "likeness": self.likeness.name if self.likeness else None,
             **{name: embedder.settings for name, embedder in self.embedders.items()},
-            "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+            "listening": self.describer.settings,
+            "versions": versions(),
         }
+
+    def _origin(self) -> dict[str, str]:
+        """What may differ between results that compare."""
+        given = self.options
+        sources = {"generated": given.generated, "reference": given.reference, "training": given.training}
+        known = {name: str(Path(s).absolute() if Path(s).exists() else s) for name, s in sources.items() if s}
+        vae = {"vae": f"{given.vae}, weights {self.trip.hash}"} if self.trip else {}
+        return {**known, **vae, "device": str(self.device)}
+
+
+def _placed(item: Item) -> Item:
+    """With a path that leads there from any folder, as links in a result have to."""
+    return item if isinstance(item.path, Stored) else replace(item, path=Path(item.path).absolute())
 
 
 def _examined(item: Item, prompts: frozenset[str]) -> Clip | str:
@@ -203,31 +254,6 @@ def _examined(item: Item, prompts: frozenset[str]) -> Clip | str:
         return examine(item, prompts)
     except UserError as error:
         return str(error)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package).partition("+")[0]  # without what torch was built for
-    except PackageNotFoundError:
-        return None
-
-
-def as_text(result: Result) -> str:
-    """A line for each figure, and for all that could not be had."""
-    lines = [f"{'':18}{'n':>7}{'':>9}{'value':>10}{'95 %':>22}   beside"]
-    lines += [_line(figure) for figure in result.figures]
-    lines += [f"{name}: not measured: {reason}" for name, reason in result.missing.items()]
-    treated = sum(bool(sound.treatment) for sound in (*result.generated, *result.reference))
-    if treated:
-        lines.append(f"{treated} sounds were treated first, as the result says of each")
-    lines += [f"left out: {reason}" for reason in result.left_out.values()]
-    return "\n".join(lines)
-
-
-def _line(figure: Figure) -> str:
-    interval = f"{figure.low:.4g} to {figure.high:.4g}"
-    beside = ", ".join(f"{name} {value:.4g}" for name, value in figure.beside.items())
-    return f"{figure.name:18}{figure.n:7}{figure.unit:>9}{figure.value:10.4g}{interval:>22}   {beside}".rstrip()
 
 
 def evaluate(options: Options) -> Result | None:

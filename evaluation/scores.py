@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -31,23 +32,37 @@ def kl_passt(embedder: Embedder, case: Case) -> Measured:
     if not pairs:
         raise Missing("no generated sound has the prompt or the name of a recording; give both the same")
 
-    def divergence(made: Sequence[Clip], real: Sequence[Clip]) -> np.ndarray:
-        one, other = (case.means(clips, embedder, "logits").double().log_softmax(1) for clips in (made, real))
-        return (one.exp() * (one - (other.exp() + _EPSILON).log())).sum(1).numpy()
+    def heard(clips: Sequence[Clip]) -> Tensor:
+        return case.means(clips, embedder, "logits").double().log_softmax(1)
 
     generated, recorded = ([pair[side] for pair in pairs] for side in (0, 1))
+    made, own = heard(generated), heard(recorded)
     beside = {}
     if len(case.reference) >= 2:
         first, second = halves(case.reference)
-        beside["real halves"] = divergence(first[: len(second)], second)
+        beside["real halves"] = _divergence(heard(first[: len(second)]), heard(second))
     if case.noise:
-        beside["noise"] = divergence(case.noise, case.reference)
+        beside["noise"] = _divergence(heard(case.noise), heard(case.reference))
     if len({clip.key for clip in recorded}) > 1:
-        far = len(recorded) // 2
-        beside["shuffled captions"] = divergence(generated, recorded[far:] + recorded[:far])
+        beside["shuffled captions"] = _mean_divergence(made, own, [clip.key for clip in recorded])
     if case.vae:
-        beside["vae"] = divergence(case.vae, case.reference)
-    return _means("kl_passt", divergence(generated, recorded), beside, higher_is_better=False, least=0.0)
+        beside["vae"] = _divergence(heard(case.vae), heard(case.reference))
+    known = {name: values.numpy() for name, values in beside.items()}
+    return _means("kl_passt", _divergence(made, own).numpy(), known, higher_is_better=False, least=0.0)
+
+
+def _divergence(made: Tensor, real: Tensor) -> Tensor:
+    """KL(made || real + 1e-6), (B,), of log-probabilities (B, classes)."""
+    return (made.exp() * (made - (real.exp() + _EPSILON).log())).sum(1)
+
+
+def _mean_divergence(made: Tensor, real: Tensor, keys: Sequence[str]) -> Tensor:
+    """As `_divergence`, of each sound the mean over recordings of other keys than its own."""
+    table = (made.exp() * made).sum(1)[:, None] - made.exp() @ (real.exp() + _EPSILON).log().T
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    which = torch.tensor([numbers[key] for key in keys])
+    other = which[:, None] != which
+    return (table * other).sum(1) / other.sum(1)
 
 
 def clap_score(embedder: ClapEmbedder, case: Case) -> Measured:
@@ -73,13 +88,18 @@ def clap_score(embedder: ClapEmbedder, case: Case) -> Measured:
     captions = [clip.sound.prompt for clip in case.reference]
     beside = {
         "real": scores(case.reference, captions),
-        "noise": scores(case.noise, captions or prompts),
+        "noise": scores(case.noise, _as_many(captions if any(captions) else prompts, len(case.noise))),
         "shuffled captions": scores(case.generated, prompts, True)
         if len(set(filter(None, prompts))) > 1
         else np.zeros(0),
         "vae": scores(case.vae, captions[: len(case.vae)]),
     }
     return _means("clap_score", scores(case.generated, prompts), beside, higher_is_better=True)
+
+
+def _as_many(captions: Sequence[str], count: int) -> list[str]:
+    """`count` of the captions that are there, from the beginning again where they are fewer."""
+    return list(captions if len(captions) == count else islice(cycle(filter(None, captions)), count))
 
 
 def _mean_of_others(texts: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -98,7 +118,7 @@ def _means(
     rows: list[dict[str, Any]] = []
     for name, others in {"": values, **known}.items():
         mean, (low, high) = float(others.mean()), interval(others)
-        value, low, high = (max(least, number) for number in (mean, low, high))
+        value, low, high = np.maximum((mean, low, high), least).tolist()  # leaves NaN what it is
         rows.append({"metric": metric, "beside": name, "value": value, "low": low, "high": high, "n": len(others)})
     figure = Figure(
         name=metric,

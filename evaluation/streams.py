@@ -25,7 +25,12 @@ class Level:
     decibels: float = -1.0
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.decibels:g}"
+        unmeasured = ", or peak -1 of less than 0.4 s or below -70" if self.kind == "lufs" else ""
+        return f"{self.kind} {self.decibels:g}{unmeasured}"
+
+    def of(self, what: str) -> str:
+        """In words, a peak being that of `what`, a loudness that of the file."""
+        return f"{self}, of the {what if self.kind == 'peak' else 'file'}"
 
     def gain(self, source: AudioSource, read: Callable[[], Iterable[Tensor]]) -> float:
         """Factor for the sound that `read` gives of `source`; 1 for silence.

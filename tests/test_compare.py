@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from evaluation.compare import as_markdown, best, differ
-from evaluation.result import Figure, Result, Sound, load_result, save_result
+from evaluation.result import Figure, Result, Sound, as_text, load_result, save_result
 from stable_audio_lite.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_results_come_back_as_they_were(tmp_path: Path) -> None:
-    """Names that are no UTF-8, NaN intervals and nested settings included."""
+    """Names that are no UTF-8 and nested settings included."""
     sound = Sound(
         path="bad\udcff.wav", seconds=1.5, sample_rate=8000, channels=1, treatment=("mono",), prompt="é <b>",
         requested=2.0, heard={"end": 1.0}, nearest=(("t.wav", 0.5),),
@@ -97,10 +98,25 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         missing={"fd_openl3": "fetch it"},
         generated=(sound,),
         left_out={"bad\udcfe.wav": "no audio"},
+        origin={"device": "cpu"},
         tables={"timing": [{"n": 1}]},
     )
     save_result(stored, tmp_path / "r.json")
     assert load_result(tmp_path / "r.json") == stored
+
+
+def test_a_single_sound_has_no_interval(tmp_path: Path) -> None:
+    """It comes back from JSON, which has no NaN, and nothing is said to differ from it."""
+    lone = replace(figure(1.0, n=1), low=math.nan, high=math.nan)
+    table = {"calibration": [{"value": math.inf, "n": 1}]}
+    save_result(replace(result(lone), tables=table), tmp_path / "r.json")
+    strict = json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
+    assert strict["figures"][0]["low"] is None and strict["tables"]["calibration"] == [{"value": None, "n": 1}]
+    (found,) = load_result(tmp_path / "r.json").figures
+    assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high) and not found.has_interval
+    line = as_markdown([result(found), result(figure(9.0, n=1))], [Path("x.json"), Path("y.json")]).splitlines()[2]
+    assert line == r"| fd\_clap ↓ (n = 1) | **1** | 9 [8.9, 9.1] ≈ |"
+    assert "nan" not in as_text(result(found))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +129,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         (lambda data: data.update(figures=[3]), "must be a mapping"),
         (lambda data: data.update(generated=[{"path": "a"}]), "nearest"),
         (lambda data: data.update(missing={"a": 1}), "must hold texts"),
+        (lambda data: data.update(origin={"a": 1}), "must hold texts"),
         (lambda data: data.update(tables={"t": [1]}), "rows of named values"),
         (lambda data: data.update(tables=[]), "items|values"),
         (lambda data: data.update(settings=3), "'settings' a mapping"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,20 @@ def test_windows_hold_every_sample(length: int, count: int, block: int) -> None:
     assert len(found) == count
     for index, window in enumerate(found):
         assert torch.equal(window, padded[:, 5 * index : 5 * index + 10])
+
+
+def test_levels_are_told_as_they_are_measured() -> None:
+    """A peak is that of what is heard, a loudness that of the file."""
+    assert Level().of("mean") == "peak -1, of the mean"
+    assert Level("lufs", -23.0).of("mean") == "lufs -23, or peak -1 of less than 0.4 s or below -70, of the file"
+
+
+def test_settings_of_a_clap_name_what_its_weights_do_not(clap: Clap) -> None:
+    """Its tokenizer, and where its mel bands begin."""
+    other = Clap(replace(clap.config, mel_lowest=50.0), train_tokenizer(["loud organ", "slow choir"], 280))
+    other.load_state_dict(clap.state_dict())
+    one, two = ClapEmbedder(clap, Level()).settings, ClapEmbedder(other, Level()).settings
+    assert {name for name in one if one[name] != two[name]} == {"tokenizer", "mel"}
 
 
 def test_streams_are_at_their_level_and_silence_is_left_alone(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from test_embedders import openl3_file
 
-import evaluation
-from evaluation import embedding
+from evaluation import embedding, listening, obedience
+from evaluation import music as music_code
 from evaluation.embedders.clap import ClapEmbedder, load_any_clap
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder
 from evaluation.frechet import Gaussian, frechet_distance
 from evaluation.options import add_arguments, options_of
-from evaluation.result import Result, Sound, load_result
-from evaluation.run import as_text, evaluate
+from evaluation.result import Result, as_text, load_result
+from evaluation.run import evaluate
+from evaluation.scores import _divergence, _mean_divergence
 from evaluation.streams import Level
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import write_audio
@@ -80,24 +80,6 @@ def music(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def stand_in(name: str, **contents: Callable) -> None:
-    """The module `evaluation.NAME`, where it is not there."""
-    if not (ROOT / "evaluation" / f"{name}.py").is_file():
-        module = types.ModuleType(f"evaluation.{name}")
-        module.__file__ = __file__
-        module.__dict__.update(contents)
-        sys.modules[f"evaluation.{name}"] = module
-        setattr(evaluation, name, module)
-
-
-stand_in(
-    "listening",
-    describe=lambda audio, rate: {"end": audio.shape[1] / rate, "peak": float(audio.abs().max())},
-    summarise=lambda sounds, reference: ([], {}),
-)
-stand_in("neighbours", nearest=lambda made, known, paths, k=3: [tuple((p, 0.5) for p in paths[:k])] * len(made))
-
-
 @pytest.fixture
 def run(weights: Path, tmp_path: Path) -> Callable[..., Result]:
     """`evaluate` with the weights and a cache of its own, or the one given."""
@@ -141,13 +123,11 @@ def test_figures_depend_on_neither_batch_nor_workers(run, music: Path, tmp_path:
 def test_two_processes_find_what_one_does(run, music: Path, weights: Path, tmp_path: Path) -> None:
     """Over gloo, each with a half of the files."""
     one = run(music / "made", music / "real", "--metrics", "fd_clap,clap_score")
-    script = tmp_path / "both.py"
-    script.write_text("import test_evaluate\nfrom evaluation.run import main\nmain()\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += ["-m", "evaluation.run"]
     options = ["--clap", weights / "clap", "--cache", tmp_path / "shared", "-o", tmp_path / "both.json"]
     command = [*launch, music / "made", music / "real", "--metrics", "fd_clap,clap_score", *options]
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
@@ -180,6 +160,13 @@ def test_figures_are_what_their_definitions_say(run, music: Path, weights: Path)
     pairs = zip(*chances, strict=True)
     divergences = [float(F.kl_div((r + 1e-6).log(), g, reduction="sum")) for g, r in pairs]
     assert result.figure("kl_passt").value == pytest.approx(np.mean(divergences), rel=1e-5)
+    shuffled = [
+        float(F.kl_div((r + 1e-6).log(), g, reduction="sum"))
+        for i, g in enumerate(chances[0])
+        for j, r in enumerate(chances[1])
+        if i != j
+    ]
+    assert result.figure("kl_passt").beside["shuffled captions"] == pytest.approx(np.mean(shuffled), rel=1e-5)
 
 
 def test_each_figure_stands_beside_real_noise_shuffled_and_vae(run, music: Path, tiny_bundle: Path) -> None:
@@ -193,6 +180,42 @@ def test_each_figure_stands_beside_real_noise_shuffled_and_vae(run, music: Path,
         assert {row["beside"]: row["value"] for row in rows} == figure.beside
     assert result.figure("fd_openl3").beside["real halves"] < result.figure("fd_openl3").beside["noise"]
     assert result.figure("fd_openl3").unit == "windows" and result.figure("clap_score").n == 6
+
+
+def test_shuffled_recordings_are_never_a_sounds_own() -> None:
+    """Also where the prompts come in rounds, so that half the list further the same one stands again."""
+    chances = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
+    made, real = torch.cat((chances, chances)), torch.cat((chances, chances))
+    found = _mean_divergence(made, real, ["a", "b", "a", "b"])
+    torch.testing.assert_close(found, _divergence(made, real[[1, 0, 1, 0]]))
+
+
+def test_few_sounds_are_still_beside_recordings_and_noise(run, music: Path, tmp_path: Path) -> None:
+    """Two generated sounds give no halves, and one no interval; recordings without captions don't hide noise."""
+    for number in range(2):
+        write_audio(tmp_path / "two" / f"a{number}.wav", tone(number + 3, 1.0), RATE, {"prompt": f"tone {number}"})
+        write_audio(tmp_path / "bare" / f"b{number}.wav", tone(number, 1.0), RATE)
+    few = run(tmp_path / "two", music / "real", "--metrics", "fd_clap")
+    assert set(few.figure("fd_clap").beside) == {"real halves", "noise"}
+    assert [row["n"] for row in few.tables["calibration"]] == [3, 3]
+    bare = run(tmp_path / "two", tmp_path / "bare", "--metrics", "clap_score")
+    assert set(bare.figure("clap_score").beside) == {"noise", "shuffled captions"}
+    (tmp_path / "one.txt").write_text("two/a0.wav")
+    lone = run(tmp_path / "one.txt", music / "real", "--metrics", "clap_score").figure("clap_score")
+    assert np.isfinite(lone.value) and not lone.has_interval
+
+
+def test_paths_lead_to_the_files_from_anywhere(run, music: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "made").mkdir()
+    write_audio(tmp_path / "made" / "a.wav", tone(1, 1.0), RATE, {"prompt": "a tone"})
+    (tmp_path / "made" / "b.wav").write_bytes(b"no audio")
+    monkeypatch.chdir(tmp_path)
+    result = run("made", music / "real", "--training", "made", "--metrics", "clap_score", "--name", "x")
+    assert result.generated[0].path == str(tmp_path / "made" / "a.wav") == result.generated[0].nearest[0][0]
+    assert list(result.left_out) == [str(tmp_path / "made" / "b.wav")]
+    assert result.origin["generated"] == str(tmp_path / "made") and result.origin["device"] == "cpu"
+    monkeypatch.chdir(tmp_path / "made")
+    assert run(".", "--metrics", "clap_score").model == "made"
 
 
 def test_odd_files_have_a_treatment_and_broken_ones_a_reason(run, music: Path, tmp_path: Path) -> None:
@@ -242,14 +265,14 @@ def test_prompts_and_lengths_come_from_files_and_lists(run, music: Path, tmp_pat
     assert len(run(tmp_path / "list.txt", music / "real", "--metrics", "clap_score").generated) == 2
 
 
-def test_what_is_missing_is_told_and_the_rest_goes_on(run, music: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_told_and_the_rest_goes_on(run, music: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     result = run(music / "made", music / "real", "--weights", tmp_path, "--metrics", METRICS)
     assert (
         result.missing.keys() == {"fd_openl3", "kl_passt"} and result.figure("fd_clap") and result.figure("clap_score")
     )
     assert "torchopenl3_mel256_music_512.pth.tar" in result.missing["fd_openl3"] and str(tmp_path) in as_text(result)
-    alone = run(music / "made", "--metrics", "fd_clap,clap_score,kl_passt")
-    assert alone.missing.keys() == {"fd_clap", "kl_passt"} and alone.figure("clap_score")
+    alone = run(music / "made", "--metrics", "fd_clap,clap_score,kl_passt", "--vae", tiny_bundle)
+    assert alone.missing.keys() == {"fd_clap", "kl_passt", "vae"} and alone.figure("clap_score")
     write_audio(tmp_path / "one" / "z.wav", tone(1, 1.0), RATE)
     single = run(tmp_path / "one", music / "real")
     assert single.missing.keys() == {"fd_openl3", "fd_clap", "kl_passt", "clap_score"}
@@ -269,6 +292,39 @@ def test_the_cache_is_used_and_a_damaged_file_of_it_made_again(run, music: Path,
     done.clear()
     run(music / "made", music / "real", "--level", "peak:-3", "--metrics", "fd_clap")
     assert done == ["clap"] * 18
+
+
+def test_what_another_version_made_is_not_used(run, music: Path, monkeypatch) -> None:
+    """Of a package whose version the result names, or of the code that listens."""
+    run(music / "made", "--metrics", "clap_score")
+    done = []
+    write = embedding.Store.write
+    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    for module in (listening, music_code, obedience):
+        with monkeypatch.context() as other:
+            other.setattr(module, "__file__", __file__)
+            changed = run(music / "made", "--metrics", "clap_score").settings["listening"]
+        assert done == ["listening"] * 6 and changed != embedding.Describer().settings
+        done.clear()
+    monkeypatch.setattr(embedding, "versions", lambda: {"torch": "9"})
+    run(music / "made", "--metrics", "clap_score")
+    assert sorted(done) == ["clap"] * 12 + ["listening"] * 6
+
+
+def test_processes_wait_for_those_with_more_to_do(monkeypatch, tmp_path: Path) -> None:
+    """Not for the ten minutes that torch gives them, after which all would end."""
+    given = {}
+
+    def state(**settings: object) -> None:
+        given.update(settings)
+        raise UserError("enough")
+
+    monkeypatch.setattr("evaluation.run.PartialState", state)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(UserError, match="enough"):
+        evaluate(options_of(parser.parse_args(["made", "-o", str(tmp_path / "r.json")])))
+    assert given["timeout"].days >= 1
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(run, music: Path, monkeypatch) -> None:
@@ -294,6 +350,9 @@ def test_statistics_stand_for_recordings_of_the_same_settings(run, music: Path, 
         assert again.figure(f"fd_{name}").value == pytest.approx(own.figure(f"fd_{name}").value, rel=1e-6)
         (other,) = again.missing
         assert other != f"fd_{name}" and "other settings: " in again.missing[other]
+    (tmp_path / "one.txt").write_text(str(music / "real" / "1.wav"))
+    few = run(music / "made", tmp_path / "one.txt", "--metrics", "clap_score", "--save-statistics", tmp_path / "few")
+    assert "at least 2" in few.missing["statistics"] and not (tmp_path / "few").exists()
     louder = run(music / "made", tmp_path / "kept" / "clap.npz", "--level", "peak:-3", "--metrics", "fd_clap")
     assert "level" in louder.missing["fd_clap"]
     published = {"mu_ref": np.zeros(7), "sigma_ref": np.eye(7)}
@@ -309,11 +368,56 @@ def test_distances_are_extrapolated_to_infinitely_many_sounds(run, music: Path) 
     assert infinite.value < plain.value and infinite.low < infinite.value < infinite.high
 
 
-def test_nearest_training_sounds_are_listed(run, music: Path) -> None:
-    result = run(music / "made", music / "real", "--training", music / "real", "--metrics", "fd_clap")
-    for sound in (*result.generated, *result.reference):
-        assert isinstance(sound, Sound) and len(sound.nearest) == 3 and Path(sound.nearest[0][0]).is_file()
-    assert "end" in result.generated[0].heard
+def test_nearest_training_sounds_are_listed_beside_those_of_held_out_recordings(
+    run, music: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """A copy is found, whatever its name and level; recordings that were learned from are no yardstick."""
+    for number in range(4):
+        write_audio(tmp_path / "learned" / f"{number}.wav", tone(number, 1 + 0.2 * number), RATE)
+    write_audio(tmp_path / "made" / "copy.wav", 0.5 * tone(3, 1.6), RATE)
+    write_audio(tmp_path / "made" / "own.wav", tone(9, 1.6), RATE)
+    done = []
+    write = embedding.Store.write
+    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    arguments = (tmp_path / "made", music / "real", "--training", tmp_path / "learned", "--metrics", "fd_openl3")
+    result = run(*arguments)
+    # Training sounds that are recordings too are heard with them, once; all others by CLAP alone.
+    assert done.count("clap") == 2 + 6 and done.count("openl3") == 2 + 6 + 6
+    copy, own = sorted(result.generated, key=lambda sound: sound.path)
+    path, cosine = copy.nearest[0]
+    assert path == str(tmp_path / "learned" / "3.wav") and cosine > 0.999 and own.nearest[0][1] < cosine
+    assert [len(sound.nearest) for sound in result.generated] == [3, 3]
+    real = {Path(sound.path).stem: sound.nearest for sound in result.reference}
+    assert [name for name, near in sorted(real.items()) if near] == ["4", "5"]
+    usual = (real["4"][0][1] + real["5"][0][1]) / 2
+    assert result.figure("nearest_training").beside["real"] == pytest.approx(usual)
+    assert f"copy.wav, of {path}" in as_text(result)
+    assert result.settings["training"]["sounds"] == 4 and result.settings["likeness"] == "clap"
+    done.clear()
+    assert run(*arguments).generated == result.generated and done == []
+    all_learned = run(tmp_path / "made", tmp_path / "learned", "--training", tmp_path / "learned")
+    assert "all of them are in --training" in all_learned.missing["nearest_training of recordings"]
+    assert all_learned.figure("nearest_training").beside == {}
+
+
+def test_training_sounds_without_an_embedder_are_not_searched(run, music: Path, tmp_path: Path) -> None:
+    arguments = ["--metrics", "fd_openl3", "--weights", tmp_path, "--training", music / "real"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [music / "made", music / "real", *arguments, "--cache", tmp_path, "-o", tmp_path / "r.json"]
+    result = evaluate(options_of(parser.parse_args([str(a) for a in (*given, "--device", "cpu")])))
+    assert "630k" in result.missing["nearest_training"] and not any(s.nearest for s in result.generated)
+
+
+def test_diversity_stands_beside_that_of_recordings(run, music: Path, tmp_path: Path) -> None:
+    for number in range(6):
+        write_audio(tmp_path / "alike" / f"{number}.wav", tone(1, 1.5) * (1 + 0.01 * number), RATE)
+    alike = run(tmp_path / "alike", music / "real", "--metrics", "fd_clap").figure("diversity")
+    varied = run(music / "made", music / "real", "--metrics", "fd_clap").figure("diversity")
+    assert alike.value == pytest.approx(1, abs=1e-3) and varied.value > alike.value + 1e-3
+    assert alike.n == varied.n == 6
+    assert alike.beside == varied.beside and alike.beside["real"] > 1
+    assert run(music / "made", "--metrics", "clap_score").figure("diversity").beside == {}
 
 
 def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
@@ -321,6 +425,8 @@ def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
     assert {"weights", "sample_rate", "channels", "window", "level"} <= one["clap"].keys()
     assert one["level"] == "peak -1" and one["resampler"] == "soxr HQ" and "torch" in one["versions"]
     other = run(music / "made", music / "made", "--metrics", "fd_clap", "--level", "peak:-3").settings
+    assert one["prompts"] == other["prompts"] and one["prompts"]["sounds"] == 6
+    assert run(music / "real", music / "made", "--metrics", "fd_clap").settings["prompts"] == one["prompts"]
     assert one["reference"] != other["reference"] and one["clap"]["weights"] == other["clap"]["weights"]
 
 
@@ -339,6 +445,7 @@ def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
         (["made", "real", "--vae", "nowhere"], "nowhere"),
         (["made", "real", "--device", "toaster"], "toaster"),
         (["made", "real", "-o", "/proc/a.json"], "/proc/a.json"),
+        (["made", "real", "--save-statistics", "/proc/kept"], "/proc/kept"),
         (["made", "real", "--cache", "/proc/cache"], "/proc/cache"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

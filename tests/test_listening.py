@@ -102,6 +102,23 @@ def test_timing_counts_ends_within_half_a_second() -> None:
     assert cells == {(2, 2): 1, (4, 4): 1, (6, 6): 1, (8, 9): 1}
 
 
+def test_shuffled_lengths_are_those_of_all_others() -> None:
+    """Also where sounds come in rounds, so that half the list further the same length is asked for again."""
+    made = [sound(2.0, 2.0), sound(4.0, 4.0)] * 2
+    found = by_name(summarise(made, [])[0])
+    assert found["on_time"].value == 1 and found["on_time"].beside == {"shuffled lengths": 0.0}
+    assert found["timing_error"].beside == {"shuffled lengths": 2.0}
+
+
+def test_shuffled_widths_are_those_of_other_recordings() -> None:
+    """Also where each recording's prompt has several sounds; of a single recording there are no others."""
+    real = [sound(1, width=-5, prompt="a", path="x/1.wav"), sound(1, width=-30, prompt="b", path="x/2.wav")]
+    made = [sound(1, width=-5, prompt="a"), sound(1, width=-30, prompt="b")] * 2
+    found = by_name(summarise(made, real)[0])["width_right"]
+    assert found.value == 1 and found.beside == {"shuffled": 0.0}
+    assert by_name(summarise(made[:1], real[:1])[0])["width_right"].beside == {}
+
+
 def test_the_histogram_counts_every_sound_once() -> None:
     rng = np.random.default_rng(0)
     for longest in (3, 12, 95, 5000):
@@ -146,7 +163,8 @@ def test_bootstrap_interval_of_a_mean_is_the_known_one() -> None:
     low, high = interval(values)
     error = values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
-    assert interval(values) == (low, high) and interval([3.0]) == (3.0, 3.0)
+    assert interval(values) == (low, high) and interval([3.0, 3.0]) == (3.0, 3.0)
+    assert all(math.isnan(end) for end in interval([3.0]))  # one sound says nothing of others
 
 
 def test_nearest_agrees_with_every_cosine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evaluation import report
-from evaluation.cards import Places, card
+from evaluation.cards import Places, card, likenesses
 from evaluation.charts import histogram, strip
 from evaluation.listening import describe, summarise
 from evaluation.result import Figure, Result, Sound, save_result
@@ -68,6 +68,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     hostile = folder / "made" / f"{HOSTILE.replace('/', '')} #1%41?\n.wav"
     real = make_sound(folder / "real" / "0.wav", "a low tone", None, 1.5)
+    real = replace(real, nearest=(("hf:some/set/8", 0.75),))
     made = [
         make_sound(hostile, "a low tone", 1.0),
         make_sound(folder / "made" / "1.wav", HOSTILE, 2.0, hertz=220),
@@ -128,7 +129,7 @@ def test_links_lead_to_the_files(page: Path, stored: Path) -> None:
     found = Page(page.read_text(encoding="utf-8"))
     addresses = [a["src"] for a in found.all("audio")] + [a["href"] for a in found.all("a")]
     local = [a for a in addresses if not a.startswith(("#", "https://arxiv.org/"))]
-    assert len(local) == 3 + 4 + 1
+    assert len(local) == 3 + 4 + 1 + 2  # players, sounds, a nearest one, and both of the table of training sounds
     for address in local:
         assert re.fullmatch(r"[\w./%~-]+", address) and (page.parent / urllib.parse.unquote(address)).is_file(), address
 
@@ -194,6 +195,37 @@ def test_strips_and_histograms_draw_what_they_are_given() -> None:
     ):
         assert histogram([row | strange]) == ""
     assert histogram([]) == ""
+
+
+def test_generated_sounds_that_are_most_like_training_sounds_are_listed(tmp_path: Path) -> None:
+    """The closest first, with links to both, and the share of recordings that are less close."""
+    for name in ("a", "b", "t"):
+        write_audio(tmp_path / f"{name}.wav", torch.zeros(2, 100), RATE)
+
+    def near(name: str, *cosines: float) -> Sound:
+        found = tuple((str(tmp_path / "t.wav"), cosine) for cosine in cosines)
+        return Sound(path=str(tmp_path / name), seconds=1, sample_rate=RATE, channels=2, nearest=found)
+
+    made = (near("a.wav", 0.5, 0.4), near("b.wav", 0.9, 0.1), near("gone.wav", 0.7), near("c.wav"))
+    real = (near("r.wav", 0.6), near("r.wav", 0.8), near("r.wav"))
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    found = likenesses(Result(model="m", settings={}, figures=(), generated=made, reference=real), places)
+    told = [(one.name, one.link, one.training_link, one.cosine, one.beyond) for one in found]
+    assert told == [
+        ("b.wav", "b.wav", "t.wav", 0.9, 1.0),
+        ("gone.wav", None, "t.wav", 0.7, 0.5),
+        ("a.wav", "a.wav", "t.wav", 0.5, 0.0),
+    ]
+    result = Result(model="m", settings={}, figures=(), generated=made, reference=real)
+    assert [one.name for one in likenesses(result, places, 1)] == ["b.wav"]
+    text = report.as_html(result, places, 0)[0]
+    section = Page(text.partition('<section id="training">')[2].partition("</section>")[0])
+    words = " ".join(section.text.split())
+    assert "reaches 0.800;" in words and "0.900100.0% b.wav" in words and "0.70050.0% gone.wav" in words
+    assert [a["href"] for a in section.all("a")] == ["b.wav", "t.wav", "t.wav", "a.wav", "t.wav"]
+    alone = report.as_html(replace(result, reference=()), places, 0)[0]
+    assert "No recordings tell" in alone and "0.900</td><td>–</td>" in alone
+    assert 'id="training"' not in report.as_html(replace(result, generated=real[2:]), places, 0)[0]
 
 
 def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -> None:

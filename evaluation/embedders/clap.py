@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ class ClapEmbedder:
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
             "weights": state_hash(clap.state_dict()),
+            "tokenizer": hashlib.sha256(clap.tokenizer.to_str().encode()).hexdigest()[:12],
             "sample_rate": SAMPLE_RATE,
+            "mel": f"{clap.config.mel_bins} bands from {clap.config.mel_lowest:g} Hz",
             "channels": "mean of left and right",
             "window": f"10 s: shorter ones repeated, of longer ones {longer}",
-            "level": f"{level} of the mean",
+            "level": level.of("mean"),
         }
 
     @torch.inference_mode()

@@ -86,7 +86,7 @@ class OpenL3Embedder:
             "sample_rate": f"{EVALUATION_RATE}, {SAMPLE_RATE}",
             "channels": "left and right concatenated",
             "window": "1 s every 0.5 s, first centred at 0",
-            "level": f"{level} of the file",
+            "level": level.of("file"),
         }
 
     @torch.inference_mode()

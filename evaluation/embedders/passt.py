@@ -73,7 +73,7 @@ class PaSSTEmbedder:
             "sample_rate": SAMPLE_RATE,
             "channels": "mean of left and right",
             "window": "10 s every 5 s",
-            "level": f"{level} of the mean",
+            "level": level.of("mean"),
         }
 
     @torch.inference_mode()
