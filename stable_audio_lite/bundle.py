@@ -33,7 +33,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
 """What a bundle on the hub is made of, the card's pictures included."""
-SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae")}
+SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae", "restorer")}
 """Bundles that come with the package."""
 
 TIMING_TOKENS = 2
@@ -200,7 +200,7 @@ def resolve(name: str | Path) -> Path:
     if path.exists():
         raise UserError(f"{path}: a bundle is a folder with {CONFIG_FILE} and weights; give the folder")
     if not _HUB_ID.fullmatch(str(name)):
-        raise UserError(f"{name}: no such bundle; give {' or '.join(SHIPPED)}, a folder or a hub id like a/b")
+        raise UserError(f"{name}: no such bundle; give {', '.join(SHIPPED)}, a folder or a hub id like a/b")
     return _download(str(name))
 
 

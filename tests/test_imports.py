@@ -65,6 +65,22 @@ def test_library_imports_go_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_all_systems_share_is_written_once() -> None:
+    """One Fourier transform of frames, one module that knows k-diffusion's loops, one average of weights, one loop."""
+    sources = {
+        p: p.read_text() for d in ("stable_audio_lite", "training", "evaluation") for p in (ROOT / d).rglob("*.py")
+    }
+    for words, wanted in (
+        ("torch.stft(", "audio/stft.py"),
+        ("k_diffusion", "diffusion/samplers.py"),
+        ("class EMA", "training/ema.py"),
+        ("def fit(", "training/loop.py"),
+        ("cumprod", "diffusion/schedule.py"),
+    ):
+        found = [path for path, text in sources.items() if words in text]
+        assert [path.as_posix().endswith(wanted) for path in found] == [True], (words, found)
+
+
 def test_training_and_evaluation_never_import_each_other() -> None:
     for own, other in (("training", "evaluation"), ("evaluation", "training")):
         for path in (ROOT / own).rglob("*.py"):

@@ -67,7 +67,7 @@ def test_the_change_alone_is_trained(base: Path, lora: Path, bundles: dict[str, 
     """At first it changes nothing; later all other weights, the timing embeddings included, are still the bundle's."""
     config = config_of(bundles, tmp_path / "r", tmp_path, 1, initial=str(base), lora={"rank": 4})
     model = train_diffusion.DiffusionTask(config).modules["model"]
-    torch.testing.assert_close(output(model.unet.eval()), output(unet_of(base)), rtol=0, atol=0)
+    torch.testing.assert_close(output(model.network.eval()), output(unet_of(base)), rtol=0, atol=0)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert any("cross_attention" in n for n in trained) and any("feed_forward" in n for n in trained)

@@ -15,7 +15,7 @@ from training_runs import ONE_THREAD, ROOT, assert_same_curve, assert_same_weigh
 
 from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.bundle import load_part
-from stable_audio_lite.config import save_config
+from stable_audio_lite.config import load_config, save_config
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import load_pipeline
 from stable_audio_lite.systems import SystemConfig, load_system
@@ -190,3 +190,15 @@ def test_demos_are_what_the_bundle_makes(kind: str, data: Path, bundles: dict[st
     heard = read_audio(tmp_path / f"run/demos/step_00000002/{min(names)}.wav", 8000).mean(0)
     expected = made.audio[0, 0] / made.audio[0].abs().max().clamp_min(1.0)
     torch.testing.assert_close(heard, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_shipped_configs_are_right(path: Path) -> None:
+    """Every key and value of models and of training on spectrograms; tests of the trainers read the others."""
+    if path.parent.name in KINDS and path.stem.startswith("train"):
+        config = load_config(path, TrainSpectrogramConfig)
+        assert load_system(ROOT / config.model).kind == path.parent.name
+    elif path.parent.name in KINDS:
+        assert load_system(path).kind == path.parent.name
