@@ -493,6 +493,7 @@ def _add_plan(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a trainer's YAML file")
     parser.add_argument("--steps", type=int, default=3, help="steps to time (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="of the run (default: 1)")
+    parser.add_argument("--profile", action="store_true", help="also show which operations take the time of a step")
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -500,7 +501,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise UserError(f"--steps and --processes must be at least 1, got {args.steps} and {args.processes}")
     from training.plan import plan
 
-    print(plan(args.config, steps=args.steps, processes=args.processes).as_text())
+    print(plan(args.config, steps=args.steps, processes=args.processes, profiled=args.profile).as_text())
 
 
 def _add_evaluate(commands: Any) -> None:

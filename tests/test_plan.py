@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from training_runs import load, trainer_of
 
 from stable_audio_lite import cli
 from training.plan import Flops, Saved, plan
+from training.profile import profile
 
 
 def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
@@ -79,3 +81,16 @@ def test_the_command_prints_and_refuses(
     assert cli.main(["plan", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "c.yaml" in error and "learning" in error
+
+
+def test_a_profile_names_what_takes_the_time() -> None:
+    matrix = torch.randn(600, 600)
+    found = profile(lambda: [matrix @ matrix for _ in range(10)], torch.device("cpu"), "no")
+    assert found.shares[0][0] == "aten::mm" and found.shares[0][1] > 0.5
+    assert sum(share for _, share in found.shares) == pytest.approx(1)
+    assert [share for _, share in found.shares] == sorted((share for _, share in found.shares), reverse=True)
+    begun = time.perf_counter()
+    _ = torch.randn(2048, 2048) @ torch.randn(2048, 2048)
+    seconds = time.perf_counter() - begun
+    assert found.matrix_rate > 0.5 * 2 * 2048**3 / seconds
+    assert "aten::mm" in found.as_text() and "all others" in found.as_text()

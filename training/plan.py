@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from stable_audio_lite.config import load_config, read_yaml
 from training.checkpoint import checkpoints
 from training.loop import one_step
+from training.profile import Profile, profile
 from training.task import RunConfig, Task
 from training.train_clap import ClapTask, TrainClapConfig
 from training.train_diffusion import DiffusionTask, TrainDiffusionConfig, on_spectrograms
@@ -64,6 +65,7 @@ class Plan:
         flops: floating-point operations of a step as torch counts them: matrix products, convolutions and attention.
         steps, done: updates in all and up to the newest checkpoint.
         keep_last: checkpoints kept.
+        profile: where a step's time goes, if asked for.
     """
 
     trainer: str
@@ -89,6 +91,7 @@ class Plan:
     steps: int
     done: int
     keep_last: int
+    profile: Profile | None = None
 
     @property
     def largest_batch(self) -> int:
@@ -144,17 +147,19 @@ class Plan:
                 f"speed          {self.seconds:.3f} s a step, {self.batch_size * self.accumulate / self.seconds:.1f} "
                 f"items/s and {self.flops / self.seconds / 1e9:.0f} GFLOP/s a process, measured here",
                 f"to go          {self.steps - self.done:,} of {self.steps:,} steps: {self.hours:.2f} h",
+                *([self.profile.as_text()] if self.profile else []),
             )
         )
 
 
-def plan(path: str | Path, *, steps: int = 3, processes: int = 1) -> Plan:
+def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
     """Measure the run that a trainer's config describes.
 
     Args:
         path: the YAML file of any trainer.
         steps: how many to time, after two others.
         processes: of the run; each is taken to be as fast as one is here.
+        profiled: whether to profile one more step.
 
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
@@ -164,7 +169,7 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1) -> Plan:
     run: RunConfig = config.run
     with tempfile.TemporaryDirectory() as nowhere:
         task = task_class(dataclasses.replace(config, run=dataclasses.replace(run, output=nowhere)))  # type: ignore[call-arg]
-        return _measure(trainer, task, run, steps, processes)
+        return _measure(trainer, task, run, steps, processes, profiled)
 
 
 def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
@@ -177,7 +182,7 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
     return best, *TRAINERS[best]
 
 
-def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: int) -> Plan:
+def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
     accelerator = Accelerator(mixed_precision=run.precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
@@ -189,11 +194,15 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
     counts = {size: _counted_step(task, size, index, update) for index, size in enumerate({part: 0, whole: 0})}
     kept = {size: count.kept for size, count in counts.items()}
     per_item = (kept[whole] - kept[part]) / (whole - part) if whole > part else kept[whole]
-    begun = time.perf_counter()
-    for step in range(2, 2 + steps):
+
+    def do(step: int) -> None:
         one_step(task, _batches(task, step, run), step, update)
         update.end()
         _wait(accelerator.device)
+
+    begun = time.perf_counter()
+    for step in range(2, 2 + steps):
+        do(step)
     seconds = (time.perf_counter() - begun) / steps
     trained = {n: sum(p.numel() for p in m.parameters() if p.requires_grad) for n, m in plain.items()}
     weights = {name: _bytes(module.state_dict().values()) for name, module in plain.items()}
@@ -228,6 +237,7 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
         steps=run.steps,
         done=int(done[-1].name.removeprefix("step_")) if done else 0,
         keep_last=run.keep_last,
+        profile=profile(lambda: do(2 + steps), accelerator.device, run.precision) if profiled else None,
     )
 
 
