@@ -129,7 +129,7 @@ def _add_restore(commands: Any) -> None:
     add("--eta-b", type=float, default=0.8, help="weight of what is known, 0..1 (default: 0.8)")
     add("--seed", type=int, help="of the noise (default: random, printed)")
     add("--batch", type=int, default=4, help="windows worked on at once (default: 4)")
-    add("--model", required=True, help="a bundle's folder or a hub id, of a model of complex spectrograms")
+    add("--model", default="restorer", help="a shipped model, a bundle's folder or a hub id (default: restorer)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
 
