@@ -164,12 +164,12 @@ def load_model_config(path: str | Path) -> StableAudioConfig:
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file and contents of a system's config: a YAML file, or that of a bundle folder.
+    """The file and contents of a system's config: a YAML file, or that of a bundle folder or a shipped one's name.
 
     Raises:
         UserError: no such file, or made by another version of this package.
     """
-    path = Path(path)
+    path = SHIPPED.get(str(path), Path(path))
     file = path / CONFIG_FILE if path.is_dir() else path
     data = read_yaml(file)
     if "kind" not in data:
@@ -253,8 +253,8 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def part_path(folder: str | Path, name: str) -> Path:
-    """Where a bundle keeps part `name`; the file need not exist."""
-    return Path(folder) / f"{name}.safetensors"
+    """Where a bundle, or the shipped one of that name, keeps part `name`; the file need not exist."""
+    return SHIPPED.get(str(folder), Path(folder)) / f"{name}.safetensors"
 
 
 def read_part(folder: str | Path, name: str) -> dict[str, Tensor]:

@@ -168,7 +168,7 @@ class Dereverb:
     taps: int = 150
     delay: int = 4
     iterations: int = 1
-    hold: float = 1.0
+    hold: float = 100.0
     name: ClassVar[str] = "dereverb"
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, least: int) -> Observation:

@@ -194,3 +194,14 @@ def test_hash_follows_the_contents(copy: Path) -> None:
     state["null"] += 1
     save_file(state, copy / "unet.safetensors")
     assert bundle.model_hash(copy) != before
+
+
+def test_trainers_know_shipped_bundles_by_name() -> None:
+    """As a VAE, a CLAP or something to go on from."""
+    folder = SHIPPED["starter"]
+    config = load_model_config("starter")
+    assert config == load_model_config(folder)
+    assert read_part("starter", "unet").keys() == read_part(folder, "unet").keys()
+    frozen = load_frozen_clap("starter", config.clap)
+    frozen.check_same(read_part(folder, "text_encoder"), "starter", "starter")
+    assert frozen.text.tokenizer.get_vocab_size() == load_tokenizer(folder / "tokenizer.json").get_vocab_size()

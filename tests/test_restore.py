@@ -97,7 +97,7 @@ def test_an_unknown_room_is_estimated_and_refined() -> None:
     response = torch.cat((torch.tensor([1.0]), 0.3 * torch.randn(800) * torch.logspace(0, -2, 800)))
     wet = convolve(dry[0], response)[None]
     restorer = gaussian(power_of(dry))
-    seen = Dereverb(taps=20).observe(restorer.spectrogram, wet[0], SHAPE.frames)
+    seen = Dereverb(taps=20, hold=1.0).observe(restorer.spectrogram, wet[0], SHAPE.frames)
     assert seen.refine is not None
     estimate = restorer.spectrogram.encode(dry[:, : dry.shape[1] // SHAPE.hop * SHAPE.hop])
     estimate = torch.nn.functional.pad(estimate, (0, seen.y.shape[3] - estimate.shape[3]))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stable_audio_lite.bundle import (
     CONFIG_FILE,
+    SHIPPED,
     TOKENIZER_FILE,
     load_model_config,
     load_part,
@@ -49,7 +50,7 @@ def load_frozen_clap(source: str, clap: ClapConfig) -> FrozenClap:
     Raises:
         UserError: it can't be read, or its sizes differ from the model config's `clap`.
     """
-    folder = Path(source)
+    folder = SHIPPED.get(source, Path(source))
     if (folder / CONFIG_FILE).is_file():
         compare_claps(load_model_config(folder).clap, clap, source)
         text = TextEncoder(clap, load_tokenizer(folder / TOKENIZER_FILE))
