@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import html.parser
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -148,9 +151,6 @@ def test_real_sounds_stand_beside_generated_ones_of_their_prompt(page: Path) -> 
 
 def test_sounds_go_into_the_page(stored: Path, tmp_path: Path) -> None:
     """Embedded, nothing is linked that plays; the copies have the sounds' length; fewer prompts can be shown."""
-    import base64
-    import io
-
     import soundfile
 
     cards = report.write_report(stored, tmp_path / "one.html", embed=True, prompts=1)
@@ -173,6 +173,88 @@ def test_marks_and_pictures_are_where_the_sound_is(tmp_path: Path) -> None:
     odd = write_audio(tmp_path / "odd.wav", torch.zeros(2, 3000), 12345)
     assert odd == 1 and card("real", replace(sound, path="odd.wav"), replace(places, embed=True)).player
     assert beyond.marks == () and beyond.player == "a.wav"  # found from the result's folder
+
+
+def test_facts_say_what_is_known_of_a_sound(tmp_path: Path) -> None:
+    sound = make_sound(tmp_path / "a.wav", "", 0.5)
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    heard = {"end": 0.75, "width": -7.0, "intro": 3.0, "odd": 1.0}
+    assert card("real", replace(sound, heard=heard, treatment=("mono", "short")), places).facts == (
+        ("length", "1 s"),
+        ("stored as", "22.05 kHz stereo"),
+        ("asked for", "0.5 s"),
+        ("ends", "0.75 s"),
+        ("width", "-7 dB"),
+        ("intro novelty", "3 dB"),
+        ("odd", "1"),
+        ("treatment", "mono"),
+        ("treatment", "short"),
+    )
+    plain = card("real", replace(sound, heard={}, requested=None, channels=1, sample_rate=8000), places)
+    assert plain.facts == (("length", "1 s"), ("stored as", "8 kHz mono"))
+
+
+def test_long_sounds_are_pictured_from_their_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    sound = make_sound(tmp_path / "a.wav", "", 0.25, seconds=1.0)
+    whole = card("real", sound, places)
+    monkeypatch.setattr("evaluation.cards.PICTURED_SECONDS", 0.5)
+    begin = card("real", replace(sound, heard={"end": 0.75}), places)
+    make_sound(tmp_path / "half.wav", "", None, seconds=0.5)
+    half = card("real", replace(sound, path=str(tmp_path / "half.wav"), seconds=0.5), places)
+    assert begin.marks == ((0.5, "asked"),) and ("pictured", "the first 0.5 s") in begin.facts
+    assert begin.picture == half.picture != whole.picture and not any(name == "pictured" for name, _ in whole.facts)
+
+
+def test_copies_hold_all_of_a_sound_that_mp3_can_hold(tmp_path: Path) -> None:
+    """Longer than is read at once, at a rate that MP3 has, the first two of its channels, beyond full scale."""
+    import soundfile
+
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json", embed=True)
+    for rate, channels, kept in ((44100, 4, 44100), (RATE, 1, RATE), (96000, 2, 44100)):
+        path = tmp_path / f"{rate}.wav"
+        soundfile.write(path, 3 * np.sin(np.arange(280000) / 7)[:, None].repeat(channels, 1), rate, subtype="FLOAT")
+        sound = Sound(path=str(path), seconds=280000 / rate, sample_rate=rate, channels=channels)
+        player = card("real", sound, places).player or ""
+        samples, found = soundfile.read(io.BytesIO(base64.b64decode(player.partition(",")[2])), always_2d=True)
+        assert found == kept and samples.shape[1] == min(channels, 2)
+        assert len(samples) / found == pytest.approx(280000 / rate, abs=0.1)
+
+
+def test_a_picture_shows_the_channel_that_sounds(tmp_path: Path) -> None:
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    time = np.arange(RATE) / RATE
+    pictures = []
+    for right in (0.0, 0.3):
+        write_audio(tmp_path / "a.wav", np.stack((0 * time, right * np.sin(2764 * time))), RATE)
+        sound = Sound(path="a.wav", seconds=1, sample_rate=RATE, channels=2)
+        pictures.append(card("real", sound, places).picture)
+    assert pictures[0] != pictures[1]
+
+
+def test_a_strip_holds_its_interval_and_what_is_not_known_is_left_out() -> None:
+    figure = Figure(name="x", value=5, low=0, high=10, n=9, beside={"real": 2, "noise": 8, "vae": math.nan})
+    drawn = strip(figure, ["real", "noise", "vae"])
+    assert 'class="interval" x1="8.0" x2="192.0"' in drawn and 'x1="44.8"' in drawn and "nan" not in drawn
+    lone = strip(replace(figure, low=math.nan, high=math.nan), ["real", "noise", "vae"])
+    assert "interval" not in lone and 'class="mark c0" x1="8.0"' in lone
+    assert 'cx="8.0"' in strip(replace(figure, value=2, low=2, high=2, beside={"real": 2}), ["real"])
+
+
+def test_a_histogram_lies_where_its_lengths_are() -> None:
+    """From the shortest bin on, lengths asked for to the right and measured ones upward, edges named."""
+    row = {"requested_from": 4.0, "requested_to": 6.0, "measured_from": 4.0, "measured_to": 6.0, "n": 1}
+    drawn = histogram([row, row | {"measured_from": 6.0, "n": 3}, row | {"requested_from": 6.0, "requested_to": 8.0}])
+    cells = re.findall(r'class="cell" x="(\d+)" y="(\d+)"', drawn)
+    assert cells == [("64", "44"), ("64", "0"), ("108", "44")]
+    assert re.findall(r'class="asked" x="(\d+)" y="(\d+)"', drawn) == [("64", "44"), ("108", "0")]
+    assert re.findall(r'class="tick" x="(\d+)" y="106">(.*?)<', drawn) == [("64", "4"), ("108", "6"), ("152", "8")]
+    assert re.findall(r'class="tick side" x="56" y="(-?\d+)">(.*?)<', drawn) == [("93", "4"), ("49", "6"), ("5", "8")]
+    assert re.findall(r'class="count( strong)?" x="\d+" y="\d+">(\d)', drawn) == [
+        ("", "1"),
+        (" strong", "3"),
+        (" strong", "1"),
+    ]
 
 
 def test_strips_and_histograms_draw_what_they_are_given() -> None:
@@ -228,6 +310,47 @@ def test_generated_sounds_that_are_most_like_training_sounds_are_listed(tmp_path
     assert 'id="training"' not in report.as_html(replace(result, generated=real[2:]), places, 0)[0]
 
 
+def test_figures_are_told_in_their_units_and_with_what_they_mean(tmp_path: Path) -> None:
+    """An extrapolated distance as such; of one sound no interval; nothing for what a row of a table lacks."""
+    figures = (
+        Figure(name="timing_error", value=0.25, low=0.1, high=0.4, n=7),
+        Figure(name="on_time", value=0.5, low=0.25, high=0.75, n=7, beside={"real": 1.0}),
+        Figure(name="width", value=-12.5, low=math.nan, high=math.nan, n=1),
+        Figure(name="fd_inf_clap", value=2.0, low=1.0, high=3.0, n=7),
+        Figure(name="fd_clap", value=4.0, low=3.0, high=5.0, n=7),
+    )
+    tables = {"some": [{"a": 1.5, "b": "x"}, {"a": None, "c": 2}]}
+    places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
+    text = report.as_html(Result(model="m", settings={}, figures=figures, tables=tables), places, 5)[0]
+    rows = [" ".join(Page(part).text.split()) for part in text.split('<tr><th scope="row">')[1:6]]
+    for row, words in zip(
+        rows, ("0.25 s [0.1, 0.4]", "50.0% [25.0%, 75.0%]", "-12.5 dB 1", "2 [1, 3]", "4 [3, 5]"), strict=True
+    ):
+        assert words in row, row
+    assert "real 100.0%" in rows[1] and "extrapolated" in rows[3] and "extrapolated" not in rows[4]
+    assert "fewer sounds are farther" in rows[4] and "fewer sounds are farther" not in rows[3]
+    assert "nan" not in rows[2] and "[" not in rows[2]
+    cells = [re.findall(r"<td.*?>(.*?)</td>", row) for row in re.findall("<tr>(<td.*?)</tr>", text)]
+    assert cells[:2] == [["1.5", "x", ""], ["", "", "2"]]
+
+
+def test_files_that_were_treated_are_listed_under_what_was_done(tmp_path: Path) -> None:
+    """Recordings too, and names that are no UTF-8."""
+    made = [
+        Sound(path=f"{name}.wav", seconds=1, sample_rate=RATE, channels=1, treatment=done)
+        for name, done in (("a", ("mono",)), ("b\udcff", ("mono", "short")), ("c", ()))
+    ]
+    result = Result(model="m", settings={}, figures=(), generated=tuple(made), reference=(replace(made[0], path="r"),))
+    save_result(result, tmp_path / "r.json")
+    report.write_report(tmp_path / "r.json", tmp_path / "page.html", prompts=0)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    lists = re.findall(r"<summary>(.*?)</summary><ul>(.*?)</ul>", text)
+    assert [(name, re.findall("<li>(.*?)</li>", files)) for name, files in lists] == [
+        ("mono (3)", ["a.wav", "b&#56575;.wav", "r"]),
+        ("short (1)", ["b&#56575;.wav"]),
+    ]
+
+
 def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -> None:
     result = Result(model="m", settings={}, figures=(Figure(name="fd_clap", value=1, low=0, high=2, n=3),))
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
@@ -248,6 +371,7 @@ def test_mistakes_end_in_one_line(stored: Path, tmp_path: Path) -> None:
         return done.stderr
 
     (tmp_path / "bad.json").write_text("{}")
+    assert "--prompts must be 0 or more" in run(stored, "--prompts", "-1")
     assert "bad.json: not a result" in run(tmp_path / "bad.json")
     assert "is a folder" in run(stored, "-o", tmp_path)
     before = stored.read_bytes()
@@ -261,6 +385,14 @@ def test_a_missing_template_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp
         report.as_html(
             Result(model="m", settings={}, figures=()), Places(page=tmp_path / "p", result=tmp_path / "r"), 1
         )
+
+
+def test_the_page_lies_beside_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_result(Result(model="m", settings={}, figures=(), origin={"device": "cpu"}), tmp_path / "r.json")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "r.json")])
+    report.main()
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert '<tr><th scope="row">device</th><td class="text">cpu</td></tr>' in text
 
 
 def browse(page: Path) -> tuple[str, str]:
