@@ -12,10 +12,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from stable_audio_lite import bundle
+from stable_audio_lite.bundle import SHIPPED, load_model_config, read_part
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.clap import load_tokenizer
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.pipeline import StableAudio
+from training.frozen import load_frozen_clap
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "stable_audio"
 
