@@ -72,7 +72,7 @@ def test_the_change_alone_is_trained(base: Path, lora: Path, bundles: dict[str, 
     assert trained and all(".lora_" in name for name in trained)
     assert any("cross_attention" in n for n in trained) and any("feed_forward" in n for n in trained)
     newest = load_file(lora.parent / "checkpoints/step_00000010/model.safetensors")
-    for part, prefix in (("unet", "unet."), ("conditioner", "conditioner.")):
+    for part, prefix in (("unet", "network."), ("conditioner", "conditioner.")):
         for key, value in load_file(base / f"{part}.safetensors").items():
             layer, _, kind = key.rpartition(".")
             name = prefix + key if prefix + key in newest else f"{prefix}{layer}.base_layer.{kind}"
