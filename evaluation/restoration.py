@@ -3,7 +3,7 @@
     python -m evaluation.restoration BUNDLE corpus/held_out --task inpaint --items 30
     python -m evaluation.restoration BUNDLE corpus/held_out --task dereverb --rt60 0.8 --blind --json
 
-A stretch of each sound, two windows of the model long, is spoiled in one way:
+A stretch of each sound, `--seconds` or two windows of the model long, is spoiled in one way:
 
 - inpaint: `--gap` ms in its middle are silent; the classical answer interpolates magnitudes linearly across the gap and
   lets phases turn on as they did before it
@@ -38,7 +38,7 @@ from evaluation.bootstrap import interval
 from evaluation.reconstruction import si_sdr
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.audio.room import convolve
-from stable_audio_lite.audio.spectrogram import Spectrogram
+from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.audio.wpe import wpe
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.degradations import Bandwidth, Denoise, Dereverb, Inpaint, Task, noise_deviation
@@ -46,7 +46,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.restore import Restorer, RestoreSettings
 
 TASKS = ("inpaint", "bandwidth", "denoise", "dereverb")
-WINDOWS = 2  # of the model, that a stretch is long
+WINDOWS = 2  # of the model, that a stretch is long at least
 _FLOOR = 1e-4  # -80 dB: magnitude, relative to the loudest, below which a cell counts as silent
 _REVERB_DB = -3.0  # energy of a room's reverberation relative to its direct sound
 
@@ -94,12 +94,18 @@ class Spoiling:
     snr: float = 10.0
     rt60: float = 0.5
     blind: bool = False
+    seconds: float = 3.0
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task: must be one of {', '.join(TASKS)}, got {self.task}")
-        if min(self.gap, self.cutoff, self.rt60) <= 0 or not math.isfinite(self.snr):
-            raise UserError("--gap, --cutoff and --rt60 must be above 0, and --snr finite")
+        if min(self.gap, self.cutoff, self.rt60, self.seconds) <= 0 or not math.isfinite(self.snr):
+            raise UserError("--gap, --cutoff, --rt60 and --seconds must be above 0, and --snr finite")
+
+    def samples(self, config: SpectrogramConfig) -> int:
+        """Samples of a stretch: two windows of the model at least, and whole frames."""
+        frames = math.ceil(self.seconds * config.sample_rate / config.hop)
+        return max(frames, WINDOWS * config.frames) * config.hop
 
 
 def spoil(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, seed: int) -> Spoiled:
@@ -229,15 +235,15 @@ def evaluate(
             distance = log_spectral_distance(spectrogram, answer, clean, spoiled.cells)
             rows[name].append((si_sdr(answer, clean), distance))
     if (usable := len(rows["nothing"])) < count:
-        seconds = WINDOWS * spectrogram.config.seconds
+        seconds = how.samples(spectrogram.config) / spectrogram.config.sample_rate
         raise UserError(f"{usable} of the {len(items)} sounds have {seconds:.1f} s of sound, --items asks for {count}")
     return figures(rows)
 
 
 def stretch(item: Item, spectrogram: Spectrogram, how: Spoiling) -> Tensor | None:
-    """The first `WINDOWS` windows of a sound as mono (1, T), or None where it is shorter or its middle is silent."""
+    """The first stretch of a sound as mono (1, T), or None where it is shorter or its middle is silent."""
     config = spectrogram.config
-    samples = WINDOWS * config.samples
+    samples = how.samples(config)
     audio = read_audio(item.path, config.sample_rate, 0.0, samples / config.sample_rate).mean(0, keepdim=True)
     if audio.shape[1] < samples:
         return None
@@ -293,6 +299,7 @@ def main() -> None:
     add("--snr", type=float, default=10.0, help="denoise: dB (default: 10)")
     add("--rt60", type=float, default=0.5, help="dereverb: s (default: 0.5)")
     add("--blind", action="store_true", help="dereverb: the model isn't told the room")
+    add("--seconds", type=float, default=3.0, help="of each sound; two windows of the model at least (default: 3)")
     add("--steps", type=int, default=50, help="of sampling (default: 50)")
     add("--eta", type=float, default=0.8)
     add("--eta-b", type=float, default=0.8)
@@ -310,6 +317,7 @@ def main() -> None:
             snr=args.snr,
             rt60=args.rt60,
             blind=args.blind,
+            seconds=args.seconds,
         )
         settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed)
         restorer = Restorer.from_pretrained(args.model, args.device)
