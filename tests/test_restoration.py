@@ -113,7 +113,7 @@ def test_gains_are_paired() -> None:
 def test_every_answer_is_measured_on_the_same_sounds(task: str, sounds: Path) -> None:
     frame = torch.ones(1, 1, SHAPE.bins, 1)
     restorer = Restorer(lambda x, s: x * frame / (frame + s.reshape(-1, 1, 1, 1) ** 2), CONFIG)
-    how = Spoiling(task=task, gap=0.01, cutoff=2000.0, rt60=0.05)
+    how = Spoiling(task=task, gap=0.01, cutoff=2000.0, rt60=0.05, seconds=0.01)
     found = restoration.evaluate(restorer, read_items(sounds), 3, how, RestoreSettings(steps=3))
     assert [row.answer for row in found] == 2 * ["nothing", "classical", "restoration"]
     assert all(math.isfinite(v) for row in found for v in (row.mean, row.low, row.gain_high))
@@ -126,7 +126,19 @@ def test_the_command_prints_figures_or_one_line(sounds: Path, tmp_path: Path, mo
     save_bundle(tmp_path / "model", CONFIG, {CONFIG.part: CONFIG.network().state_dict()})
 
     def run(*arguments: object) -> None:
-        own = ["restoration", tmp_path / "model", sounds, "--task", "denoise", "--steps", 2, "--device", "cpu"]
+        own = [
+            "restoration",
+            tmp_path / "model",
+            sounds,
+            "--task",
+            "denoise",
+            "--steps",
+            2,
+            "--device",
+            "cpu",
+            "--seconds",
+            0.01,
+        ]
         monkeypatch.setattr(sys, "argv", [str(a) for a in (*own, *arguments)])
         restoration.main()
 
@@ -136,7 +148,8 @@ def test_the_command_prints_figures_or_one_line(sounds: Path, tmp_path: Path, mo
     for arguments, message in (
         (("--items", 4), "3 of the 5 sounds"),
         (("--items", 1), "--items must be at least 2"),
-        (("--rt60", 0), "--rt60 must be above 0"),
+        (("--seconds", 3), "0 of the 5 sounds have 3.0 s"),
+        (("--rt60", 0), "must be above 0"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run(*arguments)
