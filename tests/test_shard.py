@@ -35,7 +35,7 @@ from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 
 config = load_config(sys.argv[1], TrainDiffusionConfig)
 task = DiffusionTask(config)
-errors, step, calls = task._errors, task.step, []
+errors, step, calls = task.errors, task.step, []
 
 def local(tensor):
     return getattr(tensor, "to_local", lambda: tensor)().numel()
@@ -55,7 +55,7 @@ def watched(batch, number, update):
         json.dump(held, file)
     return figures
 
-task._errors, task.step = spoiled, watched
+task.errors, task.step = spoiled, watched
 fit(config.run, task, config)
 """
 
@@ -105,13 +105,13 @@ def test_two_processes_with_half_of_it_each_equal_one(
     cls = train_diffusion.TrainDiffusionConfig
     config = load(cls, settings("one", 6, 2) | {"optimizer": optimizer}, tmp_path)
     task, calls = train_diffusion.DiffusionTask(config), []
-    errors = task._errors
+    errors = task.errors
 
     def spoiled(batch: dict[str, object]) -> torch.Tensor:
         first = torch.is_grad_enabled() and not calls.append(0)
         return errors(batch) * (math.nan if first and len(calls) == 7 else 1.0)
 
-    task._errors = spoiled
+    task.errors = spoiled
     fit(config.run, task, config)
     shutil.copytree(one / "checkpoints/step_00000002", two / "checkpoints/step_00000002")
     demos = {"every": 5, "prompts": ["a tone"], "cfg": [1.0], "seconds": 0.3, "steps": 2}
@@ -136,7 +136,7 @@ def test_two_processes_with_half_of_it_each_equal_one(
     average = load_file(two / "checkpoints/step_00000005/ema_model.safetensors")
     for bundle in ("best", "bundle"):
         exported = load_file(two / bundle / "unet.safetensors")
-        assert all(torch.equal(value, average[f"unet.{name}"]) for name, value in exported.items())
+        assert all(torch.equal(value, average[f"network.{name}"]) for name, value in exported.items())
     assert float(read_audio(two / "demos/step_00000005/prompt1-cfg1.wav", 44100).std()) > 0
     held = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
     state = load_file(two / "checkpoints/step_00000005/optimizer_model.safetensors").values()
