@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from evaluation import report
-from evaluation.cards import Places, card, likenesses
+from evaluation.cards import Places, card, groups, likenesses
 from evaluation.charts import histogram, strip
 from evaluation.listening import describe, summarise
 from evaluation.result import Figure, Result, Sound, save_result
@@ -115,7 +115,7 @@ def test_the_page_holds_all_and_runs_nothing(page: Path) -> None:
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
     assert all(image["src"].startswith("data:image/webp;base64,") for image in found.all("img"))
     assert len(found.all("audio")) == len(found.all("img")) == 3
-    assert found.text.count("hacked") >= 10
+    assert found.text.count("hacked") >= 10 and "histogram" in [svg.get("class") for svg in found.all("svg")]
     for words in ("on time ↑", "fd openl3", "put the weights", "peak -1 dB", "0.988 ", "hf:some/set/7", "[0.2, 0.4]"):
         assert words in found.text, words
     for words in (
@@ -147,6 +147,19 @@ def test_real_sounds_stand_beside_generated_ones_of_their_prompt(page: Path) -> 
         "2": ["generated"],
         "3": ["generated"],
     }
+
+
+def test_a_sound_without_a_prompt_stands_under_that_of_its_recording() -> None:
+    def sound(path: str, prompt: str = "") -> Sound:
+        return Sound(path=path, seconds=1, sample_rate=RATE, channels=2, prompt=prompt)
+
+    made = (sound("made/1.wav"), sound("made/2.wav"), sound("made/3.wav", "a low tone"))
+    real = (sound("real/1.wav", "a low tone"),)
+    found = groups(Result(model="m", settings={}, figures=(), generated=made, reference=real))
+    assert found == [
+        ("a low tone", [("generated", made[0]), ("generated", made[2]), ("real", real[0])]),
+        ("2", [("generated", made[1])]),
+    ]
 
 
 def test_sounds_go_into_the_page(stored: Path, tmp_path: Path) -> None:
@@ -219,6 +232,7 @@ def test_copies_hold_all_of_a_sound_that_mp3_can_hold(tmp_path: Path) -> None:
         samples, found = soundfile.read(io.BytesIO(base64.b64decode(player.partition(",")[2])), always_2d=True)
         assert found == kept and samples.shape[1] == min(channels, 2)
         assert len(samples) / found == pytest.approx(280000 / rate, abs=0.1)
+        assert np.abs(samples).max() < 1.2  # as a player sounds it; MP3 goes a little beyond what it was given
 
 
 def test_a_picture_shows_the_channel_that_sounds(tmp_path: Path) -> None:
