@@ -1,17 +1,16 @@
-"""Does restoration help? Held-out sounds are spoiled and repaired: by nothing, by the classical answer, by the model.
+"""Does restoration help? Held-out sounds are spoiled and repaired: by nothing, by classical means, by the model.
 
     python -m evaluation.restoration BUNDLE corpus/held_out --task inpaint --items 30
     python -m evaluation.restoration BUNDLE corpus/held_out --task dereverb --rt60 0.8 --blind --json
 
 A stretch of each sound, `--seconds` or two windows of the model long, is spoiled in one way:
 
-- inpaint: `--gap` ms in its middle are silent; the classical answer interpolates magnitudes linearly across the gap and
-  lets phases turn on as they did before it
-- bandwidth: frequencies above `--cutoff` are cut; the classical answer repeats the octave below it above it, 12 dB
-  quieter
-- denoise: white noise of `--snr` dB; the classical answer is a Wiener filter by spectral subtraction, its noise known
-- dereverb: a room whose noise decays by 60 dB in `--rt60` s; the classical answer is WPE. With `--blind` the room is
-  estimated, otherwise it is known to the model (not to WPE)
+- inpaint: `--gap` ms in its middle are silent; "line" draws the waveform straight across the gap, "magnitudes" draws
+  those of the spectrogram across it and lets phases turn on as they did before
+- bandwidth: frequencies above `--cutoff` are cut; "octave" repeats the octave below it above it, 12 dB quieter
+- denoise: white noise of `--snr` dB; "wiener" is a filter by spectral subtraction, its noise known
+- dereverb: a room whose noise decays by 60 dB in `--rt60` s; "wpe" is weighted prediction error. With `--blind` the room
+  is estimated, otherwise it is known to the model (not to WPE)
 
 SI-SDR of the stretch, and the log-spectral distance over the frames of the gap, the rows above the cut-off, or
 everything: each with its 95 % bootstrap interval, as is the difference between restoration and each other answer on the
@@ -59,14 +58,14 @@ class Spoiled:
         clean: (1, T).
         heard: (1, T), what is left of it.
         task: for the model.
-        classical: (1, T), the classical answer.
+        classical: (1, T) by name, the classical answers.
         cells: boolean, broadcastable to (F, frames), which the log-spectral distance is measured over.
     """
 
     clean: Tensor
     heard: Tensor
     task: Task
-    classical: Tensor
+    classical: dict[str, Tensor]
     cells: Tensor
 
 
@@ -124,8 +123,10 @@ def _gap(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: torc
     heard[:, first:last] = 0
     task = Inpaint(((first / config.sample_rate, last / config.sample_rate),))
     unknown = task.observe(spectrogram, clean[0], 1).operator.singular[0] == 0
-    classical = heard.clone()
-    classical[:, first:last] = spectrogram.decode(interpolate(spectrogram.encode(heard), unknown))[:, first:last]
+    line, magnitudes = heard.clone(), heard.clone()
+    line[0, first:last] = torch.lerp(heard[0, first - 1], heard[0, last], torch.linspace(0, 1, last - first + 2)[1:-1])
+    magnitudes[:, first:last] = spectrogram.decode(interpolate(spectrogram.encode(heard), unknown))[:, first:last]
+    classical = {"line": line, "magnitudes": magnitudes}
     return Spoiled(clean=clean, heard=heard, task=task, classical=classical, cells=unknown[None])
 
 
@@ -157,7 +158,7 @@ def _band(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: tor
         clean=clean,
         heard=heard,
         task=task,
-        classical=spectrogram.decode(fill),
+        classical={"octave": spectrogram.decode(fill)},
         cells=~known[:, None],
     )
 
@@ -174,7 +175,7 @@ def _noise(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: to
         clean=clean,
         heard=heard,
         task=Denoise(level_db),
-        classical=spectrogram.decode(y * gain[:, None]),
+        classical={"wiener": spectrogram.decode(y * gain[:, None])},
         cells=torch.ones(1, 1, dtype=torch.bool),
     )
 
@@ -195,7 +196,7 @@ def _room(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: tor
         clean=clean,
         heard=heard,
         task=Dereverb(None if how.blind else response),
-        classical=spectrogram.decode(wpe(spectrogram.encode(heard))),
+        classical={"wpe": spectrogram.decode(wpe(spectrogram.encode(heard)))},
         cells=torch.ones(1, 1, dtype=torch.bool),
     )
 
@@ -224,17 +225,17 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    rows: dict[str, list[tuple[float, float]]] = {"nothing": [], "classical": [], "restoration": []}
+    rows: dict[str, list[tuple[float, float]]] = {}
     spectrogram = restorer.spectrogram
     stretches = (clean for item in items if (clean := stretch(item, spectrogram, how)) is not None)
     for number, clean in enumerate(tqdm(itertools.islice(stretches, count), total=count, unit="sound")):
         spoiled = spoil(clean, how, spectrogram, seed + number)
         own = dataclasses.replace(settings, seed=seed + number)
         found = restorer.restore(spoiled.heard, spoiled.task, own)
-        for name, answer in zip(rows, (spoiled.heard, spoiled.classical, found), strict=True):
+        for name, answer in {"nothing": spoiled.heard, **spoiled.classical, "restoration": found}.items():
             distance = log_spectral_distance(spectrogram, answer, clean, spoiled.cells)
-            rows[name].append((si_sdr(answer, clean), distance))
-    if (usable := len(rows["nothing"])) < count:
+            rows.setdefault(name, []).append((si_sdr(answer, clean), distance))
+    if (usable := len(rows.get("nothing", []))) < count:
         seconds = how.samples(spectrogram.config) / spectrogram.config.sample_rate
         raise UserError(f"{usable} of the {len(items)} sounds have {seconds:.1f} s of sound, --items asks for {count}")
     return figures(rows)
