@@ -9,8 +9,8 @@ A stretch of each sound, `--seconds` or two windows of the model long, is spoile
   those of the spectrogram across it and lets phases turn on as they did before
 - bandwidth: frequencies above `--cutoff` are cut; "octave" repeats the octave below it above it, 12 dB quieter
 - denoise: white noise of `--snr` dB; "wiener" is a filter by spectral subtraction, its noise known
-- dereverb: a room whose noise decays by 60 dB in `--rt60` s; "wpe" is weighted prediction error. With `--blind` the room
-  is estimated, otherwise it is known to the model (not to WPE)
+- dereverb: a room whose noise decays by 60 dB in `--rt60` s; "wpe" is weighted prediction error. With `--blind` the
+  room is estimated, otherwise it is known to the model (not to WPE)
 
 SI-SDR of the stretch, and the log-spectral distance over the frames of the gap, the rows above the cut-off, or
 everything: each with its 95 % bootstrap interval, as is the difference between restoration and each other answer on the
