@@ -209,7 +209,7 @@ def condition(batch: int = 3, tokens: int = 77, width: int = 16) -> Condition:
 def test_timing_tokens_follow_the_text():
     conditioner = Conditioner(TimingConfig(max_seconds=95), 16)
     text = condition()
-    joined = conditioner(text, torch.tensor([0.0, 10.4, 95.4]), torch.tensor([30.0, 10.0, 0.0]))
+    joined = conditioner(text, torch.tensor([0.0, 10.0, 95.0]), torch.tensor([30.0, 10.0, 0.0]))
     assert joined.tokens.shape == (3, 79, 16)
     assert torch.equal(joined.tokens[:, :77], text.tokens) and torch.equal(joined.mask[:, :77], text.mask)
     assert joined.mask[:, 77:].all()
@@ -218,7 +218,15 @@ def test_timing_tokens_follow_the_text():
     assert {n for n, _ in conditioner.named_parameters()} == {"seconds_start.weight", "seconds_total.weight"}
 
 
-@pytest.mark.parametrize("seconds", [-1.0, 96.0, float("nan"), float("inf")])
+def test_between_whole_seconds_the_nearest_two_are_mixed():
+    conditioner = Conditioner(TimingConfig(max_seconds=95), 16)
+    joined = conditioner(condition(), torch.zeros(3), torch.tensor([7.25, 94.5, 95.0]))
+    table = conditioner.seconds_total.weight
+    expected = torch.stack([0.75 * table[7] + 0.25 * table[8], (table[94] + table[95]) / 2, table[95]])
+    assert torch.allclose(joined.tokens[:, 78], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 95.1, float("nan"), float("inf")])
 def test_seconds_outside_the_table_are_refused(seconds):
     conditioner = Conditioner(TimingConfig(max_seconds=95), 16)
     with pytest.raises(ValueError, match="seconds_total must lie in 0..95"):

@@ -70,6 +70,19 @@ def test_variety(pieces: list[Piece]) -> None:
     assert any(abs(part.pan) > 0.4 for p in pieces for part in p.parts)
 
 
+def test_short_pieces_are_beginnings() -> None:
+    """All is over before the end, and what is said to play does."""
+    short = [compose(7, "train", index, 2, 3.9) for index in range(200)]
+    assert {len(piece.parts) for piece in short} == {1, 2, 3, 4}
+    for piece in short:
+        assert 2 <= piece.seconds <= 3.9
+        assert max(note.start + note.duration for note in piece.notes) <= piece.seconds - TAIL + 1e-6
+        assert max(span.start + span.duration for span in piece.chords) <= piece.seconds - TAIL + 1e-6
+        assert min(note.duration for note in piece.notes) > 0
+        heard = {note.part for note in piece.notes}
+        assert heard - {DRUMS} == set(range(len(piece.parts))) and (DRUMS in heard) == piece.drums
+
+
 def test_solos_on_request() -> None:
     """Nothing but solos, of every instrument; where up to four may play, the piece is that of the default."""
     solos = [compose(7, "train", index, 4, 30, max_parts=1) for index in range(300)]
@@ -269,7 +282,7 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
     [
         ({"items": 0}, "--items"),
         ({"held_out": -1}, "--held-out"),
-        ({"min_seconds": 3.9}, "--min-seconds"),
+        ({"min_seconds": 1.9}, "--min-seconds"),
         ({"max_seconds": 61}, "--max-seconds"),
         ({"max_seconds": float("nan")}, "--max-seconds"),
         ({"min_seconds": 20, "max_seconds": 10}, "--min-seconds"),

@@ -40,6 +40,16 @@ def test_stratified_times_cover_every_part() -> None:
     assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
 
 
+def test_a_shift_moves_times_towards_noise() -> None:
+    draws = torch.Generator().manual_seed(0)
+    times = denoising.stratified_times(1000, draws, shift=4.0)
+    assert float(times.median()) == pytest.approx(0.8, abs=0.01)
+    late = denoising.stratified_times(1000, draws, lowest=0.2, shift=4.0)
+    assert 0.2 <= float(late.min()) < 0.21 and 0.99 < float(late.max()) <= 1
+    share = float((late > 0.9).float().mean())  # of u = t / (4 - 3 t), which is uniform from 1/17 on
+    assert share == pytest.approx((1 - 0.9 / 1.3) / (1 - 1 / 17), abs=0.01)
+
+
 def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Above the lowest time, at every level there, the same on every call."""
     settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"lowest_time": 0.5}

@@ -78,7 +78,8 @@ class DenoisingTask(Task):
         objective: what is predicted; the losses are called after it.
         seed: of the run.
         condition_dropout: share of items trained without their condition.
-        lowest_time: times are uniform from here to 1, stratified over the batch.
+        lowest_time: times lie from here to 1, stratified over the batch; uniform where `time_shift` is 1.
+        time_shift: how much more of them lie near 1, see `stratified_times`.
         held_out_items: how many held-out examples there are.
     """
 
@@ -87,6 +88,7 @@ class DenoisingTask(Task):
     seed: int
     condition_dropout: float = 0.0
     lowest_time: float = 0.0
+    time_shift: float = 1.0
     held_out_items: int = 0
 
     @abstractmethod
@@ -105,7 +107,7 @@ class DenoisingTask(Task):
         draws = generator(seed, number)
         return batch | {
             "eps": item_noise(seed, numbers, tuple(batch["x0"].shape[1:])),
-            "t": stratified_times(world * size, draws, self.lowest_time)[own],
+            "t": stratified_times(world * size, draws, self.lowest_time, self.time_shift)[own],
             "dropped": (torch.rand(world * size, generator=draws) < self.condition_dropout)[own],
         }
 
@@ -136,10 +138,16 @@ class DenoisingTask(Task):
         return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}
 
 
-def stratified_times(batch: int, draws: torch.Generator, lowest: float = 0.0) -> Tensor:
-    """One uniform time in each of `batch` equal parts of [lowest, 1], in random order: lower variance, same law."""
-    times = lowest + (1 - lowest) * (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
-    return times[torch.randperm(batch, generator=draws)]
+def stratified_times(batch: int, draws: torch.Generator, lowest: float = 0.0, shift: float = 1.0) -> Tensor:
+    """Times in [lowest, 1] for a batch, in random order: one in each of `batch` equally likely parts.
+
+    Uniform for shift s = 1; otherwise uniform u become s u / (1 + (s - 1) u), which has its median at s / (1 + s)
+    (Esser et al. 2024, arXiv 2403.03206, section 5.3.2: the more numbers say the same, the more noise it takes to
+    drown it).
+    """
+    first = lowest / (shift - (shift - 1) * lowest)
+    u = first + (1 - first) * (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
+    return (shift * u / (1 + (shift - 1) * u))[torch.randperm(batch, generator=draws)]
 
 
 def loss_by_level(errors: Tensor, t: Tensor, objective: str) -> dict[str, Tensor]:

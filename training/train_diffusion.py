@@ -56,6 +56,8 @@ class TrainDiffusionConfig:
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest t that is trained. A generator that ends above that noise level (generation.sigma_min of
             the model, tan(pi t / 2)) has no use for what is below, where most of the loss is.
+        time_shift: above 1, more of the times lie near 1, where it is decided what plays; half of them above
+            time_shift / (1 + time_shift) where lowest_time is 0.
         padding: whether the silence after an item's end is part of the loss, and so learned.
         demos: sounds to make while training, or null.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
@@ -71,6 +73,7 @@ class TrainDiffusionConfig:
     batch_size: int = 16
     condition_dropout: float = 0.1
     lowest_time: float = 0.0
+    time_shift: float = 1.0
     padding: bool = True
     demos: DemosConfig | None = None
     gradient_checkpointing: bool = False
@@ -88,6 +91,8 @@ class TrainDiffusionConfig:
             raise ValueError(f"condition_dropout must lie in 0..1, got {self.condition_dropout}")
         if not 0 <= self.lowest_time < 1:
             raise ValueError(f"lowest_time must be at least 0 and below 1, got {self.lowest_time}")
+        if not self.time_shift > 0:
+            raise ValueError(f"time_shift must be above 0, got {self.time_shift}")
 
 
 class DiffusionTask(DenoisingTask):
@@ -101,7 +106,8 @@ class DiffusionTask(DenoisingTask):
         self.config = config
         self.model = load_model_config(config.model)
         self.batch_size, self.seed = config.batch_size, config.run.seed
-        self.condition_dropout, self.lowest_time = config.condition_dropout, config.lowest_time
+        self.condition_dropout = config.condition_dropout
+        self.lowest_time, self.time_shift = config.lowest_time, config.time_shift
         self.demonstrate_every = config.demos.every if config.demos else 0
         self.silence = silence_latent(config.vae)
         torch.manual_seed(config.run.seed)

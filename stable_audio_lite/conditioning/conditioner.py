@@ -2,7 +2,8 @@
 
 Source: Evans et al. 2024, "Fast Timing-Conditioned Latent Audio Diffusion": `seconds_start` and
 `seconds_total` are each one learned embedding per whole second, appended to the text tokens along the
-sequence.
+sequence. Between whole seconds the two nearest embeddings are mixed: rounded, sounds of 3.5 and of 4.5 s
+would be asked for alike, and end half a second from where they should.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ class Conditioner(nn.Module):
     def forward(self, text: Condition, seconds_start: Tensor, seconds_total: Tensor) -> Condition:
         """Text (B, N, D) and seconds (B,) each -> condition (B, N + 2, D).
 
-        Seconds may be fractions; each is rounded to the nearest whole second (halves to even), for which
-        there is one embedding.
+        A whole second is its embedding; in between, the two nearest are mixed linearly.
 
         Raises:
             ValueError: seconds outside 0..max_seconds or not finite, or another batch size or width.
@@ -69,18 +69,22 @@ class Conditioner(nn.Module):
         batch, _, width = text.tokens.shape
         if width != self.width:
             raise ValueError(f"text features are {width} wide, the conditioner {self.width}")
-        start = self.seconds_start(self._index("seconds_start", seconds_start, batch))  # B, D
-        total = self.seconds_total(self._index("seconds_total", seconds_total, batch))  # B, D
+        start = self._embed("seconds_start", seconds_start, batch)
+        total = self._embed("seconds_total", seconds_total, batch)
         timing = torch.stack([start, total], dim=1)  # B, 2, D
         attend = text.mask.new_ones(batch, 2)
         tokens = torch.cat([text.tokens.to(timing.dtype), timing], dim=1)
         return Condition(tokens, torch.cat([text.mask, attend], dim=1))
 
-    def _index(self, name: str, seconds: Tensor, batch: int) -> Tensor:
+    def _embed(self, name: str, seconds: Tensor, batch: int) -> Tensor:
+        """(B, D) for seconds (B,) of the table `name`."""
+        table: nn.Embedding = getattr(self, name)
         seconds = torch.as_tensor(seconds).detach().cpu().double()  # some devices have no float64
         if seconds.shape != (batch,):
             raise ValueError(f"{name} must hold one value per prompt, ({batch},), got {tuple(seconds.shape)}")
-        whole = seconds.round()
-        if not bool(((whole >= 0) & (whole <= self.config.max_seconds)).all()):
+        if not bool(((seconds >= 0) & (seconds <= self.config.max_seconds)).all()):
             raise ValueError(f"{name} must lie in 0..{self.config.max_seconds} s, got {seconds.tolist()}")
-        return whole.long().to(self.seconds_start.weight.device)
+        whole = seconds.floor()
+        share = (seconds - whole)[:, None].to(table.weight)
+        low, high = (i.long().to(table.weight.device) for i in (whole, seconds.ceil()))
+        return table(low).lerp(table(high), share)

@@ -29,7 +29,7 @@ from stable_audio_lite.corpus.render import SAMPLE_RATE, find_soundfont, find_sy
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
-SHORTEST, LONGEST = 4.0, 60.0
+SHORTEST, LONGEST = 2.0, 60.0
 """Lengths that can be asked for, in seconds."""
 _VERSION = 1
 

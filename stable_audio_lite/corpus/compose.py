@@ -1,7 +1,8 @@
 """Composes one piece: a pure function of the seed, the split and the item's number.
 
 The length is drawn first; the tempo and the number of bars are then chosen so that the last chord, a held tonic,
-fills what is left and everything has died away when the recording ends.
+fills what is left and everything has died away when the recording ends. What is to be shorter than `SHORTEST_WHOLE`
+is the beginning of such a piece.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stable_audio_lite.corpus import parts as play
 from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest, progression, voicing
@@ -23,6 +24,8 @@ LEAD_IN = 0.03
 TAIL = 0.5
 """Seconds left after the last note for its release and the room."""
 SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
+SHORTEST_WHOLE = 4.0
+"""Seconds that a bar and a last chord need in any style."""
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
 MOST_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
@@ -56,12 +59,13 @@ def compose(
 ) -> Piece:
     """Compose item `index` of `split`; other items have no influence on it.
 
-    Lengths are in seconds (4 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS). `solo` names
+    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS). `solo` names
     the one instrument of all pieces, which then have no drums.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
-    seconds = round(rng.uniform(min_seconds, max_seconds), 1)
-    seconds = min(max(seconds, min_seconds), max_seconds)
+    wanted = round(rng.uniform(min_seconds, max_seconds), 1)
+    wanted = min(max(wanted, min_seconds), max_seconds)
+    seconds = max(wanted, SHORTEST_WHOLE)
     counts = PART_COUNTS[: 1 if solo else max_parts]
     count = rng.choices([n for n, _ in counts], [w for _, w in counts])[0]
     style = STYLES[rng.choice([s.name for s in STYLES.values() if _fits(s, seconds)])]
@@ -82,7 +86,7 @@ def compose(
     notes = [note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, clock, seconds)]
     if drums:
         notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, clock, seconds)
-    return Piece(
+    piece = Piece(
         seed=seed,
         split=split,
         index=index,
@@ -95,6 +99,23 @@ def compose(
         parts=tuple(parts),
         chords=_spans(score, clock, seconds),
         notes=tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
+    )
+    return piece if wanted == seconds else _beginning(piece, wanted)
+
+
+def _beginning(piece: Piece, seconds: float) -> Piece:
+    """The first `seconds` of a piece: notes stop `TAIL` before the end, who has not played by then is left out."""
+    end = seconds - TAIL
+    notes = [replace(n, duration=round(min(n.duration, end - n.start), 3)) for n in piece.notes if n.start < end - 0.05]
+    playing = sorted({note.part for note in notes} - {DRUMS})
+    number = {part: place for place, part in enumerate(playing)} | {DRUMS: DRUMS}
+    return replace(
+        piece,
+        seconds=seconds,
+        drums=any(note.part == DRUMS for note in notes),
+        parts=tuple(piece.parts[part] for part in playing),
+        chords=tuple(replace(c, duration=min(c.duration, end - c.start)) for c in piece.chords if c.start < end),
+        notes=tuple(replace(note, part=number[note.part]) for note in notes),
     )
 
 
