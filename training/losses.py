@@ -39,10 +39,15 @@ class MultiResolutionSTFTLoss(nn.Module):
     Half of a spectrum's bins lie above 11 kHz, where music has little. With `mel` the logarithms are compared on mel
     bands too, which are close where the ear is sharp (Kumar et al. 2023, section 3.4).
 
+    Where the output can't know when exactly a note begins, these distances are least for one that never quite begins.
+    With `levels` a signal's logarithms in each mel band are also compared sorted, that is, by their distribution over
+    time (its 1-Wasserstein distance), which peaks and pauses count in wherever they are.
+
     Args:
         windows: window lengths in samples; the hop is a quarter.
         floor: smallest magnitude heard in the logarithm, relative to a full-scale sine's peak bin.
         mel: give the distance "mel" as well.
+        levels: give the distance "levels" as well.
     """
 
     def __init__(
@@ -52,31 +57,35 @@ class MultiResolutionSTFTLoss(nn.Module):
         a_weighting: bool = True,
         floor: float = 1e-4,
         mel: bool = False,
+        levels: bool = False,
     ):
         super().__init__()
-        self.windows, self.floor, self.mel = windows, floor, mel
+        self.windows, self.floor = windows, floor
+        self.on_bands = [name for name, wanted in (("mel", mel), ("levels", levels)) if wanted]
         for window in windows:
             self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
-            if mel:
+            if self.on_bands:
                 self.register_buffer(f"mel_{window}", mel_bands(sample_rate, window), persistent=False)
         fir = a_weighting_fir(sample_rate) if a_weighting else None
         self.register_buffer("fir", fir, persistent=False)
 
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Distances "sum", "difference", "left", "right", and perhaps "mel", of (B, 2, T) signals."""
+        """Distances "sum", "difference", "left", "right", and perhaps "mel" and "levels", of (B, 2, T) signals."""
         both = torch.cat((output, target)).float()
         if self.fir is not None:
             both = convolve(both, self.fir)
-        names = ("sum", "difference", "left", "right") + ("mel",) * self.mel
-        totals = dict.fromkeys(names, output.new_zeros((), dtype=torch.float32))
+        names = ("sum", "difference", "left", "right")
+        totals = dict.fromkeys((*names, *self.on_bands), output.new_zeros((), dtype=torch.float32))
         for window in self.windows:
             for name, spectrum in _signals(self._stft(both, window)).items():
                 got, wanted = spectrum.abs().chunk(2)
                 totals[name] = totals[name] + self._distance(got, wanted) / len(self.windows)
-                if self.mel:
+                if self.on_bands:
                     bands = getattr(self, f"mel_{window}")
-                    distance = self._log_distance(bands @ got, bands @ wanted)
-                    totals["mel"] = totals["mel"] + distance / (4 * len(self.windows))
+                    logs = [(bands @ magnitudes + self.floor).log() for magnitudes in (got, wanted)]
+                for kind in self.on_bands:
+                    one, other = (x.sort(-1).values for x in logs) if kind == "levels" else logs
+                    totals[kind] = totals[kind] + (one - other).abs().mean() / (len(names) * len(self.windows))
         return totals
 
     def _distance(self, got: Tensor, wanted: Tensor) -> Tensor:

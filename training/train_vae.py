@@ -37,7 +37,7 @@ from training.task import OptimizerConfig, RunConfig, Task
 from training.update import Update
 
 _ON_OUTPUT = (
-    *("waveform/relative", "stft/sum", "stft/difference", "stft/left", "stft/right", "stft/mel"),
+    *("waveform/relative", "stft/sum", "stft/difference", "stft/left", "stft/right", "stft/mel", "stft/levels"),
     *("adversarial/generator", "adversarial/features"),
 )
 """Losses of the output, which the balancer weighs; the others are of the latents."""
@@ -45,10 +45,11 @@ _ON_OUTPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
-    """Weight of each loss term in the generator's sum; the paper has no waveform or mel term, and 0 leaves it out."""
+    """Weight of each loss term in the generator's sum; 0 leaves out waveform, mel and levels, which the paper lacks."""
 
     waveform: float = 0.0
     mel: float = 0.0
+    levels: float = 0.0
     sum: float = 1.0
     difference: float = 1.0
     left: float = 0.5
@@ -191,6 +192,7 @@ class VAETask(Task):
             config.a_weighting,
             config.stft_floor,
             mel=config.weights.mel > 0,
+            levels=config.weights.levels > 0,
         )
 
     def begin(self, state: Resumable) -> None:
@@ -290,6 +292,7 @@ class VAETask(Task):
             "stft/left": w.left,
             "stft/right": w.right,
             "stft/mel": w.mel,
+            "stft/levels": w.levels,
             "adversarial/generator": w.adversarial,
             "adversarial/features": w.features,
             "kl/latent": w.kl,
