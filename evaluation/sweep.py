@@ -33,7 +33,6 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "sigma_min": float,
     "sigma_max": float,
     "rho": float,
-    "candidates": int,
 }
 SHOWN = ("families", "instruments", "drums", "style", "end")
 

@@ -54,8 +54,6 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
-        candidates: sounds made for each one asked for, of which the one is kept that the bundle's CLAP finds likest to
-            its prompt.
     """
 
     steps: int = 100
@@ -65,11 +63,10 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
-    candidates: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.candidates < 1:
-            raise ValueError(f"steps and candidates must be at least 1, got {self.steps} and {self.candidates}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if not self.rho > 0:

@@ -89,8 +89,7 @@ def _add_generate(commands: Any) -> None:
     add("--cfg", type=float, help="guidance scale, 1 is none (default: the model's)")
     add("--negative", metavar="TEXT", help="what not to hear; replaces the unconditional half of guidance")
     add("--count", type=int, default=1, help="items per prompt (default: 1)")
-    add("--candidates", type=int, help="sounds made for each item, of which CLAP keeps one (default: the model's)")
-    add("--batch", type=int, default=4, help="sounds sampled at once (default: 4)")
+    add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
     add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
     _add_model(parser)
     add("--lora", metavar="FOLDER", type=Path, help="a LoRA that was trained for this model")
@@ -191,7 +190,6 @@ def _generate(args: argparse.Namespace) -> None:
                 cfg=args.cfg,
                 negative=args.negative,
                 sampler=args.sampler,
-                candidates=args.candidates,
                 batch=args.batch,
                 progress=progress.within(first, stop),
             )

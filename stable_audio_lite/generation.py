@@ -1,4 +1,4 @@
-"""What all pipelines share: requests, seeds and batches, conditions, guidance, sampling, choice, settings, copies.
+"""What all pipelines share: requests, seeds and batches, conditions, guidance, sampling, settings, copies of a bundle.
 
 A pipeline is a loaded bundle that generates. `stable_audio_lite.pipeline` and `stable_audio_lite.spectral` have one
 each; they say what is sampled and how it becomes sound.
@@ -12,8 +12,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +27,11 @@ from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas, sigma_to_t
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
-from stable_audio_lite.models.clap import Clap, ClapConfig, load_tokenizer
+from stable_audio_lite.models.clap import ClapConfig, load_tokenizer
 from stable_audio_lite.nn.attention import Condition
 
 _M = TypeVar("_M", bound=nn.Module)
-_WITH_PROMPT = ("prompt", "seconds_start", "seconds_total", "cfg", "rescale", "negative", "candidates")
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # from one candidate's seed to the next: far from the seeds that people choose
-_SEEDS = 2**63
+_WITH_PROMPT = ("prompt", "seconds_start", "seconds_total", "cfg", "rescale", "negative")
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,10 @@ class _Request:
     rescale: float
     negative: str | None
     sampler: str
-    candidates: int
 
     @property
     def seconds_total(self) -> float:
         return self.start + self.seconds if self.total is None else self.total
-
-    @property
-    def seconds_heard(self) -> float:
-        """What of the sound lies within the described piece, all of it where that is nothing."""
-        return min(self.seconds, self.seconds_total - self.start) or self.seconds
 
 
 class _Report:
@@ -156,11 +146,6 @@ class Pipeline(ABC):
         """The times that the network was trained with for noise levels (B,)."""
         return sigma_to_t(sigma)
 
-    @cached_property
-    def _judge(self) -> Clap | None:
-        """What chooses among candidates, where there is something."""
-        return None
-
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -184,7 +169,6 @@ class Pipeline(ABC):
         rescale: float | None = None,
         negative: str | None = None,
         sampler: str | None = None,
-        candidates: int | None = None,
         seed: int | None = None,
         count: int = 1,
         batch: int = 4,
@@ -194,7 +178,7 @@ class Pipeline(ABC):
 
         Args:
             prompts: one or several descriptions; None for any sound, which takes no settings of prompts either
-                (seconds_start, seconds_total, cfg, rescale, negative, candidates).
+                (seconds_start, seconds_total, cfg, rescale, negative).
             seconds: length of the sound, at most the window (`window_seconds`), which is the default.
             seconds_start: where in the described piece the sound begins, in seconds; 0 by default.
             seconds_total: length of the described piece; None: it ends with the sound.
@@ -203,18 +187,15 @@ class Pipeline(ABC):
             rescale: 0..1, pulls a strong guidance back to the unguided level.
             negative: what not to hear; takes the place of the learned null in guidance.
             sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
-            candidates: sounds made for each one that is returned, the one likest to its prompt by the bundle's CLAP.
-                The first is what the seed gives alone. A bundle without CLAP's audio tower has a default of 1.
             seed: of the first item, each further one has the next; None draws one (see `Generated.seeds`).
             count: sounds per prompt, which lie next to each other in the result.
             batch: sounds sampled at once; more need more memory.
             progress: called with (steps done, steps in all) after each step.
 
         Raises:
-            UserError: a prompt is empty or the network reads none, a setting is out of range, or there is nothing to
-                choose candidates by.
+            UserError: a prompt is empty or the network reads none, or a setting is out of range.
         """
-        about_prompts = (seconds_start, seconds_total, cfg, rescale, negative, candidates)
+        about_prompts = (seconds_start, seconds_total, cfg, rescale, negative)
         self._check_text(prompts, dict(zip(_WITH_PROMPT[1:], about_prompts, strict=True)))
         defaults = self.config.generation
         request = _Request(
@@ -226,26 +207,20 @@ class Pipeline(ABC):
             rescale=defaults.rescale if rescale is None else rescale,
             negative=negative,
             sampler=sampler or defaults.sampler,
-            candidates=self._candidates(prompts, candidates),
         )
         texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
         self._check(texts, request, count, batch)
         first = secrets.randbelow(2**31) if seed is None else seed
-        if not 0 <= first < _SEEDS - len(texts) * count:
+        if not 0 <= first < 2**63 - len(texts) * count:
             raise UserError(f"seed must lie in 0..2^63, got {seed}")
         items = [(text, first + i) for i, text in enumerate(t for t in texts for _ in range(count))]
-        every = [(text, (own + i * _SEED_STRIDE) % _SEEDS) for text, own in items for i in range(request.candidates)]
-        report = _Report(progress, math.ceil(len(every) / batch) * request.steps)
-        made = (
+        report = _Report(progress, math.ceil(len(items) / batch) * request.steps)
+        audio = [
             self._decode(x, request.seconds)
-            for i in range(0, len(every), batch)
-            for x in self._sample(every[i : i + batch], request, report)
-        )
-        audio, settings = [], []
-        for text, own_seed in items:
-            sound, choice = self._choose(text, list(islice(made, request.candidates)), request)
-            audio.append(sound)
-            settings.append(self._settings(text, own_seed, request) | choice)
+            for i in range(0, len(items), batch)
+            for x in self._sample(items[i : i + batch], request, report)
+        ]
+        settings = [self._settings(text, own_seed, request) for text, own_seed in items]
         return Generated(torch.stack(audio), self.sample_rate, settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -298,25 +273,6 @@ class Pipeline(ABC):
             raise UserError(f"this model reads no text; leave out {'the prompt' if prompts is not None else given}")
         if prompts is None and given:
             raise UserError(f"{given} says something about a prompt; give one, or leave {given} out")
-
-    def _candidates(self, prompts: str | Sequence[str] | None, asked: int | None) -> int:
-        if asked is None:
-            by_default = self.config.generation.candidates
-            return by_default if by_default > 1 and prompts is not None and self._judge is not None else 1
-        if asked < 1:
-            raise UserError(f"candidates must be at least 1, got {asked}")
-        if asked > 1 and self._judge is None:
-            raise UserError(f"{self.folder}: has no CLAP audio tower to choose among candidates by; leave them out")
-        return asked
-
-    def _choose(self, text: str | None, sounds: list[Tensor], request: _Request) -> tuple[Tensor, dict[str, Any]]:
-        """The candidate (C, T) nearest to the prompt, and what its settings say of that."""
-        if len(sounds) == 1 or self._judge is None or text is None:
-            return sounds[0], {}
-        heard = torch.stack(sounds)[..., : max(round(request.seconds_heard * self.sample_rate), 1)]
-        likeness = self._judge.embed_audio(heard, self.sample_rate) @ self._judge.embed_text([text])[0]
-        best = int(likeness.argmax())
-        return sounds[best], {"candidate": best + 1, "likeness": round(float(likeness[best]), 4)}
 
     def _check(self, texts: Sequence[str | None], request: _Request, count: int, batch: int) -> None:
         if not texts or not all(text is None or text.strip() for text in texts):
@@ -389,7 +345,6 @@ class Pipeline(ABC):
             "rescale": request.rescale,
             "negative": request.negative,
             "sampler": request.sampler,
-            "candidates": request.candidates,
             "sigma_min": defaults.sigma_min,
             "sigma_max": defaults.sigma_max,
             "rho": defaults.rho,

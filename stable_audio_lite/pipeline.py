@@ -10,7 +10,6 @@ Same prompt, settings, seed and model give the same sound, alone or in a batch (
 from __future__ import annotations
 
 import math
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.generation import Generated, Pipeline, load_part, load_text_parts
 from stable_audio_lite.lora import merge_lora
-from stable_audio_lite.models.clap import Clap
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.spectral import SpectralAudio
@@ -120,10 +118,6 @@ class StableAudio(Pipeline):
     def shape(self) -> tuple[int, ...]:
         """(channels, frames) of the latents."""
         return self.config.latent_shape
-
-    @cached_property
-    def _judge(self) -> Clap | None:
-        return bundle.load_whole_clap(self.folder)
 
     def _sample(self, *args: Any) -> Tensor:
         """Latents (B, C, F) in the VAE's scale."""

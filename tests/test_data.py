@@ -162,13 +162,16 @@ def test_latents_lie_where_the_sound_does(folder: Path, tmp_path: Path) -> None:
     entries = []
     for item in items:
         audio = read_audio(item.path, 44100)
-        frames = F.pad(audio, (0, 20 * hop - audio.shape[1] % hop)).unflatten(1, (-1, hop))
+        frames = F.pad(audio, (0, -audio.shape[1] % hop)).unflatten(1, (-1, hop))  # nothing after the end
         entries.append((item.name, frames.mean(2)))
     write_cache(tmp_path, entries)
-    crops = LatentCrops(items, tmp_path, "a hash", 44100, hop, 24, seed=0, endings=0.3)
+    crops = LatentCrops(items, tmp_path, torch.zeros(2, 24), "a hash", 44100, hop, 24, seed=0, endings=0.3)
     audio, latents = crops.batch(0, 40)
     torch.testing.assert_close(audio.unflatten(2, (-1, hop)).mean(3), latents, atol=5e-4, rtol=0)  # kept in float16
     assert 5 < int((audio[:, 0, -1] == 0).sum()) < 20
+    quiet = LatentCrops(items, tmp_path, torch.full((2, 24), 9.0), "a hash", 44100, hop, 24, seed=0, endings=0.3)
+    beyond = audio.unflatten(2, (-1, hop)).abs().amax((1, 3)) == 0
+    assert torch.equal(quiet.batch(0, 40)[1][:, 0] == 9, beyond)
 
 
 def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path) -> None:
@@ -205,12 +208,13 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     items = read_items(folder)
     latents = [None if index == 1 else torch.full((4, 300), float(index)) for index in range(3)]
     cache = write_cache(tmp_path, [(item.name, latent) for item, latent in zip(items, latents, strict=True)])
-    crops = LatentCrops(items, tmp_path, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
+    silence = torch.zeros(4, 8)
+    crops = LatentCrops(items, tmp_path, silence, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
     assert [item.name for item in crops.items] == [items[0].name, items[2].name]
     levels = {float(crops.crop(n)[1].max()) for n in range(200)}  # each begins before its item's end
     assert levels == {0.0, 2.0}
     with pytest.raises(UserError, match=f"item 0 is {items[0].name} there, and {items[1].name}"):
-        LatentCrops([items[1], items[0], items[2]], tmp_path, "a hash", 44100, 1024, 8, seed=0)
+        LatentCrops([items[1], items[0], items[2]], tmp_path, silence, "a hash", 44100, 1024, 8, seed=0)
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
     names = [item.name for item in items]

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from stable_audio_lite.audio.io import read_metadata
-from stable_audio_lite.bundle import load_model_config, load_whole_clap, part_path
-from stable_audio_lite.conditioning.text import split_clap
-from stable_audio_lite.config import save_config
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import save_tensors
-from stable_audio_lite.models.clap import Clap, load_tokenizer
 from stable_audio_lite.pipeline import StableAudio
 
 
@@ -113,63 +106,6 @@ def test_progress_counts_every_step_of_every_batch(model: StableAudio) -> None:
     assert seen == [(i + 1, 9) for i in range(9)]
 
 
-@pytest.fixture(scope="module")
-def choosy(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> StableAudio:
-    """The model with an audio tower, of random weights, and three candidates for each sound."""
-    folder = tmp_path_factory.mktemp("choosy") / "bundle"
-    shutil.copytree(tiny_bundle, folder)
-    config = load_model_config(folder)
-    torch.manual_seed(1)
-    clap = Clap(config.clap, load_tokenizer(folder / "tokenizer.json"))
-    save_tensors(part_path(folder, "audio_encoder"), split_clap(clap)["audio_encoder"], {})
-    save_config(replace(config, generation=replace(config.generation, candidates=3)), folder / "config.yaml")
-    return StableAudio.from_pretrained(folder, device="cpu", dtype="float32")
-
-
-def test_of_candidates_the_one_nearest_to_the_prompt_is_kept(choosy: StableAudio, model: StableAudio) -> None:
-    """Whatever the batch; the first candidate is what the seed gives alone, the others are no other item's."""
-    chosen = choosy.generate(["piano", "drums"], seconds=0.4, seed=3, count=3, batch=5)
-    again = choosy.generate(["piano", "drums"], seconds=0.4, seed=3, count=3, batch=1)
-    assert torch.allclose(chosen.audio, again.audio, atol=1e-4)
-    clap = load_whole_clap(choosy.folder)
-    assert clap is not None
-    for index, settings in enumerate(chosen.settings):
-        made = {}
-        for count in (1, 2, 3):  # the best of the first n: each candidate is the best of some or beaten by one
-            result = choosy.generate(settings["prompt"], seconds=0.4, seed=settings["seed"], candidates=count)
-            own = clap.embed_audio(result.audio, 44100) @ clap.embed_text([settings["prompt"]])[0]
-            made[count] = float(own)
-        assert made[1] - 1e-6 <= made[2] <= made[3] + 1e-6
-        assert settings["likeness"] == pytest.approx(made[3], abs=1e-3)
-        assert settings["candidates"] == 3 and settings["candidate"] in (1, 2, 3)
-        if settings["candidate"] == 1:
-            alone = model.generate(settings["prompt"], seconds=0.4, seed=settings["seed"]).audio
-            assert torch.allclose(chosen.audio[index], alone[0], atol=1e-4)
-    assert {settings["candidate"] for settings in chosen.settings} != {1}
-
-
-def test_candidates_are_judged_by_what_should_sound(choosy: StableAudio) -> None:
-    """What comes after seconds_total, silence in a trained model, has no say."""
-    settings = {"seconds_total": 0.3, "seed": 3, "candidates": 3}
-    result = choosy.generate("piano", seconds=0.6, **settings)
-    clap = load_whole_clap(choosy.folder)
-    assert clap is not None
-    heard = result.audio[..., : round(0.3 * 44100)]
-    likeness = float(clap.embed_audio(heard, 44100) @ clap.embed_text(["piano"])[0])
-    assert result.settings[0]["likeness"] == pytest.approx(likeness, abs=1e-3)
-
-
-def test_without_an_audio_tower_there_is_no_choice(model: StableAudio, tmp_path: Path) -> None:
-    """Asked for, that is a mistake; the default is then one."""
-    with pytest.raises(UserError, match="no CLAP audio tower"):
-        model.generate("piano", seconds=0.2, candidates=2)
-    folder = model.save_pretrained(tmp_path / "bundle")
-    config = load_model_config(folder)
-    save_config(replace(config, generation=replace(config.generation, candidates=3)), folder / "config.yaml")
-    lacking = StableAudio.from_pretrained(folder, device="cpu", dtype="float32")
-    assert lacking.generate("piano", seconds=0.2, steps=1).settings[0]["candidates"] == 1
-
-
 def test_a_copy_of_the_bundle_makes_the_same_sound(model: StableAudio, tmp_path: Path) -> None:
     copy = StableAudio.from_pretrained(model.save_pretrained(tmp_path / "copy"), device="cpu", dtype="float32")
     assert copy.hash == model.hash
@@ -202,8 +138,6 @@ def test_saved_files_carry_their_settings(model: StableAudio, tmp_path: Path) ->
         ("piano", {"seconds": float("nan")}, "above 0"),
         ("piano", {"steps": 0}, "steps"),
         ("piano", {"count": 0}, "count"),
-        ("piano", {"candidates": 0}, "candidates"),
-        (None, {"candidates": 2}, "candidates"),
         ("piano", {"cfg": float("inf")}, "cfg"),
         ("piano", {"rescale": 2.0}, "rescale"),
         ("piano", {"seconds_start": -1.0}, "seconds_start"),

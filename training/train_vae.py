@@ -260,8 +260,10 @@ class VAETask(Task):
     def _pairs(self, config: TrainVAEConfig, vae: VAE) -> LatentCrops:
         encoder = encoder_hash(vae.state_dict(), self.model.vae.slow_channels)
         rate, hop = self.model.sample_rate, self.model.vae.hop
-        frames, seed = config.crop_frames, config.run.seed
-        return LatentCrops(self.crops.items, config.latents or "", encoder, rate, hop, frames, seed, config.endings)
+        frames, seed, folder = config.crop_frames, config.run.seed, config.latents or ""
+        with torch.no_grad():
+            silence = vae.encode(torch.zeros(1, self.model.vae.audio_channels, frames * hop)).mean[0]
+        return LatentCrops(self.crops.items, folder, silence, encoder, rate, hop, frames, seed, config.endings)
 
     def _validation(self, samples: int) -> Tensor | None:
         if self.config.held_out is None:

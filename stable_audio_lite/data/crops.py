@@ -98,10 +98,11 @@ class LatentCrops:
     Args:
         items: the recordings, those that `folder` was made of; those without a latent are left out.
         folder: latents of the items from their beginning, perhaps with silence after their end.
+        silence: latent (C, frames) of silence, of which what lies beyond is taken.
         encoder: hash of the encoder whose latents they are.
         hop: samples per latent frame.
         frames: latent frames in a crop.
-        endings: share of the crops that lie across an item's end, as far as the latents go.
+        endings: share of the crops that lie across an item's end.
 
     Raises:
         UserError: the latents are unfinished, of another VAE or of other items.
@@ -111,6 +112,7 @@ class LatentCrops:
         self,
         items: list[Item],
         folder: str | Path,
+        silence: Tensor,
         encoder: str,
         sample_rate: int,
         hop: int,
@@ -119,7 +121,7 @@ class LatentCrops:
         endings: float = 0.0,
     ):
         self.sample_rate, self.hop, self.frames = sample_rate, hop, frames
-        self.seed, self.endings = seed, endings
+        self.seed, self.endings, self.silence = seed, endings, silence
         found = read_latents(folder, encoder, [item.name for item in items])
         self.items, self.latents = [items[i] for i in found], list(found.values())
 
@@ -129,20 +131,21 @@ class LatentCrops:
         return torch.stack([audio for audio, _ in pairs]), torch.stack([latent for _, latent in pairs])
 
     def crop(self, number: int) -> tuple[Tensor, Tensor]:
-        """The `number`-th crop of the run, (2, frames * hop) and (C, frames); what is missing at the end is zero."""
+        """The `number`-th crop of the run, (2, frames * hop) and (C, frames); beyond the end is silence."""
         rng = random.Random(f"{self.seed}/{number}")
         index = epoch_index(number, len(self.items), self.seed)
         path, latent = self.items[index].path, self.latents[index]
         sounding = min(math.ceil(audio_info(path).seconds * self.sample_rate / self.hop), latent.shape[1])
         first, last = 0, max(sounding - self.frames, 0)
         if self.endings and rng.random() < self.endings:
-            first, last = last, max(min(sounding - max(self.frames // 16, 1), latent.shape[1] - self.frames), last)
+            first, last = last, max(sounding - max(self.frames // 16, 1), last)
         start = rng.randint(first, last)
         seconds = self.hop / self.sample_rate
         samples = self.frames * self.hop
         audio = read_audio(path, self.sample_rate, start * seconds, self.frames * seconds)[:, :samples]
         piece = latent[:, start : start + self.frames].float()
-        return F.pad(audio, (0, samples - audio.shape[1])), F.pad(piece, (0, self.frames - piece.shape[1]))
+        piece = torch.cat((piece, self.silence[:, piece.shape[1] :]), 1)
+        return F.pad(audio, (0, samples - audio.shape[1])), piece
 
 
 @lru_cache(maxsize=4)
