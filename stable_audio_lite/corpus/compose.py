@@ -25,7 +25,7 @@ TAIL = 0.5
 """Seconds left after the last note for its release and the room."""
 SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
 SHORTEST_WHOLE = 4.0
-"""Seconds that a bar and a last chord need in any style."""
+"""Seconds in which a bar and a last chord fit, in the faster styles."""
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
 MOST_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
