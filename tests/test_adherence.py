@@ -70,6 +70,14 @@ def test_the_tagger_hears_several_instruments_and_drums(corpus: Path, trained: t
     assert result.pieces == 6 and result.instruments >= 0.8 and result.families >= 0.8 and result.drums >= 0.8
 
 
+def test_a_tagger_learns_from_all_corpora(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(tagger, "train", lambda examples, config, **_: taken.append(len(examples)))
+    tagger.train_on_corpus(corpus)
+    tagger.train_on_corpus(corpus, corpus)
+    assert taken == [18, 36]
+
+
 def test_a_saved_tagger_hears_the_same(corpus: Path, trained: tagger.Tagger, tmp_path: Path) -> None:
     tagger.save_tagger(trained, tmp_path)
     audio = read_audio(corpus / "held_out/4.wav", RATE)

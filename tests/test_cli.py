@@ -14,6 +14,7 @@ import torch
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_metadata
+from stable_audio_lite.pipeline import StableAudio
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "stable_audio"
@@ -66,6 +67,17 @@ def test_several_prompts_are_numbered_in_order(generate, tmp_path: Path) -> None
     assert [read_metadata(n).title for n in names] == ["piano é", "piano é", "drums", "drums"]
     first = read_metadata(names[0]).settings["seed"]
     assert [read_metadata(n).settings["seed"] for n in names] == [first + i for i in range(4)]
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(2, [2, 2, 2]), (6, [6])])
+def test_batch_is_what_is_sampled_at_once(generate, batch: int, sizes: list[int], monkeypatch) -> None:
+    seen: list[int] = []
+    sample = StableAudio._sample
+    monkeypatch.setattr(
+        StableAudio, "_sample", lambda self, items, *rest: seen.append(len(items)) or sample(self, items, *rest)
+    )
+    assert generate("piano", "--seconds", 0.1, "--count", 6, "--batch", batch, "-o", "out") == 0
+    assert seen == sizes
 
 
 def test_a_folder_as_output(generate, tmp_path: Path) -> None:

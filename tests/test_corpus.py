@@ -72,7 +72,8 @@ def test_variety(pieces: list[Piece]) -> None:
 
 def test_short_pieces_are_beginnings() -> None:
     """All is over before the end, and what is said to play does."""
-    short = [compose(7, "train", index, 2, 3.9) for index in range(200)]
+    config = CorpusConfig(items=200, held_out=0, seed=7, min_seconds=2, max_seconds=3.9)
+    short = [compose_item(config, "train", index) for index in range(200)]
     assert {len(piece.parts) for piece in short} == {1, 2, 3, 4}
     for piece in short:
         assert 2 <= piece.seconds <= 3.9

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from evaluation.obedience import sound_end
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.degradations import Denoise
@@ -35,6 +36,22 @@ def test_same_alone_and_in_a_batch(starter: StableAudio) -> None:
     both = starter.generate(prompts, seconds=1, seed=5, steps=4)
     alone = starter.generate(prompts[1], seconds=1, seed=6, steps=4)
     torch.testing.assert_close(both.audio[1], alone.audio[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seconds"),
+    [("solo piano, slow, classical", 3.5), ("solo trumpet, jazz", 6.5), ("synth lead, house, fast, drums", 9.5)],
+)
+def test_sounds_end_when_they_should(starter: StableAudio, prompt: str, seconds: float) -> None:
+    """Between whole seconds too, and what follows is no louder than a codec's floor."""
+    result = starter.generate(prompt, seconds_total=seconds, seed=1, steps=25)
+    assert abs(sound_end(result.audio[0], result.sample_rate) - seconds) <= 0.5
+
+
+def test_silence_is_silent() -> None:
+    vae = Codec.from_pretrained("starter", "cpu", "float32").vae
+    silence = vae.decode(vae.encode(torch.zeros(1, 2, 65536)).mean)
+    assert 10 * math.log10(float(silence.square().mean())) < -65  # of full scale
 
 
 def test_the_vae_keeps_the_waveform() -> None:

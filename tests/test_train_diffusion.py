@@ -50,6 +50,15 @@ def test_a_shift_moves_times_towards_noise() -> None:
     assert share == pytest.approx((1 - 0.9 / 1.3) / (1 - 1 / 17), abs=0.01)
 
 
+def test_a_run_trains_at_its_shifted_times(bundles: dict[str, Path], tmp_path: Path) -> None:
+    times = {}
+    for shift in (1.0, 20.0):
+        settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"time_shift": shift}
+        task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+        times[shift] = task.batch(0, 0, 1)["t"]
+    assert torch.allclose(times[20.0], 20 * times[1.0] / (1 + 19 * times[1.0]))
+
+
 def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Above the lowest time, at every level there, the same on every call."""
     settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"lowest_time": 0.5}

@@ -33,7 +33,7 @@ from training.losses import feature_matching, hinge_discriminator, hinge_generat
 
 def test_vae_learns(data: Path, tmp_path: Path) -> None:
     """Muon and the waveform term bring the loss down at once, as they must on six tones."""
-    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": {"waveform": 1.0, "mel": 1.0}}
+    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": {"waveform": 1.0, "mel": 1.0, "levels": 2.0}}
     for key in ("discriminator", "discriminator_optimizer"):
         settings.pop(key)
     train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
@@ -41,6 +41,10 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     first = np.mean([curve[s]["loss/total"] for s in range(5)])
     last = np.mean([curve[s]["loss/total"] for s in range(35, 40)])
     assert last < 0.9 * first
+    weights = {"sum": 1, "difference": 1, "left": 0.5, "right": 0.5, "mel": 1, "levels": 2}
+    total = sum(weight * curve[0][f"stft/{name}"] for name, weight in weights.items()) + curve[0]["waveform/relative"]
+    assert curve[0]["stft/levels"] > 0
+    assert curve[0]["loss/total"] == pytest.approx(total + 1e-4 * curve[0]["kl/latent"], rel=1e-3)
 
 
 def test_all_held_out_crops_count_alike(data: Path, tmp_path: Path) -> None:
@@ -243,6 +247,23 @@ def test_decoder_learns_on_regenerated_latents(data: Path, bundles: dict[str, Pa
     before, after = load_file(bundle / "vae.safetensors"), load_file(decoder / "vae.safetensors")
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+
+
+def test_beyond_an_items_end_are_latents_of_silence(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Where a crop reaches past latents that end with their item, it goes on with what the encoder makes of silence."""
+    frozen = {
+        "initial": str(bundles["vae"]),
+        "freeze_encoder": True,
+        "latents": str(bundles["latents"]),
+        "endings": 1.0,
+    }
+    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path, 1) | frozen, tmp_path))
+    audio, latents = task.batch(0, 0, 1).values()
+    with torch.no_grad():
+        silence = task.modules["vae"].encode(torch.zeros_like(audio)).mean
+    beyond = audio.unflatten(2, (-1, task.model.vae.hop)).abs().amax((1, 3)) == 0  # B, frames
+    assert beyond.any() and not silence.eq(0).all()
+    torch.testing.assert_close(latents.transpose(1, 2)[beyond], silence.transpose(1, 2)[beyond], atol=1e-5, rtol=0)
 
 
 def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
