@@ -4,7 +4,7 @@
     python -m evaluation.tagger train corpus/ more/ -o tagger/ --steps 4000    # hears better; more/train too
     python -m evaluation.tagger test tagger/ corpus/
 
-The probe's network and its augmentations (`evaluation.probe`), trained on every piece of the corpus: several
+The network and augmentations of `evaluation.hearing`, trained on every piece of the corpus: several
 instruments may play at once, each crop is labelled with all that play in its piece.
 """
 
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.probe import (
-    ProbeConfig,
+from evaluation.hearing import (
+    HearingConfig,
     Trunk,
     all_crops,
     augment,
@@ -40,7 +40,7 @@ CONFIG = "tagger.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaggerConfig(ProbeConfig):
+class TaggerConfig(HearingConfig):
     """What the tagger knows besides instruments and how it hears: the `styles`."""
 
     styles: tuple[str, ...]

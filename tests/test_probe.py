@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evaluation import obedience, probe
+from evaluation.hearing import HearingConfig
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.errors import UserError
 
@@ -79,7 +80,7 @@ def test_silence_and_folders_without_solos_are_refused(trained, tmp_path):
 
 
 def test_family_probability_is_the_sum_over_its_instruments():
-    config = probe.ProbeConfig(instruments=("a", "b", "c"), families=("x", "y", "x"))
+    config = HearingConfig(instruments=("a", "b", "c"), families=("x", "y", "x"))
     logs = torch.tensor([[0.2, 0.5, 0.3]]).log()
     families = probe.Probe(config).family_log_probabilities(logs).exp()
     torch.testing.assert_close(families, torch.tensor([[0.5, 0.5]]))
