@@ -435,9 +435,15 @@ def _add_corpus(commands: Any) -> None:
     add("--min-seconds", type=float, default=4.0, help="shortest piece (default: 4)")
     add("--max-seconds", type=float, default=30.0, help="longest piece (default: 30)")
     add("--max-parts", type=int, default=4, help="most instruments in a piece, drums apart: 1 for solos (default: 4)")
-    add("--solo", metavar="NAME", help="pieces of this instrument alone, for instance piano")
+    add("--instruments", metavar="A,B", type=_names, help="who may play, for instance 'piano, flute' (default: all)")
+    add("--styles", metavar="A,B", type=_names, help="what may be played, for instance 'jazz, waltz' (default: all)")
+    add("--no-drums", action="store_true", help="no piece has drums")
     add("--format", default="flac", choices=("flac", "wav"), help="of the audio files (default: flac)")
     add("--soundfont", metavar="FILE.sf2", help="General MIDI sounds (default: the system's)")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _corpus(args: argparse.Namespace) -> None:
@@ -452,7 +458,9 @@ def _corpus(args: argparse.Namespace) -> None:
         min_seconds=args.min_seconds,
         max_seconds=args.max_seconds,
         max_parts=args.max_parts,
-        solo=args.solo,
+        instruments=args.instruments,
+        styles=args.styles,
+        drums=not args.no_drums,
         audio_format=args.format,
         soundfont=args.soundfont,
     )

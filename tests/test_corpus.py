@@ -93,9 +93,23 @@ def test_solos_on_request() -> None:
 
 
 def test_a_corpus_of_one_instrument_has_that_alone() -> None:
-    pieces = [compose(7, "train", index, 4, 30, solo="piano") for index in range(100)]
+    pieces = [compose(7, "train", index, 4, 30, 1, ("piano",), drums=False) for index in range(100)]
     assert {tuple(piece.instruments) for piece in pieces} == {("piano",)} and not any(p.drums for p in pieces)
     assert len({piece.style for piece in pieces}) > 3
+
+
+def test_a_smaller_world_has_what_was_chosen_alone() -> None:
+    """All chosen instruments and styles are heard, and no more parts than there are instruments for the roles."""
+    instruments, styles = ("flute", "piano", "electric bass"), ("jazz", "waltz")
+    pieces = [compose(7, "train", index, 2, 12, 3, instruments, styles) for index in range(300)]
+    assert {name for piece in pieces for name in piece.instruments} == set(instruments)
+    assert {piece.style for piece in pieces} == set(styles)
+    assert {len(piece.parts) for piece in pieces} == {1, 2, 3} and {piece.drums for piece in pieces} == {True, False}
+    for piece in pieces:
+        assert len(set(piece.instruments)) == len(piece.parts)
+        assert all(part.role in ("solo", *INSTRUMENTS[part.instrument].roles) for part in piece.parts)
+    lines = [compose(7, "train", index, 4, 12, 4, ("flute", "violin")) for index in range(100)]
+    assert {len(piece.parts) for piece in lines} == {1}  # no two of these can share a line-up's roles
 
 
 def test_styles_are_well_formed() -> None:
@@ -288,7 +302,10 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
         ({"max_seconds": float("nan")}, "--max-seconds"),
         ({"min_seconds": 20, "max_seconds": 10}, "--min-seconds"),
         ({"max_parts": 0}, "--max-parts"),
-        ({"solo": "kazoo"}, "--solo"),
+        ({"instruments": ["piano", "kazoo"]}, "--instruments: 'kazoo'"),
+        ({"instruments": []}, "--instruments"),
+        ({"instruments": ["piano", "piano"]}, "--instruments"),
+        ({"styles": ["polka"]}, "--styles: 'polka'"),
         ({"max_parts": 5}, "--max-parts"),
         ({"workers": 0}, "--workers"),
         ({"audio_format": "mp3"}, "mp3"),

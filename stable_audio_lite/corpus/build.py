@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from stable_audio_lite.corpus.compose import MOST_PARTS, compose
 from stable_audio_lite.corpus.instruments import INSTRUMENTS
 from stable_audio_lite.corpus.piece import Piece
 from stable_audio_lite.corpus.render import SAMPLE_RATE, find_soundfont, find_synth, render
+from stable_audio_lite.corpus.styles import STYLES
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
 SHORTEST, LONGEST = 2.0, 60.0
 """Lengths that can be asked for, in seconds."""
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class CorpusReport:
 class CorpusConfig:
     """What a corpus holds; checked here.
 
-    Lengths are in seconds, `max_parts` counts instruments besides drums, `solo` is the only one where it is given.
+    Lengths are in seconds, `max_parts` counts instruments besides drums, who plays is drawn from `instruments`, what is
+    played from `styles`, and without `drums` no piece has any.
     """
 
     items: int
@@ -56,7 +58,9 @@ class CorpusConfig:
     min_seconds: float = 4.0
     max_seconds: float = 30.0
     max_parts: int = MOST_PARTS
-    solo: str | None = None
+    instruments: tuple[str, ...] = tuple(INSTRUMENTS)
+    styles: tuple[str, ...] = tuple(STYLES)
+    drums: bool = True
     audio_format: Literal["flac", "wav"] = "flac"
 
     def __post_init__(self) -> None:
@@ -73,8 +77,12 @@ class CorpusConfig:
             raise UserError(f"--min-seconds ({self.min_seconds:g}) is more than --max-seconds ({self.max_seconds:g})")
         if not 1 <= self.max_parts <= MOST_PARTS:
             raise UserError(f"--max-parts must lie in 1..{MOST_PARTS}, got {self.max_parts}")
-        if self.solo is not None and self.solo not in INSTRUMENTS:
-            raise UserError(f"--solo must be one of {', '.join(INSTRUMENTS)}, got {self.solo}")
+        for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
+            chosen = getattr(self, name)
+            if not chosen or len(set(chosen)) < len(chosen):
+                raise UserError(f"--{name} must name one or several, each once, got {', '.join(chosen) or 'none'}")
+            if unknown := next((word for word in chosen if word not in known), None):
+                raise UserError(f"--{name}: {unknown!r} is not known; choose from {', '.join(known)}")
         if self.audio_format not in ("flac", "wav"):
             raise UserError(f"audio format must be flac or wav, got {self.audio_format!r}")
 
@@ -88,14 +96,17 @@ def build_corpus(
     min_seconds: float = 4.0,
     max_seconds: float = 30.0,
     max_parts: int = MOST_PARTS,
-    solo: str | None = None,
+    instruments: Sequence[str] | None = None,
+    styles: Sequence[str] | None = None,
+    drums: bool = True,
     audio_format: Literal["flac", "wav"] = "flac",
     soundfont: str | None = None,
     progress: bool = True,
 ) -> CorpusReport:
     """Compose and render `items` training pieces and `held_out` others into folder `out`; finished files are kept.
 
-    `workers` synthesizers run at once (all cores by default).
+    `workers` synthesizers run at once (all cores by default); the other settings are those of `CorpusConfig`, where
+    None stands for all instruments or styles.
 
     Raises:
         UserError: an argument is out of range, `out` can't be written or holds a corpus with other settings, or
@@ -108,7 +119,9 @@ def build_corpus(
         min_seconds=float(min_seconds),
         max_seconds=float(max_seconds),
         max_parts=max_parts,
-        solo=solo,
+        instruments=tuple(INSTRUMENTS if instruments is None else instruments),
+        styles=tuple(STYLES if styles is None else styles),
+        drums=drums,
         audio_format=audio_format,
     )
     if workers is not None and workers < 1:
@@ -130,7 +143,17 @@ def build_corpus(
 
 def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
     """Item `index` of a split, whatever the number of items."""
-    return compose(config.seed, split, index, config.min_seconds, config.max_seconds, config.max_parts, config.solo)
+    return compose(
+        config.seed,
+        split,
+        index,
+        config.min_seconds,
+        config.max_seconds,
+        config.max_parts,
+        config.instruments,
+        config.styles,
+        config.drums,
+    )
 
 
 def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
@@ -170,7 +193,9 @@ def _claim(out: Path, config: CorpusConfig) -> None:
         "min_seconds": config.min_seconds,
         "max_seconds": config.max_seconds,
         "max_parts": config.max_parts,
-        "solo": config.solo,
+        "instruments": list(config.instruments),
+        "styles": list(config.styles),
+        "drums": config.drums,
         "audio_format": config.audio_format,
     }
     try:
@@ -181,8 +206,6 @@ def _claim(out: Path, config: CorpusConfig) -> None:
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read; choose an empty folder") from error
-    if isinstance(found, dict):
-        found = {"max_parts": MOST_PARTS, "solo": None} | found  # corpora from before there was a choice
     differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
     if differing:
         raise UserError(f"{path}: this corpus has another {', '.join(differing)}; choose an empty folder")

@@ -121,8 +121,8 @@ def _facts(rng: random.Random, piece: Piece) -> list[tuple[str, float]]:
     mode = f"{piece.mode} key" if rng.random() < 0.5 else piece.mode
     return [
         (rng.choice(STYLES[piece.style].words), 0.75),
-        (bpm if rng.random() < 0.6 else rng.choice(SPEEDS[speed_of(piece.bpm)]), 0.6),
-        (_key(rng, piece) if rng.random() < 0.7 else mode, 0.4),
+        (bpm if rng.random() < 0.75 else rng.choice(SPEEDS[speed_of(piece.bpm)]), 0.75),
+        (_key(rng, piece) if rng.random() < 0.8 else mode, 0.6),
         (rng.choice(MOODS[piece.mode]), 0.25),
         (drums, 0.75 if piece.drums else 0.15),
     ]
@@ -151,7 +151,7 @@ def _sentence(rng: random.Random, piece: Piece, everything: bool) -> str:
 
 def _fill(rng: random.Random, template: str, piece: Piece, listed: str) -> str:
     key = rng.choice((" in {}", " in the key of {}", ", {}")).format(_key(rng, piece).removeprefix("key of "))
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         key = f" in a {piece.mode} key"
     tempo = rng.choice((" at {} bpm", " at {} BPM", ", {} bpm", " around {} bpm", ", about {} beats per minute"))
     drums = rng.choice((" with drums", " with a drum kit")) if piece.drums else " without drums"
@@ -159,8 +159,8 @@ def _fill(rng: random.Random, template: str, piece: Piece, listed: str) -> str:
         a=_adjectives(rng, piece),
         i=listed,
         I=listed,
-        k=key if rng.random() < 0.4 else "",
-        t=tempo.format(piece.bpm) if rng.random() < 0.4 else "",
+        k=key if rng.random() < 0.55 else "",
+        t=tempo.format(piece.bpm) if rng.random() < 0.55 else "",
         d=drums if rng.random() < 0.5 else "",
     )
     return text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stable_audio_lite.corpus import parts as play
@@ -29,6 +30,19 @@ SHORTEST_WHOLE = 4.0
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
 MOST_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
+_LINE_UPS: dict[int, list[tuple[str, ...]]] = {
+    1: [("solo",)],
+    2: [("lead", "chords"), ("lead", "chords"), ("lead", "bass"), ("lead", "arpeggio"), ("lead", "pad")],
+    3: [
+        ("lead", "chords", "bass"),
+        ("lead", "chords", "bass"),
+        ("lead", "pad", "bass"),
+        ("lead", "arpeggio", "bass"),
+        ("lead", "arpeggio", "pad"),
+    ],
+    4: [("lead", "chords", "pad", "bass"), ("lead", "chords", "arpeggio", "bass"), ("lead", "arpeggio", "pad", "bass")],
+}
+"""Roles by how many play; those that are listed twice are drawn twice as often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,22 +69,26 @@ def compose(
     min_seconds: float,
     max_seconds: float,
     max_parts: int = MOST_PARTS,
-    solo: str | None = None,
+    instruments: Sequence[str] = tuple(INSTRUMENTS),
+    styles: Sequence[str] = tuple(STYLES),
+    drums: bool = True,
 ) -> Piece:
     """Compose item `index` of `split`; other items have no influence on it.
 
-    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS). `solo` names
-    the one instrument of all pieces, which then have no drums.
+    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS); who plays is
+    drawn from `instruments`, and what from those of `styles` that fit the length. Without `drums` no piece has any.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
     wanted = round(rng.uniform(min_seconds, max_seconds), 1)
     wanted = min(max(wanted, min_seconds), max_seconds)
     seconds = max(wanted, SHORTEST_WHOLE)
-    counts = PART_COUNTS[: 1 if solo else max_parts]
+    line_ups = {n: _line_ups(n, instruments) for n in range(1, max_parts + 1)}
+    counts = [(n, weight) for n, weight in PART_COUNTS[:max_parts] if line_ups[n]]
     count = rng.choices([n for n, _ in counts], [w for _, w in counts])[0]
-    style = STYLES[rng.choice([s.name for s in STYLES.values() if _fits(s, seconds)])]
-    parts = _cast(rng, style, count, solo)
-    drums = not solo and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
+    fitting = [name for name in styles if _fits(STYLES[name], seconds)]
+    style = STYLES[rng.choice(fitting or [min(styles, key=lambda name: _shortest(STYLES[name]))])]
+    parts = _cast(rng, style, line_ups[count], instruments)
+    drummed = drums and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
@@ -82,9 +100,9 @@ def compose(
         slowing=slowing,
     )
     hold = (seconds - TAIL - clock.seconds(bars * style.beats)) / clock.spb
-    score = _score(rng, style, bpm, bars, tonic, mode, hold, drums or count > 1)
+    score = _score(rng, style, bpm, bars, tonic, mode, hold, drummed or count > 1)
     notes = [note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, clock, seconds)]
-    if drums:
+    if drummed:
         notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, clock, seconds)
     piece = Piece(
         seed=seed,
@@ -95,7 +113,7 @@ def compose(
         key=KEYS[tonic],
         mode=mode,
         bpm=bpm,
-        drums=drums,
+        drums=drummed,
         parts=tuple(parts),
         chords=_spans(score, clock, seconds),
         notes=tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
@@ -120,8 +138,12 @@ def _beginning(piece: Piece, seconds: float) -> Piece:
 
 
 def _fits(style: Style, seconds: float) -> bool:
-    bar = style.beats * 60 / style.tempo[1]
-    return bar * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD <= seconds
+    return _shortest(style) <= seconds
+
+
+def _shortest(style: Style) -> float:
+    """Seconds of a bar and a last chord."""
+    return style.beats * 60 / style.tempo[1] * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD
 
 
 def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> tuple[int, int]:
@@ -140,17 +162,32 @@ def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> 
     return best[1], best[2]
 
 
-def _cast(rng: random.Random, style: Style, count: int, solo: str | None) -> list[Part]:
+def _line_ups(count: int, instruments: Sequence[str]) -> list[tuple[str, ...]]:
+    """The ways in which `count` different ones of `instruments` can share the roles."""
+    return [roles for roles in _LINE_UPS[count] if _castable(roles, instruments)]
+
+
+def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
+    """Whether each role finds an instrument of its own among `free`."""
+    if not roles:
+        return True
+    able = playing(roles[0])
+    return any(_castable(roles[1:], [n for n in free if n != name]) for name in free if name in able)
+
+
+def _cast(rng: random.Random, style: Style, line_ups: list[tuple[str, ...]], instruments: Sequence[str]) -> list[Part]:
     """Draws the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
-    if count == 1:
-        name = solo or rng.choice(list(INSTRUMENTS))
+    roles = rng.choice(line_ups)
+    if roles == ("solo",):
+        name = rng.choice(list(instruments))
         return [Part(instrument=name, role="solo", pan=round(rng.uniform(-0.2, 0.2), 2), volume=balanced(name, 110))]
-    roles = ["lead", *rng.choice(_LINE_UPS[count])]
     taken: list[str] = []
-    for role in roles:
+    for number, role in enumerate(roles):
+        free = [n for n in instruments if n not in taken]
+        able = [n for n in playing(role) if n in free and _castable(roles[number + 1 :], [o for o in free if o != n])]
         typical = {"lead": style.lead, "chords": style.chords, "bass": style.bass}.get(role, ())
-        pool = [n for n in (typical if typical and rng.random() < 0.5 else playing(role)) if n not in taken]
-        taken.append(rng.choice(pool or [n for n in playing(role) if n not in taken]))
+        pool = [n for n in able if n in typical] if typical and rng.random() < 0.5 else able
+        taken.append(rng.choice(pool or able))
     side = rng.choice((-1, 1))
     places = {
         "lead": 0.15 * side,
@@ -169,13 +206,6 @@ def _cast(rng: random.Random, style: Style, count: int, solo: str | None) -> lis
         )
         for name, role in zip(taken, roles, strict=True)
     ]
-
-
-_LINE_UPS: dict[int, list[tuple[str, ...]]] = {
-    2: [("chords",), ("chords",), ("bass",), ("arpeggio",), ("pad",)],
-    3: [("chords", "bass"), ("chords", "bass"), ("pad", "bass"), ("arpeggio", "bass"), ("arpeggio", "pad")],
-    4: [("chords", "pad", "bass"), ("chords", "arpeggio", "bass"), ("arpeggio", "pad", "bass")],
-}
 
 
 def _score(

@@ -163,5 +163,5 @@ def caption_names(name: str) -> tuple[str, ...]:
 
 
 def playing(role: str) -> tuple[str, ...]:
-    """Names of the instruments that can take `role`."""
-    return tuple(name for name, instrument in INSTRUMENTS.items() if role in instrument.roles)
+    """Names of the instruments that can take `role`; all can play solo."""
+    return tuple(name for name, instrument in INSTRUMENTS.items() if role == "solo" or role in instrument.roles)
