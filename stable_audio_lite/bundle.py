@@ -23,8 +23,10 @@ from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors, sha256
 from stable_audio_lite.models.clap import Clap, ClapConfig, load_tokenizer
+from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE, SpectrogramVAEConfig
 from stable_audio_lite.models.unet import UNet, UNetConfig
-from stable_audio_lite.models.vae import VAEConfig
+from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 
 FORMAT = 1
 PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet", "transformer")
@@ -92,7 +94,7 @@ class StableAudioConfig:
     format: int = FORMAT
     sample_rate: int = 44100
     latent_frames: int
-    vae: VAEConfig
+    vae: WaveformVAEConfig | SpectrogramVAEConfig
     clap: ClapConfig
     timing: TimingConfig = field(default_factory=TimingConfig)
     unet: UNetConfig
@@ -141,6 +143,11 @@ class StableAudioConfig:
         return self.clap.max_tokens + TIMING_TOKENS
 
 
+def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
+    """The VAE of that kind, with random weights."""
+    return WaveformVAE(config) if isinstance(config, WaveformVAEConfig) else SpectrogramVAE(config)
+
+
 def build_unet(config: StableAudioConfig) -> UNet:
     """The U-Net of `config`, with what it takes from the other parts."""
     return UNet(
@@ -160,6 +167,7 @@ def load_model_config(path: str | Path) -> StableAudioConfig:
     file, data = read_config(path)
     if data.get("kind") != "stable_audio":
         raise UserError(f"{file}: key 'kind' must be stable_audio here, got {data.get('kind')!r}")
+    _without_slow_channels(file, data)
     return from_dict(StableAudioConfig, data, str(file))
 
 
@@ -180,6 +188,16 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
             "install the version that wrote it or convert it"
         )
     return file, data
+
+
+def _without_slow_channels(file: Path, data: dict[str, Any]) -> None:
+    """Take away what VAEs of earlier versions could have beside the paper's channels, where theirs has none."""
+    vae = data.get("vae")
+    if isinstance(vae, dict) and (vae.pop("slow_channels", 0), vae.pop("clock", 1)) != (0, 1):
+        raise UserError(
+            f"{file}: its VAE has slow channels or a clock, which this version no longer has; "
+            "train a new one, or use the version that made it"
+        )
 
 
 def resolve(name: str | Path) -> Path:

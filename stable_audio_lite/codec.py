@@ -49,9 +49,9 @@ class Codec:
         folder = bundle.resolve(name)
         config = bundle.load_model_config(folder)
         where = choose_device(device)
-        vae = VAE(config.vae)
+        vae = bundle.build_vae(config.vae)
         bundle.load_part(folder, "vae", vae)
-        encoder = encoder_hash(bundle.read_part(folder, "vae"), config.vae.slow_channels)
+        encoder = encoder_hash(bundle.read_part(folder, "vae"))
         return cls(vae.prepare_for_inference().to(where, choose_dtype(dtype, where)), config.sample_rate, encoder)
 
     @torch.inference_mode()

@@ -107,8 +107,8 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = [a for a in args if a is not type(None)]
-        return _convert(hint, value, where, key)
+        choices = [a for a in args if a is not type(None)]
+        return _convert(choices[0] if len(choices) == 1 else _of_kind(choices, value, where, key), value, where, key)
     if origin is typing.Literal:
         if value not in args:
             raise UserError(f"{where}: key '{key}' must be one of {', '.join(map(str, args))}, got {value!r}")
@@ -124,6 +124,16 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
             raise UserError(f"{where}: key '{key}' must be a mapping, got {value!r}")
         return {k: _convert(args[1], v, where, f"{key}.{k}") for k, v in value.items()}
     return _scalar(hint, value, where, key)
+
+
+def _of_kind(choices: list[Any], value: Any, where: str, key: str) -> Any:
+    """Which dataclass is meant: the one whose `kind` the mapping names, or the first, where that has a default."""
+    kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in choices}
+    defaults = [f.default for c in choices for f in dataclasses.fields(c) if f.name == "kind"]
+    kind = value.get("kind", defaults[0]) if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise UserError(f"{where}: key '{key}.kind' must be one of {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind]
 
 
 def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:

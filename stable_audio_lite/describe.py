@@ -14,7 +14,6 @@ from stable_audio_lite.conditioning.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.conditioning.text import TextEncoder
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.models.clap import ClapConfig
-from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, load_system
 
 
@@ -46,7 +45,11 @@ def describe(name: str | Path) -> dict[str, Any]:
 
 
 def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    parts = {"vae": VAE(config.vae), **_text(config.clap, config.timing), "unet": bundle.build_unet(config)}
+    parts = {
+        "vae": bundle.build_vae(config.vae),
+        **_text(config.clap, config.timing),
+        "unet": bundle.build_unet(config),
+    }
     return parts, {
         "sample_rate": config.sample_rate,
         "window_seconds": round(config.window_seconds, 3),

@@ -86,11 +86,11 @@ class StableAudio(Pipeline):
         config = bundle.load_model_config(folder)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
-        vae = load_part(folder, "vae", lambda: VAE(config.vae)).float().prepare_for_inference()
+        vae = load_part(folder, "vae", lambda: bundle.build_vae(config.vae)).float().prepare_for_inference()
         unet = load_part(folder, "unet", lambda: bundle.build_unet(config))
         merged = None
         if lora is not None:
-            latents = encoder_hash(bundle.read_part(folder, "vae"), config.vae.slow_channels)
+            latents = encoder_hash(bundle.read_part(folder, "vae"))
             merge_lora(unet.float(), lora, latents, lora_strength)
             merged = {"lora": str(lora), "lora_strength": lora_strength}
         text_encoder, conditioner = load_text_parts(folder, config.clap, config.timing)

@@ -57,10 +57,9 @@ def run(config: AssembleConfig) -> Path:
     parts = {name: read_part(source, name) for name in PARTS if part_path(source, name).is_file()}
     if config.vae:
         vae = read_part(config.vae, "vae")
-        theirs = load_model_config(config.vae).vae
-        if encoder_hash(vae, theirs.slow_channels) != encoder_hash(parts["vae"], model.vae.slow_channels):
+        if encoder_hash(vae) != encoder_hash(parts["vae"]):
             raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")
-        parts["vae"], model = vae, replace(model, vae=theirs)
+        parts["vae"], model = vae, replace(model, vae=load_model_config(config.vae).vae)
     halved = {
         name: {k: v if name == "vae" or not v.is_floating_point() else v.to(torch.bfloat16) for k, v in state.items()}
         for name, state in parts.items()

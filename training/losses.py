@@ -1,4 +1,4 @@
-"""Losses of the VAE: multi-resolution STFT on stereo signals, hinge adversarial and feature matching."""
+"""Losses of the VAEs: multi-resolution STFT, spectral features, hinge adversarial and feature matching."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.stft import stft
+from stable_audio_lite.models.spectrogram_vae import Encoder
 
 Maps = list[tuple[Tensor, list[Tensor]]]
 
@@ -39,15 +40,10 @@ class MultiResolutionSTFTLoss(nn.Module):
     Half of a spectrum's bins lie above 11 kHz, where music has little. With `mel` the logarithms are compared on mel
     bands too, which are close where the ear is sharp (Kumar et al. 2023, section 3.4).
 
-    Where the output can't know when exactly a note begins, these distances are least for one that never quite begins.
-    With `levels` a signal's logarithms in each mel band are also compared sorted, that is, by their distribution over
-    time (its 1-Wasserstein distance), which peaks and pauses count in wherever they are.
-
     Args:
         windows: window lengths in samples; the hop is a quarter.
         floor: smallest magnitude heard in the logarithm, relative to a full-scale sine's peak bin.
         mel: give the distance "mel" as well.
-        levels: give the distance "levels" as well.
     """
 
     def __init__(
@@ -57,36 +53,33 @@ class MultiResolutionSTFTLoss(nn.Module):
         a_weighting: bool = True,
         floor: float = 1e-4,
         mel: bool = False,
-        levels: bool = False,
     ):
         super().__init__()
         self.windows, self.floor = windows, floor
-        self.on_bands = [name for name, wanted in (("mel", mel), ("levels", levels)) if wanted]
+        self.mel = mel
         for window in windows:
             self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
-            if self.on_bands:
+            if mel:
                 self.register_buffer(f"mel_{window}", mel_bands(sample_rate, window), persistent=False)
         fir = a_weighting_fir(sample_rate) if a_weighting else None
         self.register_buffer("fir", fir, persistent=False)
 
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Distances "sum", "difference", "left", "right", and perhaps "mel" and "levels", of (B, 2, T) signals."""
+        """Distances "stft/sum", "difference", "left", "right", and perhaps "stft/mel", of (B, 2, T) signals."""
         both = torch.cat((output, target)).float()
         if self.fir is not None:
             both = convolve(both, self.fir)
         names = ("sum", "difference", "left", "right")
-        totals = dict.fromkeys((*names, *self.on_bands), output.new_zeros((), dtype=torch.float32))
+        totals = dict.fromkeys((*names, *(["mel"] if self.mel else [])), output.new_zeros((), dtype=torch.float32))
         for window in self.windows:
             for name, spectrum in _signals(self._stft(both, window)).items():
                 got, wanted = spectrum.abs().chunk(2)
                 totals[name] = totals[name] + self._distance(got, wanted) / len(self.windows)
-                if self.on_bands:
+                if self.mel:
                     bands = getattr(self, f"mel_{window}")
-                    logs = [(bands @ magnitudes + self.floor).log() for magnitudes in (got, wanted)]
-                for kind in self.on_bands:
-                    one, other = (x.sort(-1).values for x in logs) if kind == "levels" else logs
-                    totals[kind] = totals[kind] + (one - other).abs().mean() / (len(names) * len(self.windows))
-        return totals
+                    one, other = ((bands @ magnitudes + self.floor).log() for magnitudes in (got, wanted))
+                    totals["mel"] = totals["mel"] + (one - other).abs().mean() / (len(names) * len(self.windows))
+        return {f"stft/{name}": total for name, total in totals.items()}
 
     def _distance(self, got: Tensor, wanted: Tensor) -> Tensor:
         error = (wanted - got).square().sum((1, 2)).clamp_min(1e-12).sqrt()
@@ -144,15 +137,43 @@ class WaveformLoss(nn.Module):
         self.floor = floor
         self.register_buffer("fir", a_weighting_fir(sample_rate), persistent=False)
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean relative error of (B, C, T) signals, 1 for silence."""
+    def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Mean relative error "waveform/relative" of (B, C, T) signals, 1 for silence."""
         both = torch.cat((output, target)).float()
-        return (self._relative(both) + self._relative(convolve(both, self.fir))) / 2
+        return {"waveform/relative": (self._relative(both) + self._relative(convolve(both, self.fir))) / 2}
 
     def _relative(self, both: Tensor) -> Tensor:
         output, target = both.chunk(2)
         error = (output - target).square().mean((1, 2)).clamp_min(1e-12).sqrt()
         return (error / target.square().mean((1, 2)).sqrt().clamp_min(self.floor)).mean()
+
+
+class SpectralFeatureLoss(nn.Module):
+    """Distances of the spectrogram VAE's features.
+
+    Logarithms of magnitudes weigh what is quiet as much as what is loud; square roots of magnitudes, relative to their
+    mean in the item, weigh what is loud more. Stereo parameters count by the square root of the level of their frame.
+
+    Args:
+        encoder: whose normalisation the features have.
+    """
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Distances "features/log", "features/root" and "features/stereo" of packed (B, C, F) features."""
+        got, wanted = self.encoder.unpack(output), self.encoder.unpack(target)
+        root = (0.5 * wanted.levels).exp()
+        errors = ((0.5 * got.levels).exp() - root).abs().mean((1, 2))
+        loudness = root.mean(1, keepdim=True).unflatten(2, (-1, 2)).mean(3)[:, None]  # B, 1, 1, F
+        stereo = (got.stereo - wanted.stereo).abs() * loudness / loudness.mean((1, 2, 3), keepdim=True)
+        return {
+            "features/log": (got.levels - wanted.levels).abs().mean(),
+            "features/root": (errors / root.mean((1, 2))).mean(),
+            "features/stereo": stereo.mean(),
+        }
 
 
 def hinge_discriminator(real: Maps, fake: Maps) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.bundle import load_model_config, load_part, read_part
+from stable_audio_lite.bundle import build_vae, load_model_config, load_part, read_part
 from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, encoder_hash
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
@@ -67,10 +67,10 @@ def run(config: PreEncodeConfig) -> Path:
         raise UserError(f"{bare.path}: has no caption; list it in metadata.jsonl with a 'text'")
     accelerator = Accelerator()
     model = load_model_config(config.vae)
-    vae = VAE(model.vae)
+    vae = build_vae(model.vae)
     load_part(config.vae, "vae", vae)
     vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
-    encoder = encoder_hash(read_part(config.vae, "vae"), model.vae.slow_channels)
+    encoder = encoder_hash(read_part(config.vae, "vae"))
     cache = LatentCache(Path(config.output), encoder, len(items), config.shard_items)
     # Shards belong to a process by number, not by what is left: another one may already be writing.
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)

@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import build_unet, load_model_config, load_part, read_config, read_part, save_bundle
+from stable_audio_lite.bundle import (
+    build_unet,
+    build_vae,
+    load_model_config,
+    load_part,
+    read_config,
+    read_part,
+    save_bundle,
+)
 from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.data.crops import epoch_index
@@ -28,7 +36,6 @@ from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, Up
-from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import SPECTRAL
 from training import train_spectrogram
@@ -172,8 +179,7 @@ class DiffusionTask(DenoisingTask):
 
     def _go_on_from(self, bundle: str, model: Conditioned) -> tuple[Tensor, Tensor]:
         """Load the bundle's U-Net and timing embeddings; returns the statistics that it normalises latents by."""
-        slow = load_model_config(bundle).vae.slow_channels
-        if encoder_hash(read_part(bundle, "vae"), slow) != self._encoder:
+        if encoder_hash(read_part(bundle, "vae")) != self._encoder:
             raise UserError(f"initial: the U-Net of {bundle} knows the latents of another VAE than {self.config.vae}")
         self.clap.check_same(read_part(bundle, "text_encoder"), bundle, self.config.clap)
         load_part(bundle, "unet", model.network)
@@ -187,14 +193,14 @@ class DiffusionTask(DenoisingTask):
 
     @cached_property
     def _encoder(self) -> str:
-        return encoder_hash(read_part(self.config.vae, "vae"), self.model.vae.slow_channels)
+        return encoder_hash(read_part(self.config.vae, "vae"))
 
 
 @torch.no_grad()
 def silence_latent(bundle: str) -> Tensor:
     """Latent (C, window) that a bundle's VAE gives for digital silence."""
     model = load_model_config(bundle)
-    vae = VAE(model.vae)
+    vae = build_vae(model.vae)
     load_part(bundle, "vae", vae)
     vae.prepare_for_inference()
     return vae.encode_chunked(torch.zeros(1, model.vae.audio_channels, model.window_samples)).mean[0]

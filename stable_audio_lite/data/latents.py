@@ -25,9 +25,9 @@ from stable_audio_lite.files import replacing
 _INDEX, _MARK = "latents.json", "cache.json"
 
 
-def encoder_hash(vae_state: Mapping[str, Tensor], slow_channels: int) -> str:
-    """Name of a latent space: SHA-256 over the encoder's weights and smoothing, since a decoder may be trained on."""
-    digest = hashlib.sha256(f"slow {slow_channels}".encode() if slow_channels else b"")
+def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
+    """Name of a latent space: SHA-256 over the encoder's weights, since a decoder may be trained on."""
+    digest = hashlib.sha256()
     for key in sorted(k for k in vae_state if k.startswith("encoder.")):
         value = vae_state[key].detach().cpu().contiguous()
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.models.waveform_vae import WaveformVAE
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def read_dac(path: str | Path) -> DacWeights:
     return DacWeights(state, data.get("metadata", {}).get("kwargs", {}))
 
 
-def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tensor]:
+def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[str, Tensor]:
     """Turn a descript-audio-codec state dict into one for `vae` of the same widths and strides.
 
     DAC is mono: its first convolution is widened to `audio_channels` inputs (divided by their number, so that equal
@@ -80,7 +80,7 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: VAE) -> dict[str, Tenso
     return state
 
 
-def state_to_dac(vae: VAE) -> dict[str, Tensor]:
+def state_to_dac(vae: WaveformVAE) -> dict[str, Tensor]:
     """The VAE's encoder and decoder under descript-audio-codec's names, for blocks of the same shape."""
     return {_dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
 

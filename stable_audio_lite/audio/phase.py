@@ -1,0 +1,98 @@
+"""Phases for magnitudes: a first guess from the frequencies of spectral peaks, then Griffin-Lim with momentum.
+
+torchaudio's Griffin-Lim starts from random phases alone and takes no neighbours that are already fixed; both are what
+makes a few iterations enough here, and pieces of a stream meet.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SMALLEST = 1e-7
+
+
+def advance(magnitude: Tensor, before: Tensor, hop: int) -> Tensor:
+    """First phases of consecutive frames by what their peaks do (phase locking, Laroche & Dolson 1999).
+
+    The frequency of each local maximum is read off a parabola through the logarithms of three bins; its phase turns at
+    that frequency from the frame before, and the bins around it alternate in sign with it, as those of a sine under a
+    Hann window of the transform's length do.
+
+    Args:
+        magnitude: (..., frames, bins) of a transform of 2 (bins - 1) samples.
+        before: (..., bins) phases of the frame before the first.
+        hop: samples from frame to frame.
+
+    Returns:
+        (..., frames, bins) radians.
+    """
+    bins = magnitude.shape[-1]
+    index = torch.arange(bins, device=magnitude.device).expand(magnitude.shape)
+    log = (magnitude + _SMALLEST).log()
+    low, middle, high = log[..., :-2], log[..., 1:-1], log[..., 2:]
+    offset = (0.5 * (low - high) / (low - 2 * middle + high).clamp_max(-1e-9)).clamp(-0.5, 0.5)
+    peak = F.pad((middle > low) & (middle >= high), (1, 1))
+    below = torch.where(peak, index, -2 * bins).cummax(-1).values
+    above = torch.where(peak, index, 3 * bins).flip(-1).cummin(-1).values.flip(-1)
+    nearest = torch.where(index - below <= above - index, below, above).clamp(0, bins - 1)
+    frequency = (index + F.pad(offset, (1, 1))).gather(-1, nearest)
+    turn = frequency * (math.pi * hop / (bins - 1))
+    sign = math.pi * (index - nearest)
+    phases, phase = [], before
+    for frame in range(magnitude.shape[-2]):
+        phase = (phase + turn[..., frame, :]).gather(-1, nearest[..., frame, :]) + sign[..., frame, :]
+        phases.append(phase)
+    return torch.stack(phases, -2)
+
+
+class GriffinLim:
+    """Griffin-Lim with momentum (Perraudin et al. 2013) over frames of a stream.
+
+    Args:
+        window: (N,), a Hann window.
+        hop: N / 4 samples.
+        iterations: how often the spectrum is made consistent.
+        momentum: how far each goes beyond.
+    """
+
+    def __init__(self, window: Tensor, hop: int, iterations: int, momentum: float = 0.99):
+        if len(window) != 4 * hop:
+            raise ValueError(f"expected a window of 4 hops, got {len(window)} samples and hops of {hop}")
+        self.window, self.hop, self.iterations, self.momentum = window, hop, iterations, momentum
+
+    def __call__(self, magnitude: Tensor, phase: Tensor, fixed: Tensor | None = None) -> Tensor:
+        """Complex spectra (B, frames, bins) with these magnitudes, from these phases on.
+
+        `fixed` (B, frames', bins) are spectra of the first frames, which stay as they are.
+        """
+        spectrum = torch.polar(magnitude, phase)
+        last = torch.zeros_like(spectrum)
+        for iteration in range(self.iterations):
+            if fixed is not None:
+                spectrum[:, : fixed.shape[1]] = fixed
+            consistent = self.analyse(self.synthesise(spectrum))
+            momentum = self.momentum if iteration else 0.0
+            ahead = torch.lerp(last, consistent, 1 + momentum) if iteration else consistent
+            last = consistent
+            scale = magnitude / ahead.abs().clamp_min(_SMALLEST)
+            spectrum = torch.view_as_complex(torch.view_as_real(ahead) * scale[..., None])
+        if fixed is not None:
+            spectrum[:, : fixed.shape[1]] = fixed
+        return spectrum
+
+    def analyse(self, audio: Tensor) -> Tensor:
+        """Spectra (..., frames, bins) of the whole frames of (..., T) audio."""
+        return torch.fft.rfft(audio.unfold(-1, len(self.window), self.hop) * self.window)
+
+    def synthesise(self, spectrum: Tensor) -> Tensor:
+        """Audio (B, (frames + 3) hop), each frame's share added up; complete where four frames overlap."""
+        pieces = (torch.fft.irfft(spectrum) * (self.window / 1.5)).unflatten(-1, (4, self.hop))
+        batch, frames = pieces.shape[:2]
+        audio = pieces.new_zeros(batch, frames + 3, self.hop)
+        for quarter in range(4):
+            audio[:, quarter : quarter + frames] += pieces[:, :, quarter]
+        return audio.flatten(1)

@@ -1,0 +1,373 @@
+"""A VAE on magnitudes and stereo parameters: small, quick to train on a CPU, with latents that are easy to generate.
+
+What is compressed of 2048-sample spectra, two to a latent frame, are magnitudes, in single bins up to 5.5 kHz and in
+bands above, and how the channels are alike in each of some bands (parametric stereo, Breebaart et al. 2005, as Stokes
+parameters). Phase is not: decoding finds one that fits. Reads upward: features, blocks, VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stable_audio_lite.audio.phase import GriffinLim, advance
+from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
+
+WINDOW, HOP = 2048, 512
+"""Samples of a spectrum and from one to the next."""
+PAIR = 2  # spectra to a latent frame
+_BINS = WINDOW // 2 + 1
+_SINGLE, _BANDS, _STEREO = 256, 64, 32  # single bins, bands above them, bands of stereo parameters
+_LEVELS = _SINGLE + _BANDS
+_PADDING = (WINDOW - HOP) // 2  # spectra are centred in their hops
+FLOOR = 1e-4
+"""Magnitude, that of a full-scale sine being 1, below which nothing is told apart: -80 dB."""
+_PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra before and after that phases are found with
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrogramVAEConfig:
+    """Shape of the VAE.
+
+    Attributes:
+        kind: which VAE this is.
+        width: channels of encoder and decoder.
+        encoder_blocks, decoder_blocks: how many blocks they have.
+        latent_channels: channels of the latent.
+        iterations: of Griffin-Lim.
+    """
+
+    kind: Literal["spectrogram"]
+    width: int = 320
+    encoder_blocks: int = 3
+    decoder_blocks: int = 6
+    latent_channels: int = 64
+    iterations: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("width", "encoder_blocks", "decoder_blocks", "latent_channels", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def audio_channels(self) -> int:
+        """Stereo."""
+        return 2
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return PAIR * HOP
+
+
+class SpectralFeatures(NamedTuple):
+    """What is compressed of stereo sound.
+
+    Attributes:
+        levels: (B, 320, 2 F) natural logarithms of magnitudes (root mean square of both channels) above `FLOOR`.
+        stereo: (B, 3, 32, F) Stokes parameters relative to the power of both channels: how much more is left than
+            right, and the real and imaginary part of their correlation. (0, 1, 0) is mono, (0, 0, 0) incoherent.
+    """
+
+    levels: Tensor
+    stereo: Tensor
+
+
+class FeatureTransform(nn.Module):
+    """Stereo sound to features, and features to the magnitudes of two incoherent components and back to stereo."""
+
+    window: Tensor
+    bands: Tensor
+    spread: Tensor
+    stereo_bands: Tensor
+    stereo_spread: Tensor
+    least: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        bands, centres = _log_bands()
+        pooled, stereo_centres = _stereo_bands()
+        self.scale = 2 / (WINDOW / 2)  # of spectra by the window's sum: a full-scale sine has magnitude 1
+        tables = {
+            "window": 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW),
+            "bands": bands,
+            "spread": _between(centres, np.arange(_SINGLE, _BINS)),
+            "stereo_bands": pooled,
+            "stereo_spread": _between(stereo_centres, np.arange(_BINS)),
+            "least": pooled.sum(1) * 4 * (FLOOR / self.scale) ** 2,  # power at which any sound counts as incoherent
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def features(self, audio: Tensor) -> SpectralFeatures:
+        """Of (B, 2, F * 1024) audio, in float32."""
+        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW, HOP)
+        spectra = torch.fft.rfft(frames * self.window)  # B, 2, 2F, bins
+        power = spectra.real.square() + spectra.imag.square()
+        mean = power.mean(1) * self.scale**2
+        high = mean @ self.bands.T
+        levels = (torch.cat((mean[..., :_SINGLE], high), -1).sqrt() + FLOOR).log()
+        left, right = spectra.unbind(1)
+        cross = left * right.conj()
+        stokes = torch.stack((power.sum(1), power[:, 0] - power[:, 1], 2 * cross.real, 2 * cross.imag), 1)
+        pooled = stokes.unflatten(2, (-1, PAIR)).sum(3) @ self.stereo_bands.T  # B, 4, F, bands
+        stereo = pooled[:, 1:] / (pooled[:, :1] + self.least)
+        return SpectralFeatures(levels.transpose(1, 2), stereo.transpose(2, 3))
+
+    def components(self, features: SpectralFeatures) -> tuple[Tensor, Tensor]:
+        """Magnitudes (B, 2, 2F, bins) of two incoherent components, and the (B, 2, 2, 2F, bins) complex weights with
+        which they add up to left and right: `sum over component of weights[:, channel, component] * spectrum`.
+
+        The components are the principal ones of the channels' covariance, so mono sound has one alone.
+        """
+        levels = features.levels.transpose(1, 2)
+        low, high = levels.split((_SINGLE, _BANDS), -1)
+        magnitude = torch.cat((low, high @ self.spread.T), -1).exp() - FLOOR
+        magnitude = (magnitude - FLOOR / 2).clamp_min(0) / self.scale  # what can't be told from silence is silence
+        stokes = (features.stereo.transpose(2, 3) @ self.stereo_spread.T).repeat_interleave(PAIR, 2)
+        coherence = stokes.square().sum(1).sqrt()
+        stokes = stokes / coherence.clamp_min(1e-4)[:, None]
+        coherence = coherence.clamp_max(1)
+        powers = torch.stack((1 + coherence, 1 - coherence), 1)
+        left = ((1 + stokes[:, 0]) / 2).clamp_min(0).sqrt()
+        right = torch.polar(((1 - stokes[:, 0]) / 2).clamp_min(0).sqrt(), -torch.atan2(stokes[:, 2], stokes[:, 1]))
+        weights = torch.stack((torch.stack((left + 0j, -right.conj()), 1), torch.stack((right, left + 0j), 1)), 1)
+        return magnitude[:, None] * powers.sqrt(), weights
+
+
+class Block(nn.Module):
+    """ConvNeXt block (Liu et al. 2022): depthwise convolution over 7 frames, layer norm, two linear layers."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mix = nn.Conv1d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, F), the same."""
+        hidden = self.norm(self.mix(x).transpose(1, 2))
+        return x + self.down(F.gelu(self.up(hidden), approximate="tanh")).transpose(1, 2)
+
+
+class Encoder(nn.Module):
+    """Normalised features (B, C, F) -> (B, 2 latent_channels, F): mean and scale.
+
+    Attributes:
+        level_mean, level_std: (320, 1), by which levels are normalised.
+    """
+
+    level_mean: Tensor
+    level_std: Tensor
+
+    def __init__(self, config: SpectrogramVAEConfig):
+        super().__init__()
+        self.register_buffer("level_mean", torch.full((_LEVELS, 1), -6.0))
+        self.register_buffer("level_std", torch.full((_LEVELS, 1), 2.0))
+        self.enter = nn.Conv1d(_PACKED, config.width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.encoder_blocks)))
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, 2 * config.latent_channels)
+        # At first the noise must not drown the mean: std = softplus(-2) = 0.13.
+        with torch.no_grad():
+            self.project.weight[config.latent_channels :] *= 0.1
+            self.project.bias[config.latent_channels :] = -2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.norm(self.blocks(self.enter(x)).transpose(1, 2))).transpose(1, 2)
+
+    def pack(self, features: SpectralFeatures) -> Tensor:
+        """Both spectra of a frame and its stereo parameters, normalised, (B, C, F)."""
+        levels = ((features.levels - self.level_mean) / self.level_std).unflatten(2, (-1, PAIR))
+        return torch.cat((levels.permute(0, 3, 1, 2).flatten(1, 2), 2 * features.stereo.flatten(1, 2)), 1)
+
+    def unpack(self, packed: Tensor) -> SpectralFeatures:
+        """The inverse of `pack`."""
+        levels, stereo = packed.float().split((PAIR * _LEVELS, 3 * _STEREO), 1)
+        levels = levels.unflatten(1, (PAIR, _LEVELS)).permute(0, 2, 3, 1).flatten(2)
+        return SpectralFeatures(levels * self.level_std + self.level_mean, stereo.unflatten(1, (3, _STEREO)) / 2)
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, F) -> normalised features (B, C, F)."""
+
+    def __init__(self, config: SpectrogramVAEConfig):
+        super().__init__()
+        self.enter = nn.Conv1d(config.latent_channels, config.width, 7, padding=3)
+        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.decoder_blocks)))
+        self.norm = nn.LayerNorm(config.width)
+        self.project = nn.Linear(config.width, _PACKED)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.project(self.norm(self.blocks(self.enter(z)).transpose(1, 2))).transpose(1, 2)
+
+
+class SpectrogramVAE(VAE):
+    """The VAE; its training compares features, as `Encoder.pack` normalises them."""
+
+    config: SpectrogramVAEConfig
+    encoder: Encoder
+
+    def __init__(self, config: SpectrogramVAEConfig):
+        super().__init__()
+        self.config = config
+        self.transform = FeatureTransform()
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+
+    def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.encode(audio)
+        return self.decoder(posterior.mean + posterior.std * noise), posterior.mean, posterior.std
+
+    def target(self, audio: Tensor) -> Tensor:
+        return self.encoder.pack(self.transform.features(audio))
+
+    @torch.no_grad()
+    def calibrate(self, audio: Tensor) -> None:
+        """Normalise levels by the statistics of (B, 2, T) audio; before training begins."""
+        levels = self.transform.features(audio).levels.transpose(0, 1).flatten(1)
+        self.encoder.level_mean.copy_(levels.mean(1, keepdim=True))
+        self.encoder.level_std.copy_(levels.std(1, keepdim=True).clamp_min(0.3))
+
+    def decode_features(self, latents: Tensor) -> SpectralFeatures:
+        """Features of F frames of (B, latent_channels, F) latents.
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        self.check_latents(latents)
+        return self.encoder.unpack(self.decoder(latents.to(self.decoder.project.weight.dtype)))
+
+    @property
+    def encoder_halo(self) -> int:
+        return 1 + 1 + 3 * self.config.encoder_blocks  # of the window, the first convolution and the blocks'
+
+    @property
+    def decoder_halo(self) -> int:
+        """Latent frames on each side that a frame's features depend on."""
+        return 3 + 3 * self.config.decoder_blocks
+
+    def decode_stream(self, latents: Tensor, chunk_frames: int = _PIECE) -> Iterator[Tensor]:
+        """Successive pieces (B, 2, any) of what `decode` gives, in float32.
+
+        Phases are found piece by piece of a fixed length whatever `chunk_frames` is, each going on from the last, so
+        that the same latents always give the same sound.
+
+        Raises:
+            ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
+        """
+        check_chunks(chunk_frames)
+        self.check_latents(latents)
+        total = PAIR * latents.shape[2]
+        sound = _Sound(self.transform, self.config.iterations, latents)
+        for start in range(0, latents.shape[2], _PIECE):
+            stop = min(start + _PIECE, latents.shape[2])
+            first = PAIR * start - (_CONTEXT if start else 0)
+            last = min(PAIR * stop + _CONTEXT, total)
+            yield sound.piece(self._features(latents, first // PAIR, last // PAIR), stop == latents.shape[2])
+
+    def _features(self, latents: Tensor, first: int, last: int) -> SpectralFeatures:
+        """Of frames first..last, computed from all that they depend on."""
+        left = max(first - self.decoder_halo, 0)
+        features = self.decode_features(latents[:, :, left : last + self.decoder_halo])
+        own = slice(PAIR * (first - left), PAIR * (last - left))
+        return SpectralFeatures(features.levels[:, :, own], features.stereo[..., first - left : last - left])
+
+    def prepare_for_inference(self) -> SpectrogramVAE:
+        """Stop gradients; returns self."""
+        return self.eval().requires_grad_(False)
+
+    def _encode(self, audio: Tensor) -> Posterior:
+        packed = self.encoder.pack(self.transform.features(audio))
+        return Posterior.of(self.encoder(packed.to(self.encoder.project.weight.dtype)))
+
+
+class _Sound:
+    """Sound of features that come piece by piece; holds the last spectra, and samples that are not complete."""
+
+    def __init__(self, transform: FeatureTransform, iterations: int, latents: Tensor):
+        self.transform, self.batch = transform, len(latents)
+        self.window = transform.window.float()
+        self.phases = GriffinLim(self.window, HOP, iterations)
+        random = torch.rand(2, _BINS, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
+        self.phase = random.to(latents.device).repeat(self.batch, 1)
+        self.fixed: Tensor | None = None
+        self.rest: Tensor | None = None  # B, 2, 3 hops
+
+    def piece(self, features: SpectralFeatures, last: bool) -> Tensor:
+        """The sound (B, 2, any) that the piece completes; of its spectra, the first and last few are context."""
+        magnitude, weights = self.transform.components(features)
+        magnitude = magnitude.flatten(0, 1)  # B * component, frames, bins
+        known = 0 if self.fixed is None else _CONTEXT
+        phase = advance(magnitude[:, known:], self.phase, HOP)
+        if self.fixed is not None:
+            phase = torch.cat((self.fixed.angle(), phase), 1)
+        spectrum = self.phases(magnitude, phase, self.fixed)
+        stop = spectrum.shape[1] - (0 if last else _CONTEXT)
+        self.fixed = spectrum[:, stop - _CONTEXT : stop].clone()
+        self.phase = self.fixed[:, -1].angle()
+        both = (weights * spectrum.unflatten(0, (self.batch, 2))[:, None]).sum(2)[:, :, known:stop]
+        return self._samples(both, last)
+
+    def _samples(self, spectra: Tensor, last: bool) -> Tensor:
+        """Add spectra (B, 2, frames, bins) to what is there; returns complete samples."""
+        audio = self.phases.synthesise(spectra.flatten(0, 1)).unflatten(0, (self.batch, 2))
+        overlap = 3 * HOP
+        begin = self.rest is None
+        if self.rest is not None:
+            audio[..., :overlap] += self.rest
+        # At both ends fewer windows overlap.
+        rising = 1.5 / self._overlaps()
+        if begin:
+            audio[..., :overlap] *= rising
+        if last:
+            audio[..., -overlap:] *= rising.flip(0)
+            return audio[..., _PADDING if begin else 0 : -_PADDING]
+        self.rest = audio[..., -overlap:].clone()
+        return audio[..., _PADDING if begin else 0 : -overlap]
+
+    def _overlaps(self) -> Tensor:
+        """Sum of the squared windows over the first three hops."""
+        squared = self.window.square().unflatten(0, (4, HOP)).cumsum(0)[:3].flatten()
+        return squared.clamp_min(1e-3)
+
+
+_PACKED = PAIR * _LEVELS + 3 * _STEREO
+
+
+def _log_bands() -> tuple[np.ndarray, np.ndarray]:
+    """(64, bins) triangles on a logarithmic scale above the single bins, each of sum 1, and their centres (64,)."""
+    edges = np.geomspace(_SINGLE, _BINS - 1, _BANDS + 2)
+    bins = np.arange(_BINS)
+    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    bands = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(0)
+    return bands / bands.sum(1, keepdims=True), edges[1:-1]
+
+
+def _stereo_bands() -> tuple[np.ndarray, np.ndarray]:
+    """(32, bins) of 0 and 1: bands of equal width on the ERB-rate scale (Glasberg & Moore 1990), and their centres."""
+    top = 21.4 * math.log10(1 + 0.00437 * 22050)
+    hertz = (10 ** (np.linspace(0, top, _STEREO + 1) / 21.4) - 1) / 0.00437
+    edges = np.round(hertz / 22050 * (_BINS - 1)).astype(int)
+    for number in range(1, len(edges)):
+        edges[number] = max(edges[number], edges[number - 1] + 1)
+    edges[-1] = _BINS
+    low, high, bins = edges[:-1, None], edges[1:, None], np.arange(_BINS)
+    return ((bins >= low) & (bins < high)).astype(float), (edges[:-1] + edges[1:] - 1) / 2
+
+
+def _between(centres: np.ndarray, bins: np.ndarray) -> np.ndarray:
+    """(bins, bands): weights by which values in bands are interpolated linearly."""
+    bands = np.arange(len(centres))
+    place = np.interp(bins, centres, bands)
+    return (1 - np.abs(place[:, None] - bands)).clip(0)

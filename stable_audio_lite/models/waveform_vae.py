@@ -1,0 +1,261 @@
+"""The paper's VAE, on waveforms: descript-audio-codec's encoder and decoder without a quantizer.
+
+Kumar et al. 2023 (arXiv 2306.06546) describe the blocks, Evans et al. 2024 (arXiv 2402.04825, section 3.1) the
+bottleneck. Reads upward: residual unit, blocks, encoder and decoder, VAE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
+from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1d, channels_last
+from stable_audio_lite.nn.snake import FoldedSnake, Snake
+
+_DILATIONS = (1, 3, 9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaveformVAEConfig:
+    """Shape of the VAE.
+
+    Attributes:
+        kind: which VAE this is.
+        audio_channels: channels of the waveform, 2 for stereo.
+        encoder_width: channels after the encoder's first convolution; they double at each stride.
+        decoder_width: channels after the decoder's first convolution; they halve at each stride.
+        strides: time factors of the encoder's blocks, all even; the decoder takes them backwards.
+        latent_channels: channels of the latent.
+    """
+
+    kind: Literal["waveform"] = "waveform"
+    audio_channels: int = 2
+    encoder_width: int = 128
+    decoder_width: int = 1536
+    strides: tuple[int, ...] = (4, 4, 8, 8)
+    latent_channels: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.strides or any(s < 2 or s % 2 for s in self.strides):
+            raise ValueError(f"strides must be even and at least 2, got {self.strides}")
+        if min(self.audio_channels, self.encoder_width, self.latent_channels) < 1:
+            raise ValueError("audio_channels, encoder_width and latent_channels must be at least 1")
+        if self.decoder_width < 1 or self.decoder_width % 2 ** len(self.strides):
+            raise ValueError(f"decoder_width must be a multiple of {2 ** len(self.strides)}, got {self.decoder_width}")
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return math.prod(self.strides)
+
+
+class ResidualUnit(nn.Module):
+    """Snake, dilated k7 convolution, Snake, k1 convolution, added to the input."""
+
+    def __init__(self, channels: int, dilation: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Snake(channels),
+            WeightNormConv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
+            Snake(channels),
+            # Near the identity at the start, so that depth does not blow up the signal.
+            WeightNormConv1d(channels, channels, 1, gain=0.125),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layers[0], Snake):
+            return x + self.layers(x)
+        # Prepared for inference, the sum stays float32 with bf16 weights too: rounding it in each unit would cost 3 dB.
+        return self.layers(x).float().add_(x)
+
+
+class Down(nn.Module):
+    """Encoder block: three residual units, Snake, strided convolution that doubles the channels."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(ResidualUnit(channels, d) for d in _DILATIONS),
+            Snake(channels),
+            WeightNormConv1d(channels, 2 * channels, 2 * stride, stride=stride, padding=stride // 2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Up(nn.Module):
+    """Decoder block: Snake, transposed convolution that halves the channels, three residual units."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            Snake(channels),
+            WeightNormConvTranspose1d(channels, channels // 2, 2 * stride, stride=stride, padding=stride // 2),
+            *(ResidualUnit(channels // 2, d) for d in _DILATIONS),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Encoder(nn.Module):
+    """(B, audio_channels, T) -> (B, 2 latent_channels, T / hop): mean and scale."""
+
+    def __init__(self, config: WaveformVAEConfig):
+        super().__init__()
+        width = config.encoder_width
+        # Music is quiet beside full scale: raise it to where Snake bends.
+        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3, gain=8.0)]
+        for stride in config.strides:
+            layers.append(Down(width, stride))
+            width *= 2
+        layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        self.project = nn.Conv1d(width, 2 * config.latent_channels, 1)
+        # At first the noise must not drown the mean: unit gain for the mean, std = softplus(-3) = 0.05.
+        means, scales = self.project.weight.data.chunk(2)
+        nn.init.normal_(means, std=2 / math.sqrt(width))
+        nn.init.zeros_(scales)
+        bias = torch.zeros(2 * config.latent_channels)
+        bias[config.latent_channels :] = -3.0
+        self.project.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.layers(channels_last(x)))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, F) -> (B, audio_channels, F * hop)."""
+
+    def __init__(self, config: WaveformVAEConfig):
+        super().__init__()
+        width = config.decoder_width
+        layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
+        for stride in reversed(config.strides):
+            layers.append(Up(width, stride))
+            width //= 2
+        # Untrained output at the level of music rather than of full scale.
+        layers += [Snake(width), WeightNormConv1d(width, config.audio_channels, 7, padding=3, gain=0.1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(channels_last(z))
+
+
+class WaveformVAE(VAE):
+    """The paper's VAE; its training compares waveforms."""
+
+    config: WaveformVAEConfig
+    encoder: Encoder
+
+    def __init__(self, config: WaveformVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.encode(audio)
+        return self.decode(posterior.mean + posterior.std * noise), posterior.mean, posterior.std
+
+    def target(self, audio: Tensor) -> Tensor:
+        return audio
+
+    def _encode(self, audio: Tensor) -> Posterior:
+        return Posterior.of(self.encoder(audio.to(self.encoder.project.weight.dtype)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.check_latents(latents)
+        return self.decoder(latents.to(self.encoder.project.weight.dtype))
+
+    def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
+        """Successive pieces (B, audio_channels, chunk_frames * hop) of what `decode` gives, in float32.
+
+        The layers of the lowest rate, whose reach counts in whole frames, run over long pieces; the rest, whose reach
+        is a fraction of a frame but whose activations are large, over pieces of `chunk_frames` frames. Each sees as
+        much around it as it depends on, so the pieces equal the whole.
+
+        Raises:
+            ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
+        """
+        check_chunks(chunk_frames)
+        self.check_latents(latents)
+        x = latents.to(self.encoder.project.weight.dtype)
+        layers = list(self.decoder.layers)
+        low, high = layers[:2], layers[2:]
+        rate = self.config.strides[-1]
+        halo_low, halo_high = _reach(low), _reach(high)
+        outer = 16 * chunk_frames
+        for start in range(0, x.shape[2], outer):
+            stop = min(start + outer, x.shape[2])
+            # Rate-`rate` context that the second stage will need on both sides of this piece.
+            first = max(start * rate - halo_high, 0)
+            last = min(stop * rate + halo_high, x.shape[2] * rate)
+            left, right = max(first // rate - halo_low, 0), min(-(-last // rate) + halo_low, x.shape[2])
+            hidden = _run(low, channels_last(x[:, :, left:right]))
+            hidden = hidden[:, :, first - left * rate : last - left * rate]
+            for inner in range(start * rate, stop * rate, chunk_frames * rate):
+                end = min(inner + chunk_frames * rate, stop * rate)
+                left, right = max(inner - halo_high, first), min(end + halo_high, last)
+                y = _run(high, channels_last(hidden[:, :, left - first : right - first]))
+                scale = self.hop // rate
+                yield y[:, :, (inner - left) * scale : (end - left) * scale].float()
+
+    @property
+    def encoder_halo(self) -> int:
+        return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
+
+    def prepare_for_inference(self) -> WaveformVAE:
+        """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
+        for module in list(self.modules()):
+            if isinstance(module, WeightNormConv1d):
+                module.fold()
+        for module in list(self.modules()):
+            if isinstance(module, nn.Sequential):
+                _fold_snakes(module)
+        return self.eval().requires_grad_(False)
+
+
+def _fold_snakes(layers: nn.Sequential) -> None:
+    """Leave sin(u)^2 + u of every Snake; its frequency goes to the convolution before, its inverse to the one after."""
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Snake):
+            continue
+        before, after = layers[index - 1] if index else None, layers[index + 1]
+        assert isinstance(after, WeightNormConv1d)
+        alpha = layer.alpha.data.float().flatten()
+        alpha = torch.where(alpha.abs() < 1e-6, 1e-6, alpha)
+        after.scale(inputs=alpha.reciprocal())
+        if isinstance(before, WeightNormConv1d):
+            before.scale(outputs=alpha)
+            layers[index] = FoldedSnake(None)
+        else:
+            layers[index] = FoldedSnake(alpha.view(1, -1, 1))
+
+
+def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
+    return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
+
+
+def _reach(layers: list[nn.Module]) -> int:
+    """Input samples on each side of an output sample's own position that it depends on (one-sided receptive field)."""
+    reach = 0
+    for conv in reversed(_convolutions(layers)):
+        if conv.transposed:
+            reach = math.ceil((reach + conv.kernel_size - conv.padding) / conv.stride)
+        else:
+            reach = reach * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
+    return reach
