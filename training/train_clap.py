@@ -26,7 +26,7 @@ from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel, clap_views, retrieval, tokenize
+from stable_audio_lite.models.clap import UNKNOWN_TOKEN, Clap, ClapConfig, clap_mel, clap_views, retrieval, tokenize
 from training.command import main
 from training.frozen import compare_claps
 from training.loop import fit
@@ -41,7 +41,7 @@ class TrainClapConfig:
 
     Attributes:
         model: path of the model's YAML file; its `clap` part sets the sizes.
-        data: folder of captioned audio to train on; the tokenizer learns from all its captions.
+        data: folders of captioned audio to train on; the tokenizer learns from all their captions.
         held_out: folder of captioned audio for retrieval figures, or null.
         held_out_items: how many of those to use; 0 for all.
         initial: bundle whose CLAP, tokenizer included, to go on from, or null.
@@ -54,10 +54,13 @@ class TrainClapConfig:
         masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
             crop.
         main_caption: share of the draws that take an item's first caption; the others take any of its captions.
+        language: weight of the masked language model's loss on the text features that a U-Net sees; 0 for a contrast
+            alone, where the text tower was such a model before.
+        corrupted: share of the tokens that the language model has to guess.
     """
 
     model: str
-    data: str
+    data: tuple[str, ...]
     held_out: str | None = None
     held_out_items: int = 0
     initial: str | None = None
@@ -68,18 +71,25 @@ class TrainClapConfig:
     gain_db: float = 6.0
     masked: float = 0.1
     main_caption: float = 0.0
+    language: float = 0.0
+    corrupted: float = 0.15
     run: RunConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
+        if not self.data:
+            raise ValueError("data is empty; list the folders to train on")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2: a contrast needs two pairs, got {self.batch_size}")
         if self.freeze_text and not self.initial:
             raise ValueError("freeze_text needs initial: the bundle whose text features are to stay")
         if self.gain_db < 0:
             raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
-        if not 0 <= self.main_caption <= 1:
-            raise ValueError(f"main_caption must lie in 0..1, got {self.main_caption}")
+        for name in ("main_caption", "corrupted"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if self.language < 0:
+            raise ValueError(f"language must be at least 0, got {self.language}")
         if not (0 <= self.masked < 1 and 0 <= self.dropout < 1):
             raise ValueError(f"masked and dropout must be in [0, 1), got {self.masked}, {self.dropout}")
 
@@ -108,7 +118,7 @@ class ClapTask(Task):
         self.config = config
         self.model = load_config(config.model, StableAudioConfig)
         self.batch_size = config.batch_size
-        self.pieces = _captioned(config.data)
+        self.pieces = [item for folder in config.data for item in _captioned(folder)]
         self.items = len(self.pieces)
         self.mels = Mels(self.pieces, self.model.clap)
         self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
@@ -140,7 +150,7 @@ class ClapTask(Task):
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         if len(self.pieces) < self.batch_size * world:
             raise UserError(
-                f"batch_size: {self.batch_size} on {world} processes needs that many items, {self.config.data} has "
+                f"batch_size: {self.batch_size} on {world} processes needs that many items, {', '.join(self.config.data)} has "
                 f"{len(self.pieces)}"
             )
         # One permutation for all processes, so that no item meets itself as a negative.
@@ -156,7 +166,11 @@ class ClapTask(Task):
         longer = self._longer(list(mels))
         if self.model.clap.audio_fusion and longer.sum() < 2:
             longer[:2] = True  # the fusion weights need a gradient in every batch, and their batch norm two items
-        return {"ids": ids, "mask": mask, "mels": views, "longer": longer}
+        batch = {"ids": ids, "mask": mask, "mels": views, "longer": longer}
+        if self.config.language:
+            guessed = torch.rand(ids.shape, generator=generator(seed, number, rank)) < self.config.corrupted
+            batch["corrupted"] = torch.where(guessed & mask, UNKNOWN_TOKEN, ids)
+        return batch
 
     def _readable(self, order: list[int], place: int, world: int) -> tuple[int, Tensor]:
         """Number and spectrogram of the item at `place`, or of the first readable one that no process has drawn."""
@@ -167,19 +181,19 @@ class ClapTask(Task):
             except UserError as error:
                 self.unreadable.add(self.pieces[index].path, error)
         raise UserError(
-            f"{self.config.data}: no further item can be read in the place of {self.pieces[order[place]].path}"
+            f"{', '.join(self.config.data)}: no further item can be read in the place of {self.pieces[order[place]].path}"
         )
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
-        text, audio = self.modules["clap"](batch["ids"], batch["mask"], batch["mels"], batch["longer"])
+        text, audio, language = self.modules["clap"](**batch)
         text, audio = _gather(text), _gather(audio)
         clap = self._plain
-        loss = clap.loss(text, audio)
-        update("clap", loss)
+        losses = {"loss/contrastive": clap.loss(text, audio)}
+        if language is not None:
+            losses["loss/language"] = language
+        update("clap", losses["loss/contrastive"] + self.config.language * losses.get("loss/language", 0.0))
         matched = (audio.float() @ text.float().T).argmax(1) == torch.arange(len(text), device=text.device)
-        return {"loss/contrastive": loss.detach(), "batch/accuracy": matched.float().mean()} | {
-            "temperature/inverse": clap.scales[0].detach().exp()
-        }
+        return losses | {"batch/accuracy": matched.float().mean(), "temperature/inverse": clap.scales[0].exp()}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Recall at 1 and 10 among the held-out items, both ways, as percentages."""
@@ -190,7 +204,7 @@ class ClapTask(Task):
         text, audio = [], []
         for part in self._held_out:
             on_device = {k: v.to(clap.device) for k, v in part.items()}
-            t, a = clap(**on_device)
+            t, a, _ = clap(**on_device)
             text.append(t.float())
             audio.append(a.float())
         clap.train()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin")
 _MAY_BE_ZERO = ("audio_fusion", "mel_lowest")
 PAD_TOKEN = 1  # RoBERTa's; positions are counted from PAD_TOKEN + 1
+UNKNOWN_TOKEN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,13 +222,28 @@ class Clap(nn.Module):
         self.tokenizer = tokenizer
         self.model = ClapModel(transformers_config(config, dropout))
 
-    def forward(self, ids: Tensor, mask: Tensor, mels: Tensor, longer: Tensor) -> tuple[Tensor, Tensor]:
-        """Text and audio embeddings (B, embedding).
+    def forward(
+        self, ids: Tensor, mask: Tensor, mels: Tensor, longer: Tensor, corrupted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Text and audio embeddings (B, embedding), and the language loss where `corrupted` ids are given.
 
         Takes token ids and mask (B, N), mels (B, 1 or 4, frames, bins), and whether a sound is over 10 s
         (B,).
         """
-        return self._texts(ids, mask), self._sounds(mels, longer)
+        language = None if corrupted is None else self._language_loss(ids, mask, corrupted)
+        return self._texts(ids, mask), self._sounds(mels, longer), language
+
+    def _language_loss(self, ids: Tensor, mask: Tensor, corrupted: Tensor) -> Tensor:
+        """Cross-entropy (a scalar) of `ids` as the next-to-last text layer says them of `corrupted` ones.
+
+        A masked language model as RoBERTa is before it becomes a CLAP's text tower (Liu et al. 2019), asked of all
+        tokens: a contrast with sounds alone lets the layer that generators read forget what the audio tower can't hear.
+        """
+        hidden = self.model.text_model(
+            input_ids=corrupted, attention_mask=mask.long(), output_hidden_states=True
+        ).hidden_states[-2]
+        logits = hidden[mask] @ self.model.text_model.get_input_embeddings().weight.T
+        return F.cross_entropy(logits.float(), ids[mask])
 
     @torch.no_grad()
     def embed_text(self, prompts: list[str]) -> Tensor:
