@@ -150,8 +150,8 @@ class ClapTask(Task):
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         if len(self.pieces) < self.batch_size * world:
             raise UserError(
-                f"batch_size: {self.batch_size} on {world} processes needs that many items, {', '.join(self.config.data)} has "
-                f"{len(self.pieces)}"
+                f"batch_size: {self.batch_size} on {world} processes needs that many items, "
+                f"{', '.join(self.config.data)} has {len(self.pieces)}"
             )
         # One permutation for all processes, so that no item meets itself as a negative.
         seed = self.config.run.seed
@@ -181,7 +181,8 @@ class ClapTask(Task):
             except UserError as error:
                 self.unreadable.add(self.pieces[index].path, error)
         raise UserError(
-            f"{', '.join(self.config.data)}: no further item can be read in the place of {self.pieces[order[place]].path}"
+            f"{', '.join(self.config.data)}: no further item can be read in the place of "
+            f"{self.pieces[order[place]].path}"
         )
 
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:

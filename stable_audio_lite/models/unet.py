@@ -38,6 +38,7 @@ class UNetConfig:
         heads: attention heads, of (channels // heads) features each.
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
+        rotary: self-attention knows how far frames lie apart, which the paper leaves to the convolutions.
     """
 
     width: int = 256
@@ -48,6 +49,7 @@ class UNetConfig:
     heads: int = 16
     feed_forward: int = 4
     groups: int = 16
+    rotary: bool = False
 
     def __post_init__(self) -> None:
         steps = len(self.multipliers) - 1
@@ -216,7 +218,8 @@ class Transformer(nn.Module):
         self.norm = GroupNorm(2 * config.groups, channels, eps=1e-6)
         self.to_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, config.heads, config.feed_forward, context_width) for _ in range(depth)
+            TransformerBlock(channels, config.heads, config.feed_forward, context_width, rotary=config.rotary)
+            for _ in range(depth)
         )
         self.to_out = nn.Linear(channels, channels)
         for projection in (self.to_in, self.to_out):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROTARY_BASE = 1000.0
+"""The slowest pair of features turns once in about 2 pi times as many places."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention layer, each (B, heads, S, C / heads)."""
 
@@ -88,18 +90,36 @@ class Attention(nn.Module):
         keys, values = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
-    def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
-        """Attend from x (B, T, C); `mask` (B, 1, 1, S) is True where a key counts, None where all do."""
+    def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None, *, rotary: bool = False) -> Tensor:
+        """Attend from x (B, T, C); `mask` (B, 1, 1, S) is True where a key counts, None where all do.
+
+        With `rotary`, queries and keys are of the same sequence and know their distance.
+        """
         queries = split_heads(self.to_q(self.norm(x)), self.heads)
         keys, values = keys_values
+        if rotary:
+            queries, keys = rotate(queries), rotate(keys)
         return self.to_out(merge_heads(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)))
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward, each added to its input."""
+def rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding of (B, heads, T, D), D even: pairs of features turn with their place in the sequence,
+    so that products of queries and keys depend on how far they lie apart (Su et al. 2021, arXiv 2104.09864).
+    """
+    half = x.shape[-1] // 2
+    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    one, other = x.chunk(2, dim=-1)
+    return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
 
-    def __init__(self, width: int, heads: int, feed_forward: int, context_width: int) -> None:
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and a feed-forward, each added to its input; `rotary` positions on request."""
+
+    def __init__(self, width: int, heads: int, feed_forward: int, context_width: int, *, rotary: bool = False) -> None:
         super().__init__()
+        self.rotary = rotary
         self.attention = Attention(width, heads, width)
         self.cross_attention = Attention(width, heads, context_width)
         self.feed_forward = nn.Sequential(
@@ -108,7 +128,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
         """Transform x (B, T, C), reading the condition's keys and values."""
-        x = x + self.attention.attend(x, self.attention.keys_values(x))
+        x = x + self.attention.attend(x, self.attention.keys_values(x), rotary=self.rotary)
         x = x + self.cross_attention.attend(x, keys_values, mask)
         return x + self.feed_forward(x)
 
