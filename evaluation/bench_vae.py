@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import state_to_dac
-from stable_audio_lite.models.vae import VAE, VAEConfig
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 
 SAMPLE_RATE = 44100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,12 +46,12 @@ class Row:
         return self.peer_seconds / self.our_seconds
 
 
-def build_pair(config: VAEConfig, seed: int = 0) -> tuple[VAE, nn.Module]:
+def build_pair(config: WaveformVAEConfig, seed: int = 0) -> tuple[WaveformVAE, nn.Module]:
     """Our VAE, folded, and DAC's decoder with the same random weights, both float32 in evaluation mode."""
     from dac.model.dac import Decoder
 
     torch.manual_seed(seed)
-    vae = VAE(config).requires_grad_(False)
+    vae = WaveformVAE(config).requires_grad_(False)
     for name, parameter in vae.decoder.named_parameters():
         # Fresh biases are zero and fresh Snake frequencies one, which would hide an exchange between layers.
         if name.endswith("alpha"):
@@ -74,7 +74,9 @@ def snr_db(output: Tensor, reference: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(config: VAEConfig, seconds: float, dtypes: list[str], repeats: int, device: str = "cpu") -> list[Row]:
+def measure(
+    config: WaveformVAEConfig, seconds: float, dtypes: list[str], repeats: int, device: str = "cpu"
+) -> list[Row]:
     """Decode `seconds` of random latents with both, `repeats` times each in turn, and compare."""
     vae, peer = (module.to(device) for module in build_pair(config))
     frames = math.ceil(seconds * SAMPLE_RATE / config.hop)
@@ -140,10 +142,10 @@ def main() -> None:
         )
 
 
-def read_config(path: str | None) -> VAEConfig:
+def read_config(path: str | None) -> WaveformVAEConfig:
     """The VAE of a model config, or the paper's without one."""
     if path is None:
-        return VAEConfig()
+        return WaveformVAEConfig()
     from stable_audio_lite.bundle import StableAudioConfig
     from stable_audio_lite.config import load_config
 

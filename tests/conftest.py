@@ -11,11 +11,10 @@ import torch
 from training_runs import clap_settings, load, vae_settings
 
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import build_unet, load_model_config, save_bundle
+from stable_audio_lite.bundle import build_unet, build_vae, load_model_config, save_bundle
 from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.conditioning.text import TextEncoder
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
-from stable_audio_lite.models.vae import VAE
 from training import pre_encode, train_clap, train_vae
 
 TINY = Path(__file__).parents[1] / "configs" / "stable_audio" / "tiny.yaml"
@@ -35,7 +34,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unet.latent_std.fill_(0.7)
         unet.latent_mean.fill_(0.1)
     parts = {
-        "vae": VAE(config.vae),
+        "vae": build_vae(config.vae),
         "text_encoder": TextEncoder(config.clap, tokenizer),
         "conditioner": Conditioner(config.timing, config.context_width),
         "unet": unet,

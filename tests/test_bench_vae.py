@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from evaluation.bench_vae import build_pair, measure, snr_db
-from stable_audio_lite.models.vae import VAEConfig
+from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
 
-SMALL = VAEConfig(encoder_width=8, decoder_width=32, strides=(2, 4), latent_channels=4)
+SMALL = WaveformVAEConfig(encoder_width=8, decoder_width=32, strides=(2, 4), latent_channels=4)
 
 
 def test_pair_gives_the_same_output_and_keeps_the_peers_weight_norm():

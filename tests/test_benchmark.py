@@ -12,17 +12,17 @@ import torch
 
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
-from stable_audio_lite.models.vae import VAE, VAEConfig
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from training import benchmark
 from training.benchmark import PeerVAE, measure, peer_discriminator
 
 TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
-SMALL = VAEConfig(encoder_width=4, decoder_width=32)
+SMALL = WaveformVAEConfig(encoder_width=4, decoder_width=32)
 
 
 def test_peer_is_the_same_network() -> None:
     torch.manual_seed(0)
-    ours, peer = VAE(SMALL), PeerVAE(SMALL)
+    ours, peer = WaveformVAE(SMALL), PeerVAE(SMALL)
     state = state_to_dac(ours) | {f"project.{k}": v for k, v in ours.encoder.project.state_dict().items()}
     peer.load_state_dict(state)
     audio, noise = 0.1 * torch.randn(1, 2, 8192), torch.randn(1, 64, 8)

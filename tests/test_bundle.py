@@ -12,11 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from stable_audio_lite import bundle
-from stable_audio_lite.bundle import SHIPPED, load_model_config, read_part
+from stable_audio_lite.bundle import SHIPPED, build_vae, load_model_config, read_part
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import load_tokenizer
-from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.pipeline import StableAudio
 from training.frozen import load_frozen_clap
 
@@ -52,12 +51,12 @@ def test_paper_config_has_the_papers_derived_values() -> None:
 
 def test_saved_tensors_come_back_in_their_types(tiny_bundle: Path, tmp_path: Path) -> None:
     config = bundle.load_model_config(tiny_bundle)
-    state = {k: v.bfloat16() for k, v in VAE(config.vae).state_dict().items()}
+    state = {k: v.bfloat16() for k, v in build_vae(config.vae).state_dict().items()}
     bundle.save_bundle(tmp_path / "half", config, {"vae": state}, extra_files={"README.md": "card"})
     assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["README.md", "config.yaml", "vae.safetensors"]
     again = bundle.read_part(tmp_path / "half", "vae")
     assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in state.items())
-    vae = VAE(config.vae)
+    vae = build_vae(config.vae)
     bundle.load_part(tmp_path / "half", "vae", vae)
     assert next(vae.parameters()).dtype == torch.float32
 

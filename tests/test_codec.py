@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.bench_streaming import measure, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
-from stable_audio_lite.bundle import load_model_config, save_bundle
+from stable_audio_lite.bundle import build_vae, load_model_config, save_bundle
 from stable_audio_lite.cli import main
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE
 
 TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
 
@@ -27,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = load_model_config(TINY)
     folder = tmp_path_factory.mktemp("bundle") / "vae"
-    save_bundle(folder, config, {"vae": VAE(config.vae).state_dict()})
+    save_bundle(folder, config, {"vae": build_vae(config.vae).state_dict()})
     return folder
 
 
@@ -101,7 +100,7 @@ def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: p
     """Each ends with one line that names the file, a status other than 0, and nothing written."""
     config = load_model_config(TINY)
     torch.manual_seed(1)
-    save_bundle(tmp_path / "other", config, {"vae": VAE(config.vae).state_dict()})
+    save_bundle(tmp_path / "other", config, {"vae": build_vae(config.vae).state_dict()})
     Codec.from_pretrained(tmp_path / "other").encode_file(sound, tmp_path / "foreign.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "no_latent.safetensors")
     (tmp_path / "twin").mkdir()

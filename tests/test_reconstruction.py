@@ -22,9 +22,9 @@ from evaluation.reconstruction import (
     si_sdr,
 )
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import load_model_config, save_bundle
+from stable_audio_lite.bundle import build_vae, load_model_config, save_bundle
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE, Posterior
+from stable_audio_lite.models.vae import Posterior
 
 ROOT = Path(__file__).parent.parent
 RATE = 44100
@@ -138,7 +138,7 @@ def test_unknown_codecs_are_named() -> None:
 
 def test_command_prints_and_draws(music: torch.Tensor, tmp_path: Path) -> None:
     config = load_model_config(ROOT / "configs/stable_audio/tiny.yaml")
-    save_bundle(tmp_path / "vae", config, {"vae": VAE(config.vae).state_dict()})
+    save_bundle(tmp_path / "vae", config, {"vae": build_vae(config.vae).state_dict()})
     write_audio(tmp_path / "data/a.wav", music, RATE)
     write_audio(tmp_path / "data/short.wav", music[:, :900], RATE)
     write_audio(tmp_path / "data/silent.wav", 0 * music, RATE)

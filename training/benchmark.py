@@ -29,7 +29,8 @@ from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import load_model_config
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
-from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig
+from stable_audio_lite.models.vae import Posterior
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
 from training.task import OptimizerConfig, RunConfig
 from training.train_vae import TrainVAEConfig, VAETask, WeightsConfig
@@ -41,7 +42,7 @@ WINDOWS, RATE, WEIGHTS = (2048, 512, 128), 1e-4, WeightsConfig()
 class PeerVAE(nn.Module):
     """The VAE of the same shape from descript-audio-codec's encoder and decoder."""
 
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: WaveformVAEConfig):
         from dac.model.dac import Decoder, Encoder
         from dac.nn.layers import WNConv1d
 
@@ -157,7 +158,7 @@ def measure(
                 run=RunConfig(output=folder, steps=1),
             )
         )
-    task.modules["vae"] = VAE(config)
+    task.modules["vae"] = WaveformVAE(config)
     peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
     stft = MultiResolutionSTFTLoss(whole.sample_rate, WINDOWS).to(device)
     runs = [our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16")]

@@ -8,7 +8,7 @@ parameters). Phase is not: decoding finds one that fits. Reads upward: features,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -133,7 +133,11 @@ class FeatureTransform(nn.Module):
         low, high = levels.split((_SINGLE, _BANDS), -1)
         magnitude = torch.cat((low, high @ self.spread.T), -1).exp() - FLOOR
         magnitude = (magnitude - FLOOR / 2).clamp_min(0) / self.scale  # what can't be told from silence is silence
-        stokes = (features.stereo.transpose(2, 3) @ self.stereo_spread.T).repeat_interleave(PAIR, 2)
+        power = (2 * magnitude.square()).unflatten(1, (-1, PAIR)).sum(2) @ self.stereo_bands.T  # B, F, bands
+        # Loud bands reach into quiet ones and not the other way round; undo what `features` took from quiet bands.
+        weighted = features.stereo.transpose(2, 3) * (power + self.least.minimum(3 * power))[:, None]
+        spread = (power @ self.stereo_spread.T).clamp_min(1e-12)[:, None]
+        stokes = ((weighted @ self.stereo_spread.T) / spread).repeat_interleave(PAIR, 2)
         coherence = stokes.square().sum(1).sqrt()
         stokes = stokes / coherence.clamp_min(1e-4)[:, None]
         coherence = coherence.clamp_max(1)
@@ -268,13 +272,8 @@ class SpectrogramVAE(VAE):
         """
         check_chunks(chunk_frames)
         self.check_latents(latents)
-        total = PAIR * latents.shape[2]
-        sound = _Sound(self.transform, self.config.iterations, latents)
-        for start in range(0, latents.shape[2], _PIECE):
-            stop = min(start + _PIECE, latents.shape[2])
-            first = PAIR * start - (_CONTEXT if start else 0)
-            last = min(PAIR * stop + _CONTEXT, total)
-            yield sound.piece(self._features(latents, first // PAIR, last // PAIR), stop == latents.shape[2])
+        stream = SpectrumStream(self.transform, self.config.iterations)
+        return stream.sound(lambda first, last: self._features(latents, first, last), len(latents), latents.shape[2])
 
     def _features(self, latents: Tensor, first: int, last: int) -> SpectralFeatures:
         """Of frames first..last, computed from all that they depend on."""
@@ -292,49 +291,62 @@ class SpectrogramVAE(VAE):
         return Posterior.of(self.encoder(packed.to(self.encoder.project.weight.dtype)))
 
 
-class _Sound:
-    """Sound of features that come piece by piece; holds the last spectra, and samples that are not complete."""
+class SpectrumStream:
+    """Sound of features that come piece by piece; holds the last spectra, and samples that are not complete.
 
-    def __init__(self, transform: FeatureTransform, iterations: int, latents: Tensor):
-        self.transform, self.batch = transform, len(latents)
+    Args:
+        transform: of the features.
+        iterations: of Griffin-Lim.
+    """
+
+    def __init__(self, transform: FeatureTransform, iterations: int):
+        self.transform = transform
         self.window = transform.window.float()
         self.phases = GriffinLim(self.window, HOP, iterations)
+
+    def sound(self, features: Callable[[int, int], SpectralFeatures], batch: int, frames: int) -> Iterator[Tensor]:
+        """Successive pieces (batch, 2, any) of the sound of `frames` latent frames.
+
+        `features(first, last)` gives those of the frames in between.
+        """
         random = torch.rand(2, _BINS, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
-        self.phase = random.to(latents.device).repeat(self.batch, 1)
-        self.fixed: Tensor | None = None
-        self.rest: Tensor | None = None  # B, 2, 3 hops
+        phase = random.to(self.window.device).repeat(batch, 1)
+        fixed: Tensor | None = None  # the last spectra (batch * component, _CONTEXT, bins) of the piece before
+        rest: Tensor | None = None  # of it, (batch, 2, 3 hops) that spectra to come will add to
+        for start in range(0, frames, _PIECE):
+            stop = min(start + _PIECE, frames)
+            first = start - _CONTEXT // PAIR if start else 0
+            magnitude, weights = self.transform.components(features(first, min(stop + _CONTEXT // PAIR, frames)))
+            spectrum = self._spectrum(magnitude.flatten(0, 1), phase, fixed)
+            own = slice(PAIR * (start - first), PAIR * (stop - first))
+            fixed = spectrum[:, : own.stop][:, -_CONTEXT:]
+            phase = fixed[:, -1].angle()
+            both = (weights * spectrum.unflatten(0, (batch, 2))[:, None]).sum(2)[:, :, own]
+            piece, rest = self._samples(both, rest, stop == frames)
+            yield piece
 
-    def piece(self, features: SpectralFeatures, last: bool) -> Tensor:
-        """The sound (B, 2, any) that the piece completes; of its spectra, the first and last few are context."""
-        magnitude, weights = self.transform.components(features)
-        magnitude = magnitude.flatten(0, 1)  # B * component, frames, bins
-        known = 0 if self.fixed is None else _CONTEXT
-        phase = advance(magnitude[:, known:], self.phase, HOP)
-        if self.fixed is not None:
-            phase = torch.cat((self.fixed.angle(), phase), 1)
-        spectrum = self.phases(magnitude, phase, self.fixed)
-        stop = spectrum.shape[1] - (0 if last else _CONTEXT)
-        self.fixed = spectrum[:, stop - _CONTEXT : stop].clone()
-        self.phase = self.fixed[:, -1].angle()
-        both = (weights * spectrum.unflatten(0, (self.batch, 2))[:, None]).sum(2)[:, :, known:stop]
-        return self._samples(both, last)
+    def _spectrum(self, magnitude: Tensor, before: Tensor, fixed: Tensor | None) -> Tensor:
+        """Spectra (N, frames, bins) of these magnitudes, of which the first are known already."""
+        if fixed is None:
+            return self.phases(magnitude, advance(magnitude, before, HOP))
+        known = fixed.shape[1]
+        phase = torch.cat((fixed.angle(), advance(magnitude[:, known:], before, HOP)), 1)
+        return self.phases(magnitude, phase, fixed)
 
-    def _samples(self, spectra: Tensor, last: bool) -> Tensor:
-        """Add spectra (B, 2, frames, bins) to what is there; returns complete samples."""
-        audio = self.phases.synthesise(spectra.flatten(0, 1)).unflatten(0, (self.batch, 2))
+    def _samples(self, spectra: Tensor, rest: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
+        """Complete samples of spectra (B, 2, frames, bins) and what was left before, and what is left now."""
+        audio = self.phases.synthesise(spectra.flatten(0, 1)).unflatten(0, spectra.shape[:2])
         overlap = 3 * HOP
-        begin = self.rest is None
-        if self.rest is not None:
-            audio[..., :overlap] += self.rest
-        # At both ends fewer windows overlap.
-        rising = 1.5 / self._overlaps()
-        if begin:
+        rising = 1.5 / self._overlaps()  # at both ends fewer windows overlap
+        if rest is None:
             audio[..., :overlap] *= rising
+        else:
+            audio[..., :overlap] += rest
+        begin = _PADDING if rest is None else 0
         if last:
             audio[..., -overlap:] *= rising.flip(0)
-            return audio[..., _PADDING if begin else 0 : -_PADDING]
-        self.rest = audio[..., -overlap:].clone()
-        return audio[..., _PADDING if begin else 0 : -overlap]
+            return audio[..., begin:-_PADDING], audio[..., :0]
+        return audio[..., begin:-overlap], audio[..., -overlap:]
 
     def _overlaps(self) -> Tensor:
         """Sum of the squared windows over the first three hops."""

@@ -1,10 +1,9 @@
-"""The VAE: size, equality with descript-audio-codec's blocks, exact pieces, folding, fused Snake."""
+"""The VAE on waveforms: size, equality with descript-audio-codec's blocks, exact pieces, folding, fused Snake."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,11 @@ from torch import nn
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
-from stable_audio_lite.models.vae import VAE, Posterior, VAEConfig, fourier_basis, smooth
+from stable_audio_lite.models.vae import Posterior
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.nn.snake import Snake
 
-SMALL = VAEConfig(encoder_width=4, decoder_width=32)
+SMALL = WaveformVAEConfig(encoder_width=4, decoder_width=32)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def lively(vae: VAE) -> VAE:
+def lively(vae: WaveformVAE) -> WaveformVAE:
     """Weights as a trained model may have them: every parameter away from its initial value."""
     for name, parameter in vae.named_parameters():
         scale = 0.3 if name.endswith("alpha") else 0.1
@@ -34,15 +34,15 @@ def lively(vae: VAE) -> VAE:
 
 def test_paper_size_counts_exactly() -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in VAE(VAEConfig()).parameters()) == 133_431_300
+        assert sum(p.numel() for p in WaveformVAE(WaveformVAEConfig()).parameters()) == 133_431_300
 
 
 def test_same_output_as_descript_audio_codec() -> None:
     """One state in both gives the same output to 1e-5, encoder and decoder."""
     from dac.model.dac import Decoder, Encoder
 
-    mono = VAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)
-    vae = lively(VAE(mono))
+    mono = WaveformVAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)
+    vae = lively(WaveformVAE(mono))
     encoder = Encoder(4, [4, 4, 8, 8], 64)
     decoder = Decoder(64, 32, [8, 8, 4, 4])
     decoder.model[-1] = nn.Identity()  # DAC ends in tanh
@@ -53,7 +53,7 @@ def test_same_output_as_descript_audio_codec() -> None:
     with torch.no_grad():
         torch.testing.assert_close(vae.encoder.layers(audio), encoder(audio), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(vae.decode(latents), decoder(latents), atol=1e-5, rtol=1e-5)
-    again = VAE(mono)
+    again = WaveformVAE(mono)
     again.load_state_dict(state_from_dac(state, again))
     with torch.no_grad():
         torch.testing.assert_close(again.decode(latents), vae.decode(latents), atol=0, rtol=0)
@@ -61,8 +61,8 @@ def test_same_output_as_descript_audio_codec() -> None:
 
 def test_warm_start_widens_mono_to_stereo() -> None:
     """Equal channels through the widened VAE give the mono VAE's hidden features, and its output on both sides."""
-    mono = lively(VAE(VAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)))
-    stereo = VAE(SMALL)
+    mono = lively(WaveformVAE(WaveformVAEConfig(audio_channels=1, encoder_width=4, decoder_width=32)))
+    stereo = WaveformVAE(SMALL)
     stereo.load_state_dict(state_from_dac(state_to_dac(mono), stereo))
     audio, latents = 0.1 * torch.randn(1, 1, 4096), torch.randn(1, 64, 4)
     with torch.no_grad():
@@ -72,14 +72,14 @@ def test_warm_start_widens_mono_to_stereo() -> None:
 
 
 def test_stereo_blocks_go_to_dacs_names_and_back() -> None:
-    vae = lively(VAE(SMALL))
-    again = state_from_dac(state_to_dac(vae), VAE(SMALL))
+    vae = lively(WaveformVAE(SMALL))
+    again = state_from_dac(state_to_dac(vae), WaveformVAE(SMALL))
     assert all(torch.equal(again[k], v) for k, v in vae.state_dict().items() if ".project." not in k)
 
 
 def test_dac_file_is_read_and_others_are_refused(tmp_path: Path) -> None:
     """A file as descript-audio-codec saves it loads; code, other weights and a missing file are one-line errors."""
-    state = state_to_dac(VAE(SMALL))
+    state = state_to_dac(WaveformVAE(SMALL))
     torch.save({"state_dict": state, "metadata": {"kwargs": {"encoder_dim": 4}}}, tmp_path / "weights.pth")
     assert read_dac(tmp_path / "weights.pth").state.keys() == state.keys()
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
@@ -90,21 +90,20 @@ def test_dac_file_is_read_and_others_are_refused(tmp_path: Path) -> None:
 
 
 def test_dac_of_another_width_is_refused() -> None:
-    other = VAE(VAEConfig(encoder_width=16, decoder_width=32))
+    other = WaveformVAE(WaveformVAEConfig(encoder_width=16, decoder_width=32))
     with pytest.raises(UserError, match="encoder_width"):
-        state_from_dac(state_to_dac(other), VAE(SMALL))
+        state_from_dac(state_to_dac(other), WaveformVAE(SMALL))
 
 
 @pytest.mark.parametrize("frames", [1, 60])
 @pytest.mark.parametrize("chunk", [2, 3, 13])
-@pytest.mark.parametrize(("slow", "clock"), [(0, 1), (16, 6)])
-def test_pieces_equal_whole(frames: int, chunk: int, slow: int, clock: int) -> None:
+def test_pieces_equal_whole(frames: int, chunk: int) -> None:
     """In float64 nothing but the halo can differ: pieces and whole agree to rounding."""
-    vae = lively(VAE(replace(SMALL, slow_channels=slow, clock=clock))).double()
+    vae = lively(WaveformVAE(SMALL)).double()
     latents = torch.randn(1, 64, frames, dtype=torch.float64)
     audio = torch.randn(1, 2, frames * 1024 - 100, dtype=torch.float64)
     with torch.no_grad():
-        whole, pieces = vae.decode(latents), vae.decode_chunked(latents, chunk)
+        whole, pieces = vae.decode(latents), torch.cat(list(vae.decode_stream(latents, chunk)), 2)
         torch.testing.assert_close(pieces.double(), whole, atol=1e-5, rtol=1e-5)
         one, many = vae.encode(audio), vae.encode_chunked(audio, chunk)
         torch.testing.assert_close(many.mean, one.mean, atol=1e-5, rtol=1e-5)
@@ -116,7 +115,7 @@ def test_pieces_equal_whole(frames: int, chunk: int, slow: int, clock: int) -> N
 
 def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder sees one piece and what it depends on, and no block is taken before it is needed."""
-    vae, chunk = VAE(SMALL), 16
+    vae, chunk = WaveformVAE(SMALL), 16
     seen, held, taken = [], [], []
     encode, part = vae.encode, vae._encode_part
     monkeypatch.setattr(vae, "encode", lambda audio: (seen.append(audio.shape[2]), encode(audio))[1])
@@ -135,51 +134,8 @@ def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) ->
     assert max(held) <= (chunk + 2 * vae.encoder_halo + 4) * SMALL.hop
 
 
-def test_slow_channels_carry_only_slow_changes() -> None:
-    """Of noise they keep under 1 % of what is above 0.25 cycles per frame; the other channels are as before."""
-    plain = lively(VAE(SMALL))
-    slow = VAE(replace(SMALL, slow_channels=16))
-    slow.load_state_dict(plain.state_dict())
-    audio = torch.randn(1, 2, 200 * 1024)
-    with torch.no_grad():
-        before, after = plain.encode(audio).mean, slow.encode(audio).mean
-    torch.testing.assert_close(after[:, 16:], before[:, 16:])
-
-    def fast_share(latents: torch.Tensor) -> float:
-        spectrum = torch.fft.rfft((latents - latents.mean(2, keepdim=True)) * torch.hann_window(200)).abs().square()
-        return float(spectrum[:, :, 50:].sum() / spectrum.sum())
-
-    assert fast_share(after[:, :16]) < 0.01
-    assert fast_share(before[:, :16]) > 0.1
-
-
-def test_smoothing_keeps_what_is_constant() -> None:
-    """A constant passes unchanged, up to both ends."""
-    torch.testing.assert_close(smooth(torch.full((1, 3, 5), 0.7)), torch.full((1, 3, 5), 0.7))
-
-
-@pytest.mark.parametrize("clock", [1, 2, 6])
-def test_constant_latents_repeat_with_the_clock(clock: int) -> None:
-    """Away from the ends the sound has a period of `clock` frames, and none that is shorter."""
-    vae = lively(VAE(replace(SMALL, clock=clock))).double()
-    with torch.no_grad():
-        audio = vae.decode(torch.randn(1, 64, 1, dtype=torch.float64).expand(1, 64, 44))[:, :, 12 * 1024 : -12 * 1024]
-    size = float(audio.square().mean())
-    errors = [float((audio[:, :, n * 1024 :] - audio[:, :, : -n * 1024]).square().mean()) for n in range(1, clock + 1)]
-    assert errors[-1] < 1e-20 * size
-    assert all(error > 1e-6 * size for error in errors[:-1])
-
-
-@pytest.mark.parametrize("period", [2, 6, 16])
-def test_clock_is_an_orthogonal_basis(period: int) -> None:
-    """The functions are orthogonal, each of mean square 1: none of them reaches the decoder louder than another."""
-    basis = fourier_basis(period, 4 * period)
-    torch.testing.assert_close(basis @ basis.T / (4 * period), torch.eye(period), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("clock", [1, 6])
-def test_folding_changes_nothing(clock: int) -> None:
-    vae = lively(VAE(replace(SMALL, clock=clock)))
+def test_folding_changes_nothing() -> None:
+    vae = lively(WaveformVAE(SMALL))
     latents, audio = torch.randn(1, 64, 5), torch.randn(1, 2, 3000)
     with torch.no_grad():
         before, mean = vae.decode(latents), vae.encode(audio).mean
@@ -190,24 +146,24 @@ def test_folding_changes_nothing(clock: int) -> None:
 
 
 def test_bf16_weights_run_throughout() -> None:
-    vae = lively(VAE(SMALL))
+    vae = lively(WaveformVAE(SMALL))
     latents = torch.randn(1, 64, 12)
     with torch.no_grad():
         exact = vae.decode(latents)
         vae.to(torch.bfloat16).prepare_for_inference()
-        rounded = vae.decode_chunked(latents, 4)
+        rounded = torch.cat(list(vae.decode_stream(latents, 4)), 2)
         assert vae.encode(torch.randn(1, 2, 2048)).mean.isfinite().all()
     assert (rounded - exact).square().mean() < 1e-3 * exact.square().mean()
 
 
 def test_any_length_is_padded_to_whole_frames() -> None:
-    assert VAE(SMALL).encode(torch.zeros(1, 2, 1025)).mean.shape == (1, 64, 2)
+    assert WaveformVAE(SMALL).encode(torch.zeros(1, 2, 1025)).mean.shape == (1, 64, 2)
 
 
 @pytest.mark.parametrize("shape", [(2, 4096), (1, 1, 4096), (1, 2, 0)])
 def test_wrong_shapes_are_named(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected audio \(B, 2, T\)"):
-        VAE(SMALL).encode(torch.zeros(shape))
+        WaveformVAE(SMALL).encode(torch.zeros(shape))
 
 
 def test_kl_matches_torch_distributions() -> None:
@@ -233,12 +189,7 @@ def test_snake_value_and_gradients() -> None:
 
 def test_config_refuses_what_cannot_be_built() -> None:
     with pytest.raises(ValueError, match="strides"):
-        VAEConfig(strides=(3, 4))
+        WaveformVAEConfig(strides=(3, 4))
     with pytest.raises(ValueError, match="decoder_width"):
-        VAEConfig(decoder_width=100)
-    with pytest.raises(ValueError, match="slow_channels"):
-        VAEConfig(slow_channels=65)
-    for clock in (0, 3):
-        with pytest.raises(ValueError, match="clock"):
-            VAEConfig(clock=clock)
-    assert math.prod(VAEConfig().strides) == VAEConfig().hop == 1024
+        WaveformVAEConfig(decoder_width=100)
+    assert math.prod(WaveformVAEConfig().strides) == WaveformVAEConfig().hop == 1024
