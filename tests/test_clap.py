@@ -1,6 +1,7 @@
 """CLAP: its features, loss, files, and one real training run."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 from stable_audio_lite.audio.mel import SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.bundle import load_part, load_whole_clap
-from stable_audio_lite.conditioning.text import TextEncoder
+from stable_audio_lite.conditioning.text import TextEncoder, in_text_encoder
 from stable_audio_lite.conditioning.tokenizer import train_tokenizer
 from stable_audio_lite.config import from_dict, load_config, to_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.clap import (
+    UNKNOWN_TOKEN,
     Clap,
     ClapConfig,
     config_from_transformers,
@@ -196,7 +198,7 @@ def corpus(tmp_path):
 def test_training_writes_a_bundle_and_resumes(corpus, tmp_path):
     config = TrainClapConfig(
         model="configs/stable_audio/tiny.yaml",
-        data=str(corpus),
+        data=(str(corpus),),
         held_out=str(corpus),
         batch_size=2,
         run=RunConfig(output=str(tmp_path / "run"), steps=2, evaluate_every=2, checkpoint_every=1, tracker="none"),
@@ -218,7 +220,7 @@ def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
     """The audio tower goes on from a bundle; what a U-Net sees of a prompt is the same to the bit."""
     settings = {
         "model": "configs/stable_audio/tiny.yaml",
-        "data": str(corpus),
+        "data": (str(corpus),),
         "batch_size": 3,
         "optimizer": OptimizerConfig(lr=1e-2),
     }
@@ -242,7 +244,7 @@ def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
 def test_main_captions_are_drawn_as_often_as_asked(corpus, tmp_path):
     settings = {
         "model": "configs/stable_audio/tiny.yaml",
-        "data": str(corpus),
+        "data": (str(corpus),),
         "batch_size": 3,
         "optimizer": OptimizerConfig(lr=1e-3),
         "run": RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
@@ -266,7 +268,7 @@ def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):
     task = ClapTask(
         TrainClapConfig(
             model=str(tmp_path / "fusion.yaml"),
-            data=str(corpus),
+            data=(str(corpus),),
             batch_size=3,
             run=RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
             optimizer=OptimizerConfig(lr=1e-3),
@@ -276,8 +278,31 @@ def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):
     assert batch["mels"].shape == (3, 4, 1001, 64) and batch["longer"].sum() >= 2
     assert all(torch.equal(v, task.batch(0, 0, 1)[k]) for k, v in batch.items())
     clap = task.modules["clap"]
-    clap.loss(*clap(**batch)).backward()
+    clap.loss(*clap(**batch)[:2]).backward()
     assert all(p.grad is not None for p in clap.parameters())
+
+
+def test_the_language_model_reads_the_layer_that_generators_read(corpus, tmp_path):
+    """Its loss is 0 for features that point at their tokens; it reaches that layer and all below, and nothing else."""
+    settings = {"model": "configs/stable_audio/tiny.yaml", "data": (str(corpus),), "batch_size": 3}
+    run_config = RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none")
+    config = TrainClapConfig(
+        run=run_config, optimizer=OptimizerConfig(lr=1e-3), language=1.0, corrupted=0.5, **settings
+    )
+    task = ClapTask(config)
+    batch = task.batch(0, 0, 1)
+    ids, corrupted = batch["ids"], batch["corrupted"]
+    guessed = (corrupted != ids)[batch["mask"]]
+    assert 0.2 < float(guessed.float().mean()) < 0.8
+    assert bool((corrupted[corrupted != ids] == UNKNOWN_TOKEN).all())
+    clap = task.modules["clap"]
+    _, _, loss = clap(**batch)
+    assert float(loss) == pytest.approx(math.log(clap.config.vocab_size), rel=0.2)  # knows nothing yet
+    loss.backward()
+    reached = {name for name, p in clap.model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert reached and all(in_text_encoder(name, clap.config) for name in reached)
+    layers = clap.model.text_model.encoder.layer
+    assert all(any(f"layer.{n}." in name for name in reached) for n in range(len(layers) - 1))
 
 
 def load_bundle_config(bundle):
@@ -289,7 +314,7 @@ def load_bundle_config(bundle):
 def test_too_few_items_and_captions_are_named(corpus, tmp_path):
     settings = {
         "model": "configs/stable_audio/tiny.yaml",
-        "data": str(corpus),
+        "data": (str(corpus),),
         "batch_size": 4,
         "run": RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
         "optimizer": OptimizerConfig(lr=1e-3),

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-import torch.nn.functional as F
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
-from stable_audio_lite.data.crops import Crops, LatentCrops
+from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, read_cache
 from stable_audio_lite.data.manifest import read_items
@@ -90,14 +89,11 @@ def test_crops_of_endings_hold_sound_then_silence(folder: Path) -> None:
     assert 0.3 < sum(padded(1.0)) / (200 * SAMPLES) < 0.6
 
 
-def test_gain_and_polarity_vary_only_where_asked_for(folder: Path) -> None:
-    plain, varied = crops(folder), crops(folder, gain_db=6.0, inverted=0.5)
+def test_gain_varies_only_where_asked_for(folder: Path) -> None:
+    plain, varied = crops(folder), crops(folder, gain_db=6.0)
     ratios = [
         float(varied.crop(n).audio.abs().max() / plain.crop(n).audio.abs().max()) for n in range(60)
     ]  # crops differ where the draws do, by at most the ramp's 14 dB
-    signs = [float(varied.crop(n).audio.sum()) < 0 for n in range(60)]
-    assert not any(float(plain.crop(n).audio.sum()) < 0 for n in range(60))
-    assert 15 < sum(signs) < 45
     assert len({round(r, 3) for r in ratios}) > 30
 
 
@@ -156,24 +152,6 @@ def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     assert len({window.seconds_start for window in drawn}) > 15
 
 
-def test_latents_lie_where_the_sound_does(folder: Path, tmp_path: Path) -> None:
-    """Latents that hold the mean of each frame's samples equal those of the crop's own sound, endings included."""
-    hop, items = 1024, read_items(folder)
-    entries = []
-    for item in items:
-        audio = read_audio(item.path, 44100)
-        frames = F.pad(audio, (0, -audio.shape[1] % hop)).unflatten(1, (-1, hop))  # nothing after the end
-        entries.append((item.name, frames.mean(2)))
-    write_cache(tmp_path, entries)
-    crops = LatentCrops(items, tmp_path, torch.zeros(2, 24), "a hash", 44100, hop, 24, seed=0, endings=0.3)
-    audio, latents = crops.batch(0, 40)
-    torch.testing.assert_close(audio.unflatten(2, (-1, hop)).mean(3), latents, atol=5e-4, rtol=0)  # kept in float16
-    assert 5 < int((audio[:, 0, -1] == 0).sum()) < 20
-    quiet = LatentCrops(items, tmp_path, torch.full((2, 24), 9.0), "a hash", 44100, hop, 24, seed=0, endings=0.3)
-    beyond = audio.unflatten(2, (-1, hop)).abs().amax((1, 3)) == 0
-    assert torch.equal(quiet.batch(0, 40)[1][:, 0] == 9, beyond)
-
-
 def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path) -> None:
     """Storage that fails and a file that is broken at its end: noted once each; no crop depends on what came before."""
 
@@ -208,13 +186,9 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     items = read_items(folder)
     latents = [None if index == 1 else torch.full((4, 300), float(index)) for index in range(3)]
     cache = write_cache(tmp_path, [(item.name, latent) for item, latent in zip(items, latents, strict=True)])
-    silence = torch.zeros(4, 8)
-    crops = LatentCrops(items, tmp_path, silence, "a hash", 44100, 1024, 8, seed=0, endings=1.0)
-    assert [item.name for item in crops.items] == [items[0].name, items[2].name]
-    levels = {float(crops.crop(n)[1].max()) for n in range(200)}  # each begins before its item's end
-    assert levels == {0.0, 2.0}
-    with pytest.raises(UserError, match=f"item 0 is {items[0].name} there, and {items[1].name}"):
-        LatentCrops([items[1], items[0], items[2]], tmp_path, silence, "a hash", 44100, 1024, 8, seed=0)
+    identity = torch.zeros(4), torch.ones(4)
+    windows = LatentWindows([tmp_path], 8, torch.zeros(4, 8), "a hash", 0.1, identity)
+    assert {float(windows.window(i, random.Random(0)).latent.max()) for i in range(len(windows))} == {0.0, 2.0}
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
     names = [item.name for item in items]

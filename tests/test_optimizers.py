@@ -1,4 +1,4 @@
-"""Muon, gradient balance, learning rates and averaged weights, against what they are defined to be."""
+"""Muon, learning rates and averaged weights, against what they are defined to be."""
 
 from __future__ import annotations
 
@@ -7,45 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from training.balancer import Balancer
 from training.ema import EMA
 from training.muon import Muon, orthogonalize
 from training.task import OptimizerConfig
-
-
-def differentiate(loss: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    return torch.autograd.grad(loss, at, retain_graph=True)[0]
-
-
-def test_balancer_shares_the_gradient_out() -> None:
-    """Whatever the losses' scales, each has its share of the norm; the average follows a loss that grows."""
-    output = torch.randn(4, 2, 100, requires_grad=True)
-    balancer = Balancer({"a": 3.0, "b": 1.0, "absent": 5.0, "none": 0.0}, norm=2.0, decay=0.5)
-    for scale in (1.0, 1.0, 10.0):
-        losses = {"a": scale * output.square().mean(), "b": 1e4 * output[:, 0].abs().mean(), "none": output.sum()}
-        alone = {k: torch.autograd.grad(losses[k], output, retain_graph=True)[0] for k in ("a", "b")}
-        total = balancer(losses, output, differentiate, lambda x: x)
-        gradient = 4 * torch.autograd.grad(total, output)[0]  # a mean over 4 items
-        norms = {k: g.flatten(1).norm(dim=1).mean() for k, g in alone.items()}
-        if scale == 1.0:
-            expected = 2.0 * (0.75 * alone["a"] / norms["a"] + 0.25 * alone["b"] / norms["b"])
-            torch.testing.assert_close(gradient, expected)
-    # (1/4 + 1/2 + 10) / (1/4 + 1/2 + 1): the last one weighs most.
-    average = float(balancer.state[0, 0] / balancer.state[1, 0])
-    assert average == pytest.approx(float(norms["a"]) / 10 * 10.75 / 1.75, rel=1e-4)
-
-
-def test_a_balanced_gradient_is_a_mean_over_the_batch() -> None:
-    """Each of two halves with the same items has twice the whole's gradient per item: their mean is the whole's."""
-    half = torch.randn(2, 2, 50)
-
-    def gradient(items: torch.Tensor) -> torch.Tensor:
-        output = items.clone().requires_grad_()
-        losses = {"a": output.square().mean(), "b": output.abs().mean()}
-        total = Balancer({"a": 1.0, "b": 1.0}, norm=2.0)(losses, output, differentiate, lambda x: x)
-        return torch.autograd.grad(total, output)[0]
-
-    torch.testing.assert_close(gradient(half.repeat(2, 1, 1)), gradient(half).repeat(2, 1, 1) / 2)
 
 
 def test_muon_moves_every_direction_alike() -> None:

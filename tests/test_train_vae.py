@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +14,26 @@ from training_runs import (
     TINY,
     assert_same_curve,
     assert_same_weights,
-    diffusion_settings,
     load,
     losses,
     stop_after,
     vae_settings,
 )
 
+from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.codec import Codec
-from stable_audio_lite.data.latents import encoder_hash, read_latents
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import Posterior
-from training import regenerate, train_diffusion, train_vae
+from training import train_vae
 from training.checkpoint import Resumable, checkpoints
 from training.losses import feature_matching, hinge_discriminator, hinge_generator
+
+LOUD = {"waveform/relative": 1.0, "stft/sum": 1.0, "stft/difference": 1.0, "stft/mel": 1.0, "kl/latent": 1e-4}
 
 
 def test_vae_learns(data: Path, tmp_path: Path) -> None:
     """Muon and the waveform term bring the loss down at once, as they must on six tones."""
-    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": {"waveform": 1.0, "mel": 1.0, "levels": 2.0}}
+    settings = vae_settings(data, tmp_path / "run", 40) | {"weights": LOUD}
     for key in ("discriminator", "discriminator_optimizer"):
         settings.pop(key)
     train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
@@ -41,10 +41,7 @@ def test_vae_learns(data: Path, tmp_path: Path) -> None:
     first = np.mean([curve[s]["loss/total"] for s in range(5)])
     last = np.mean([curve[s]["loss/total"] for s in range(35, 40)])
     assert last < 0.9 * first
-    weights = {"sum": 1, "difference": 1, "left": 0.5, "right": 0.5, "mel": 1, "levels": 2}
-    total = sum(weight * curve[0][f"stft/{name}"] for name, weight in weights.items()) + curve[0]["waveform/relative"]
-    assert curve[0]["stft/levels"] > 0
-    assert curve[0]["loss/total"] == pytest.approx(total + 1e-4 * curve[0]["kl/latent"], rel=1e-3)
+    assert curve[0]["loss/total"] == pytest.approx(sum(w * curve[0][name] for name, w in LOUD.items()), rel=1e-3)
 
 
 def test_all_held_out_crops_count_alike(data: Path, tmp_path: Path) -> None:
@@ -67,11 +64,10 @@ def test_one_look_of_the_discriminator_gives_both_gradients(data: Path, tmp_path
     batch, weights = task.batch(0, 0, 1), task.config.weights
     audio = batch["audio"]
     output, mean, std = vae(audio, batch["noise"])
-    stft = task.stft(output, audio)
     fake, real = judge(output), judge(audio)
-    loss = sum(getattr(weights, name) * value for name, value in stft.items())
-    loss = loss + weights.waveform * task.waveform(output, audio) + weights.kl * Posterior(mean, std).kl()
-    loss = loss + weights.adversarial * hinge_generator(fake) + weights.features * feature_matching(real, fake)
+    losses = task.reconstruction(output, audio) | {"kl/latent": Posterior(mean, std).kl()}
+    losses |= {"adversarial/generator": hinge_generator(fake), "adversarial/features": feature_matching(real, fake)}
+    loss = sum(weights[name] * value for name, value in losses.items() if name in weights)
     expected = torch.autograd.grad(loss, list(vae.parameters()))
     hinge = hinge_discriminator(judge(audio), judge(output.detach()))
     expected += torch.autograd.grad(hinge, list(judge.parameters()))
@@ -87,18 +83,6 @@ def test_one_look_of_the_discriminator_gives_both_gradients(data: Path, tmp_path
     assert float(figures["loss/total"].detach()) == pytest.approx(float(loss.detach()), rel=1e-5)
     for parameter, gradient in zip([*vae.parameters(), *judge.parameters()], expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max() + 1e-6))
-
-
-def test_balanced_run_resumes(data: Path, tmp_path: Path) -> None:
-    """The balancer's averages are part of a checkpoint: the same curve and weights after an interruption."""
-    more = {"balance": 0.1}
-    for name in ("whole", "parts"):
-        config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / name, 20) | more, tmp_path)
-        if name == "parts":
-            stop_after(config, train_vae, step=13)
-        train_vae.run(config)
-    assert_same_curve(tmp_path / "whole", tmp_path / "parts", 10, 20)
-    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "parts/bundle")
 
 
 def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -121,12 +105,11 @@ def test_second_phase_keeps_the_latents(data: Path, bundles: dict[str, Path], tm
 
 
 def test_a_model_that_would_change_the_latents_is_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Smoothing is no weight: the config alone says whether the frozen encoder's latents stay what they are."""
-    model = yaml.safe_load(TINY.read_text())
-    model["vae"]["slow_channels"] = 32
-    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(model))
-    frozen = {"model": str(tmp_path / "slow.yaml"), "initial": str(bundles["vae"]), "freeze_encoder": True}
-    with pytest.raises(UserError, match=r"freeze_encoder: .* has vae.slow_channels 0, the model has 32"):
+    """The rate is no weight: the config alone says whether the frozen encoder's latents stay what they are."""
+    model = yaml.safe_load(TINY.read_text()) | {"sample_rate": 22050}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(model))
+    frozen = {"model": str(tmp_path / "other.yaml"), "initial": str(bundles["vae"]), "freeze_encoder": True}
+    with pytest.raises(UserError, match=r"freeze_encoder: .* has sample_rate 44100, the model has 22050"):
         train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "a", 1) | frozen, tmp_path))
 
 
@@ -135,6 +118,7 @@ def test_a_model_that_would_change_the_latents_is_refused(data: Path, bundles: d
     [
         ({"freeze_encoder": True}, "freeze_encoder needs initial"),
         ({"stft_windows": []}, "stft_windows"),
+        ({"weights": {"stft/levels": 1.0}}, "weights: a waveform VAE has no loss 'stft/levels'"),
         ({"stft_windows": [32768]}, "8192 samples are too few for a window of 32768"),
         ({"discriminator": {"windows": [16384], "filters": 4}}, "too few for a window of 16384"),
     ],
@@ -144,16 +128,16 @@ def test_settings_that_cannot_work_are_named(wrong: dict, words: str, data: Path
         train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "a", 1) | wrong, tmp_path))
 
 
-def test_the_discriminator_learns_before_it_is_heard(data: Path, tmp_path: Path) -> None:
-    """From its own first step on at rates that rise from there."""
-    settings = vae_settings(data, tmp_path / "run", 8) | {"discriminator_start": 2, "adversarial_start": 5}
+def test_the_discriminator_begins_later(data: Path, tmp_path: Path) -> None:
+    """It learns and is heard from its own first step on, at rates that rise from there."""
+    settings = vae_settings(data, tmp_path / "run", 8) | {"discriminator_start": 2}
     settings["discriminator_optimizer"] = {"lr": 1e-3, "warmup_steps": 4}
     config = load(train_vae.TrainVAEConfig, settings, tmp_path)
     task = train_vae.VAETask(config)
     train_vae.fit(config.run, task, config)
     curve = losses(tmp_path / "run")
     assert [s for s in range(8) if "discriminator/hinge" in curve[s]] == [2, 3, 4, 5, 6, 7]
-    assert [s for s in range(8) if "adversarial/generator" in curve[s]] == [5, 6, 7]
+    assert [s for s in range(8) if "adversarial/generator" in curve[s]] == [2, 3, 4, 5, 6, 7]
     rates = [task.rate("discriminator", step, 8) for step in range(2, 8)]
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
     assert task.rate("vae", 2, 8) == config.optimizer.rate(2, 8)
@@ -211,73 +195,47 @@ def test_unreadable_files_are_skipped_and_listed(data: Path, tmp_path: Path) -> 
         train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
 
 
-def test_decoder_learns_on_regenerated_latents(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Little noise gives back nearly the cached latents, much does not; the decoder's crops lie where audio's do."""
-    settings = diffusion_settings(bundles, tmp_path / "unet", 2)
-    bundle = train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
-    encoder = encoder_hash(load_file(bundle / "vae.safetensors"), 0)
-    names = [row["file_name"] for row in map(json.loads, (data / "metadata.jsonl").read_text().splitlines())]
-    cached, errors = read_latents(bundles["latents"], encoder, names).values(), []
-    for name, level in (("little", 0.05), ("much", 20.0)):
-        made = regenerate.run(
-            regenerate.RegenerateConfig(
-                bundle=str(bundle),
-                latents=str(bundles["latents"]),
-                output=str(tmp_path / name),
-                lowest=level,
-                highest=level,
-                steps=2,
-                batch_size=4,
-            )
-        )
-        again = read_latents(made, encoder, names).values()
-        assert len(again) == len(cached) and len({z.shape for z in again}) == 1  # whole windows
-        pairs = [(z[:, : y.shape[1]].float(), y[:, : z.shape[1]].float()) for z, y in zip(again, cached, strict=True)]
-        errors.append(float(sum((a - b).square().mean() / b.var() for a, b in pairs) / len(pairs)))
-    assert errors[0] < 0.05 < 0.5 < errors[1]
-
-    frozen = {"initial": str(bundle), "freeze_encoder": True, "latents": str(tmp_path / "little")}
-    settings = vae_settings(data, tmp_path / "decoder", 2) | frozen
-    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
-    batch = task.batch(0, 0, 1)
-    with torch.no_grad():
-        inner = task.modules["vae"].encode(batch["audio"]).mean[:, :, 2:-2]
-    assert float((inner - batch["latents"][:, :, 2:-2]).square().mean()) < 0.1 * float(inner.var())
-    decoder = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
-    before, after = load_file(bundle / "vae.safetensors"), load_file(decoder / "vae.safetensors")
-    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("encoder."))
-    assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("decoder."))
+@pytest.fixture
+def spectral(data: Path, tmp_path: Path) -> dict[str, object]:
+    """Settings of a VAE on spectrograms."""
+    model = yaml.safe_load(TINY.read_text())
+    model["vae"] = {"kind": "spectrogram", "width": 32, "encoder_blocks": 1, "decoder_blocks": 1}
+    (tmp_path / "spectral.yaml").write_text(yaml.safe_dump(model))
+    settings = vae_settings(data, tmp_path / "run", 30) | {"model": str(tmp_path / "spectral.yaml")}
+    for key in ("discriminator", "discriminator_optimizer", "stft_windows"):
+        settings.pop(key)
+    weights = {"features/log": 1.0, "features/root": 2.0, "features/stereo": 1.0, "kl/latent": 1e-4}
+    return settings | {"weights": weights, "optimizer": {"lr": 3e-3}, "held_out": str(data)}
 
 
-def test_beyond_an_items_end_are_latents_of_silence(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Where a crop reaches past latents that end with their item, it goes on with what the encoder makes of silence."""
-    frozen = {
-        "initial": str(bundles["vae"]),
-        "freeze_encoder": True,
-        "latents": str(bundles["latents"]),
-        "endings": 1.0,
-    }
-    task = train_vae.VAETask(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path, 1) | frozen, tmp_path))
-    audio, latents = task.batch(0, 0, 1).values()
-    with torch.no_grad():
-        silence = task.modules["vae"].encode(torch.zeros_like(audio)).mean
-    beyond = audio.unflatten(2, (-1, task.model.vae.hop)).abs().amax((1, 3)) == 0  # B, frames
-    assert beyond.any() and not silence.eq(0).all()
-    torch.testing.assert_close(latents.transpose(1, 2)[beyond], silence.transpose(1, 2)[beyond], atol=1e-5, rtol=0)
+def test_spectrogram_vae_learns_and_resumes(spectral: dict, data: Path, tmp_path: Path) -> None:
+    """By the same trainer: features come nearer, and an interrupted run ends with the same weights."""
+    for name in ("whole", "parts"):
+        spectral["run"]["output"] = str(tmp_path / name)
+        config = load(train_vae.TrainVAEConfig, spectral, tmp_path)
+        if name == "parts":
+            stop_after(config, train_vae, step=13)
+        train_vae.run(config)
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts", 10, 30)
+    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "parts/bundle")
+    curve = losses(tmp_path / "whole")
+    assert curve[29]["features/log"] < 0.8 * curve[0]["features/log"]
+    codec = Codec.from_pretrained(tmp_path / "whole/bundle", "cpu", "float32")
+    codec.encode_file(data / "0.wav", tmp_path / "0.safetensors")
+    codec.decode_file(tmp_path / "0.safetensors", tmp_path / "again.wav")
+    assert read_audio(tmp_path / "again.wav", 44100).shape == read_audio(data / "0.wav", 44100).shape
 
 
-def test_latents_of_other_items_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Decoding cached latents needs a finished encoder, and as many items as the data has."""
-    wrong = vae_settings(data, tmp_path / "a", 1) | {"latents": str(bundles["latents"])}
-    with pytest.raises(UserError, match="latents needs freeze_encoder"):
-        load(train_vae.TrainVAEConfig, wrong, tmp_path)
-    fewer = tmp_path / "fewer"
-    fewer.mkdir()
-    shutil.copy(data / "0.wav", fewer)
-    settings = vae_settings(fewer, tmp_path / "b", 1) | {
-        "initial": str(bundles["vae"]),
-        "freeze_encoder": True,
-        "latents": str(bundles["latents"]),
-    }
-    with pytest.raises(UserError, match="6 items, the data has 1"):
-        train_vae.VAETask(load(train_vae.TrainVAEConfig, settings, tmp_path))
+def test_spectrogram_vaes_second_phase_keeps_the_latents(spectral: dict, tmp_path: Path) -> None:
+    first = train_vae.run(load(train_vae.TrainVAEConfig, spectral | {"run": spectral["run"] | {"steps": 3}}, tmp_path))
+    settings = spectral | {"initial": str(first), "freeze_encoder": True}
+    settings["run"] = spectral["run"] | {"steps": 3, "output": str(tmp_path / "second")}
+    second = train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    before, after = load_file(first / "vae.safetensors"), load_file(second / "vae.safetensors")
+    for key in before:
+        assert torch.equal(before[key], after[key]) == key.startswith("encoder."), key
+
+
+def test_waveform_losses_are_refused_for_spectrograms(spectral: dict, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a spectrogram VAE has no loss 'stft/sum'; its losses are features/log"):
+        train_vae.VAETask(load(train_vae.TrainVAEConfig, spectral | {"weights": {"stft/sum": 1.0}}, tmp_path))

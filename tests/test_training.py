@@ -33,7 +33,7 @@ from training_runs import (
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import load_config
 from stable_audio_lite.errors import UserError
-from training import assemble, pre_encode, regenerate, train_clap, train_diffusion, train_vae
+from training import assemble, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
 from training.update import Update
@@ -277,7 +277,6 @@ def test_shipped_configs_are_right() -> None:
         "train_diffusion": train_diffusion.TrainDiffusionConfig,
         "train_clap": train_clap.TrainClapConfig,
         "pre_encode": pre_encode.PreEncodeConfig,
-        "regenerate": regenerate.RegenerateConfig,
         "assemble": assemble.AssembleConfig,
     }
     folder, loaded = ROOT / "configs/stable_audio", {}

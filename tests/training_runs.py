@@ -41,7 +41,10 @@ def vae_settings(data: Path, output: Path, steps: int, **more: object) -> dict[s
         "batch_size": 2,
         "stft_windows": [512, 128],
         "optimizer": {"lr": 1e-3, "muon_lr": 0.02, "warmup_steps": 5},
-        "weights": {"waveform": 1.0},
+        "weights": {
+            **{"waveform/relative": 1.0, "stft/sum": 1.0, "stft/difference": 1.0, "stft/left": 0.5, "stft/right": 0.5},
+            **{"kl/latent": 1e-4, "adversarial/generator": 0.1, "adversarial/features": 5.0},
+        },
         "discriminator": {"windows": [256], "filters": 4},
         "discriminator_optimizer": {"lr": 1e-3},
         "discriminator_start": 3,
@@ -52,8 +55,9 @@ def vae_settings(data: Path, output: Path, steps: int, **more: object) -> dict[s
 def clap_settings(data: Path, output: Path, steps: int, **more: object) -> dict[str, object]:
     return {
         "model": str(TINY),
-        "data": str(data),
+        "data": [str(data)],
         "batch_size": 3,
+        "language": 0.5,
         "optimizer": {"lr": 1e-3},
         "run": run_settings(output, steps, **more),
     }

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from stable_audio_lite.audio.io import audio_info, read_audio
-from stable_audio_lite.data.latents import read_latents
 from stable_audio_lite.data.manifest import Item
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
@@ -38,7 +35,6 @@ class Crops:
     Args:
         endings: share of the crops that lie across an item's end, where half a crop on average is silence.
         gain_db: the level of each crop is changed by up to this many dB either way.
-        inverted: share of the crops whose polarity is inverted.
         unreadable: takes note of what can't be read; None allows nothing of that.
     """
 
@@ -51,11 +47,10 @@ class Crops:
         *,
         endings: float = 0.0,
         gain_db: float = 0.0,
-        inverted: float = 0.0,
         unreadable: Unreadable | None = None,
     ):
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
-        self.endings, self.gain_db, self.inverted = endings, gain_db, inverted
+        self.endings, self.gain_db = endings, gain_db
         self.unreadable = Unreadable(len(items), 0.0) if unreadable is None else unreadable
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
@@ -87,65 +82,7 @@ class Crops:
         start = rng.uniform(first, last)
         audio = read_audio(item.path, self.sample_rate, start, seconds)[:, : self.samples]
         gain = 10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20) if self.gain_db else 1.0
-        if self.inverted and rng.random() < self.inverted:
-            gain = -gain
         return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total, item.captions)
-
-
-class LatentCrops:
-    """Crops of recordings with the latents that are to be decoded into them, both cut at whole latent frames.
-
-    Args:
-        items: the recordings, those that `folder` was made of; those without a latent are left out.
-        folder: latents of the items from their beginning, perhaps with silence after their end.
-        silence: latent (C, frames) of silence, of which what lies beyond is taken.
-        encoder: hash of the encoder whose latents they are.
-        hop: samples per latent frame.
-        frames: latent frames in a crop.
-        endings: share of the crops that lie across an item's end.
-
-    Raises:
-        UserError: the latents are unfinished, of another VAE or of other items.
-    """
-
-    def __init__(
-        self,
-        items: list[Item],
-        folder: str | Path,
-        silence: Tensor,
-        encoder: str,
-        sample_rate: int,
-        hop: int,
-        frames: int,
-        seed: int,
-        endings: float = 0.0,
-    ):
-        self.sample_rate, self.hop, self.frames = sample_rate, hop, frames
-        self.seed, self.endings, self.silence = seed, endings, silence
-        found = read_latents(folder, encoder, [item.name for item in items])
-        self.items, self.latents = [items[i] for i in found], list(found.values())
-
-    def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
-        """Audio (batch_size, 2, frames * hop) and latents (batch_size, C, frames) of the `number`-th batch."""
-        pairs = [self.crop(n) for n in item_numbers(number, rank, world, batch_size)]
-        return torch.stack([audio for audio, _ in pairs]), torch.stack([latent for _, latent in pairs])
-
-    def crop(self, number: int) -> tuple[Tensor, Tensor]:
-        """The `number`-th crop of the run, (2, frames * hop) and (C, frames); beyond the end is silence."""
-        rng = random.Random(f"{self.seed}/{number}")
-        index = epoch_index(number, len(self.items), self.seed)
-        path, latent = self.items[index].path, self.latents[index]
-        sounding = min(math.ceil(audio_info(path).seconds * self.sample_rate / self.hop), latent.shape[1])
-        first, last = 0, max(sounding - self.frames, 0)
-        if self.endings and rng.random() < self.endings:
-            first, last = last, max(sounding - max(self.frames // 16, 1), last)
-        start = rng.randint(first, last)
-        seconds = self.hop / self.sample_rate
-        samples = self.frames * self.hop
-        audio = read_audio(path, self.sample_rate, start * seconds, self.frames * seconds)[:, :samples]
-        piece = latent[:, start : start + self.frames].float()
-        piece = torch.cat((piece, self.silence[:, piece.shape[1] :]), 1)
-        return F.pad(audio, (0, samples - audio.shape[1])), piece
 
 
 @lru_cache(maxsize=4)

@@ -216,20 +216,3 @@ def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[Cache
     sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
     index = CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
     return index, [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
-
-
-def read_latents(folder: str | Path, encoder: str, names: Sequence[str]) -> dict[int, Tensor]:
-    """The latents (C, F) of a finished folder by the number of the item, of which `names` are the files' names.
-
-    Raises:
-        UserError: the folder is unfinished, of another VAE or of other items.
-    """
-    index, entries = read_cache(folder, encoder)
-    if index.items != len(names):
-        raise UserError(f"{folder}: holds latents of {index.items} items, the data has {len(names)}")
-    for e in entries:
-        if e.about.name != names[e.number]:
-            raise UserError(
-                f"{folder}: item {e.number} is {e.about.name} there, and {names[e.number]} in the data; encode again"
-            )
-    return {entry.number: entry.latent for entry in entries}

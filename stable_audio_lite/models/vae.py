@@ -106,9 +106,9 @@ class VAE(nn.Module, ABC):
         """
         return self.decode_chunked(latents)
 
-    def decode_chunked(self, latents: Tensor) -> Tensor:
+    def decode_chunked(self, latents: Tensor, chunk_frames: int = 32) -> Tensor:
         """As `decode`, in float32 and in pieces that stay in the processor's cache."""
-        return torch.cat(list(self.decode_stream(latents)), 2)
+        return torch.cat(list(self.decode_stream(latents, chunk_frames)), 2)
 
     def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
         """As `encode`, in pieces of `chunk_frames` latent frames."""
