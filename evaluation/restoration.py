@@ -36,13 +36,13 @@ from torch import Tensor
 from evaluation.bootstrap import interval
 from evaluation.reconstruction import si_sdr
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.audio.room import convolve
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
-from stable_audio_lite.audio.wpe import wpe
 from stable_audio_lite.data.manifest import Item, read_items
-from stable_audio_lite.degradations import Bandwidth, Denoise, Dereverb, Inpaint, Task, noise_deviation
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.restore import Restorer, RestoreSettings
+from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint, Task, noise_deviation
+from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
+from stable_audio_lite.restoration.room import convolve
+from stable_audio_lite.restoration.wpe import wpe
 
 TASKS = ("inpaint", "bandwidth", "denoise", "dereverb")
 WINDOWS = 2  # of the model, that a stretch is long at least

@@ -16,13 +16,13 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stable_audio_lite.conditioning.conditioner import TimingConfig
-from stable_audio_lite.conditioning.text import join_clap
+from stable_audio_lite.clap.model import Clap, ClapConfig, load_tokenizer
+from stable_audio_lite.clap.text import join_clap
 from stable_audio_lite.config import from_dict, read_yaml, save_config
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors, sha256
-from stable_audio_lite.models.clap import Clap, ClapConfig, load_tokenizer
+from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE, SpectrogramVAEConfig
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.models.vae import VAE

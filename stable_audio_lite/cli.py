@@ -22,8 +22,8 @@ from stable_audio_lite.errors import UserError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from stable_audio_lite.degradations import Task
     from stable_audio_lite.generation import Generated, Pipeline
+    from stable_audio_lite.restoration.degradations import Task
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _UNPROMPTED = "sound"  # stands for the prompt in names of files
@@ -316,7 +316,7 @@ def _restore(args: argparse.Namespace) -> None:
 
     check_writable(args.output)
     rate = audio_info(args.file).sample_rate
-    from stable_audio_lite.restore import Restorer, RestoreSettings
+    from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 
     settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed, batch=args.batch)
     model = Restorer.from_pretrained(args.model, args.device, args.dtype)
@@ -339,7 +339,7 @@ def _gap(text: str) -> tuple[float, float]:
 
 def _task(args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int) -> Task:
     from stable_audio_lite.audio.io import read_audio
-    from stable_audio_lite.degradations import Bandwidth, Denoise, Dereverb, Inpaint
+    from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint
 
     if args.task == "inpaint":
         return Inpaint(gaps)

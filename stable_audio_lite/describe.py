@@ -10,10 +10,10 @@ from torch import nn
 
 from stable_audio_lite import bundle
 from stable_audio_lite.bundle import StableAudioConfig
-from stable_audio_lite.conditioning.conditioner import Conditioner, TimingConfig
-from stable_audio_lite.conditioning.text import TextEncoder
+from stable_audio_lite.clap.model import ClapConfig
+from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.config import to_dict
-from stable_audio_lite.models.clap import ClapConfig
+from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, load_system
 
 

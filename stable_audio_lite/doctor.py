@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from stable_audio_lite import bundle
-from stable_audio_lite.conditioning.text import TextEncoder, load_clap
+from stable_audio_lite.clap.model import Clap, ClapWeights, load_state, load_tokenizer
+from stable_audio_lite.clap.text import TextEncoder, load_clap
 from stable_audio_lite.corpus.render import find_soundfont, find_synth
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapWeights, load_state, load_tokenizer
 
 CAPTIONS = (
     "A slow classical piece for solo piano",

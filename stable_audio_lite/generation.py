@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.conditioning.conditioner import Conditioner, TimingConfig
-from stable_audio_lite.conditioning.text import TextEncoder
+from stable_audio_lite.clap.model import ClapConfig, load_tokenizer
+from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, Objective
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas, sigma_to_t
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
-from stable_audio_lite.models.clap import ClapConfig, load_tokenizer
+from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.nn.attention import Condition
 
 _M = TypeVar("_M", bound=nn.Module)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from stable_audio_lite import bundle
 from stable_audio_lite.bundle import StableAudioConfig
-from stable_audio_lite.conditioning.conditioner import Conditioner
-from stable_audio_lite.conditioning.text import TextEncoder
+from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.generation import Generated, Pipeline, load_part, load_text_parts
 from stable_audio_lite.lora import merge_lora
+from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.spectral import SpectralAudio

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
 from stable_audio_lite.bundle import FORMAT, TIMING_TOKENS, GenerationDefaults, StableAudioConfig, read_config
-from stable_audio_lite.conditioning.conditioner import TimingConfig
+from stable_audio_lite.clap.model import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.denoiser import NetworkDenoiser, Objective
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule, ScheduleConfig
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import ClapConfig
+from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer, SpectrogramTransformerConfig
 from stable_audio_lite.models.spectrogram_unet import SpectrogramUNet, SpectrogramUNetConfig
 

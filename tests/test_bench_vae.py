@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evaluation.bench_vae import build_pair, measure, snr_db
+from evaluation.benchmarks.vae_decoding import build_pair, measure, snr_db
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
 
 SMALL = WaveformVAEConfig(encoder_width=8, decoder_width=32, strides=(2, 4), latent_channels=4)

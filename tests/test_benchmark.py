@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.benchmarks import vae_training as benchmark
+from evaluation.benchmarks.vae_training import PeerVAE, measure, peer_discriminator
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
-from training import benchmark
-from training.benchmark import PeerVAE, measure, peer_discriminator
 
 TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
 SMALL = WaveformVAEConfig(encoder_width=4, decoder_width=32)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from stable_audio_lite import bundle
 from stable_audio_lite.bundle import SHIPPED, build_vae, load_model_config, read_part
+from stable_audio_lite.clap.model import load_tokenizer
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import load_tokenizer
 from stable_audio_lite.pipeline import StableAudio
 from training.frozen import load_frozen_clap
 

@@ -12,13 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stable_audio_lite.audio.mel import SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.bundle import load_part, load_whole_clap
-from stable_audio_lite.conditioning.text import TextEncoder, in_text_encoder
-from stable_audio_lite.conditioning.tokenizer import train_tokenizer
-from stable_audio_lite.config import from_dict, load_config, to_dict
-from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import (
+from stable_audio_lite.clap.mel import SAMPLE_RATE, log_mel, repeat_pad
+from stable_audio_lite.clap.model import (
     UNKNOWN_TOKEN,
     Clap,
     ClapConfig,
@@ -28,6 +24,10 @@ from stable_audio_lite.models.clap import (
     tokenize,
     transformers_config,
 )
+from stable_audio_lite.clap.text import TextEncoder, in_text_encoder
+from stable_audio_lite.clap.tokenizer import train_tokenizer
+from stable_audio_lite.config import from_dict, load_config, to_dict
+from stable_audio_lite.errors import UserError
 from training.task import OptimizerConfig, RunConfig
 from training.train_clap import ClapTask, TrainClapConfig, run
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from stable_audio_lite.conditioning.conditioner import Conditioner, TimingConfig, drop
-from stable_audio_lite.conditioning.laion import read_laion
-from stable_audio_lite.conditioning.text import TextEncoder, join_clap, load_clap, split_clap
-from stable_audio_lite.conditioning.tokenizer import train_tokenizer
+from stable_audio_lite.clap.laion import read_laion
+from stable_audio_lite.clap.model import Clap, ClapConfig, read_transformers, tokenize
+from stable_audio_lite.clap.text import TextEncoder, join_clap, load_clap, split_clap
+from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapConfig, read_transformers, tokenize
+from stable_audio_lite.models.conditioner import Conditioner, TimingConfig, drop
 from stable_audio_lite.nn.attention import Condition
 
 PROMPTS = ["a slow piano ballad in C major", "drums", "a fast rock song with loud drums and bass, 140 bpm"]

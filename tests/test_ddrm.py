@@ -19,10 +19,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.ddrm import ddrm
-from stable_audio_lite.diffusion.operators import Convolution, Mask, Operator, band_mask, gap_mask, identity
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.restoration.ddrm import ddrm
+from stable_audio_lite.restoration.operators import Convolution, Mask, Operator, band_mask, gap_mask, identity
 
 BINS, FRAMES, DRAWS = 2, 4, 4000
 SHAPE = (2, BINS, FRAMES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.operators import (
+from stable_audio_lite.restoration.operators import (
     Convolution,
     Mask,
     Operator,

@@ -18,7 +18,7 @@ from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.data.manifest import read_items
-from stable_audio_lite.restore import Restorer, RestoreSettings
+from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 from stable_audio_lite.systems import ComplexSTFTConfig, load_spectral
 
 CONFIG = load_spectral(Path(__file__).parents[1] / "configs" / "complex_stft" / "tiny.yaml")

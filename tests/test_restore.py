@@ -14,11 +14,19 @@ from torch import Tensor
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_metadata, write_audio
-from stable_audio_lite.audio.room import convolve
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.degradations import Bandwidth, Denoise, Dereverb, Inpaint, Task, noise_deviation, noise_in
-from stable_audio_lite.restore import Restorer, RestoreSettings
+from stable_audio_lite.restoration.degradations import (
+    Bandwidth,
+    Denoise,
+    Dereverb,
+    Inpaint,
+    Task,
+    noise_deviation,
+    noise_in,
+)
+from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
+from stable_audio_lite.restoration.room import convolve
 from stable_audio_lite.systems import ComplexSTFTConfig, load_spectral
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_lite.audio.room import convolve, fit_filters, room_filters, unexplained
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
-from stable_audio_lite.audio.wpe import wpe
-from stable_audio_lite.diffusion.operators import Convolution
+from stable_audio_lite.restoration.operators import Convolution
+from stable_audio_lite.restoration.room import convolve, fit_filters, room_filters, unexplained
+from stable_audio_lite.restoration.wpe import wpe
 
 BINS, FRAMES = 6, 400
 

@@ -14,12 +14,12 @@ from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_metadata
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.conditioning.conditioner import Conditioner
-from stable_audio_lite.conditioning.text import TextEncoder
-from stable_audio_lite.conditioning.tokenizer import train_tokenizer
+from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.pipeline import StableAudio, load_pipeline
 from stable_audio_lite.spectral import SpectralAudio
 from stable_audio_lite.systems import SpectralConfig, SpectrogramDiffusionConfig, load_spectral

@@ -10,9 +10,9 @@ import torch
 from evaluation.obedience import sound_end
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
-from stable_audio_lite.degradations import Denoise
 from stable_audio_lite.pipeline import StableAudio
-from stable_audio_lite.restore import Restorer, RestoreSettings
+from stable_audio_lite.restoration.degradations import Denoise
+from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 
 MEGABYTE = 2**20
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.conditioning.conditioner import Conditioner, drop
 from stable_audio_lite.data.crops import item_numbers
 from stable_audio_lite.diffusion.denoiser import Conditional, Objective
 from stable_audio_lite.generation import Pipeline
+from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.nn.attention import Condition
 from training.noise import generator, item_noise
 from training.task import Sound, Task

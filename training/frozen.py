@@ -18,9 +18,9 @@ from stable_audio_lite.bundle import (
     part_path,
     read_part,
 )
-from stable_audio_lite.conditioning.text import TextEncoder, load_clap, split_clap
+from stable_audio_lite.clap.model import Clap, ClapConfig, load_state, load_tokenizer
+from stable_audio_lite.clap.text import TextEncoder, load_clap, split_clap
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapConfig, load_state, load_tokenizer
 
 
 @dataclass(frozen=True)

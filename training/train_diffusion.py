@@ -27,7 +27,6 @@ from stable_audio_lite.bundle import (
     read_part,
     save_bundle,
 )
-from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.data.crops import epoch_index
 from stable_audio_lite.data.latents import encoder_hash
@@ -35,6 +34,7 @@ from stable_audio_lite.data.windows import LatentWindows, stack
 from stable_audio_lite.diffusion.schedule import add_noise, v_target
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
+from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, Up
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import SPECTRAL

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import load_part, read_part, save_bundle
-from stable_audio_lite.conditioning.conditioner import Conditioner
 from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.spectral import SpectralAudio
 from stable_audio_lite.systems import ComplexSTFTConfig, SpectrogramDiffusionConfig, load_spectral
 from training.denoising import Conditioned, DemosConfig, DenoisingTask

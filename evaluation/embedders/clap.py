@@ -14,10 +14,10 @@ from evaluation.embedders.weights import Published, state_hash
 from evaluation.streams import Level, mono
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource
-from stable_audio_lite.audio.mel import CLIP_SAMPLES, HOP, SAMPLE_RATE, log_mel
-from stable_audio_lite.conditioning.text import load_clap
+from stable_audio_lite.clap.mel import CLIP_SAMPLES, HOP, SAMPLE_RATE, log_mel
+from stable_audio_lite.clap.model import Clap, ClapConfig, clap_mel
+from stable_audio_lite.clap.text import load_clap
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import Clap, ClapConfig, clap_mel
 
 PUBLISHED = Published(
     file="630k-audioset-fusion-best.pt",

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_audio_lite.audio.mel import CLIP_FRAMES, CLIP_SAMPLES, SAMPLE_RATE, log_mel, repeat_pad
+from stable_audio_lite.clap.mel import CLIP_FRAMES, CLIP_SAMPLES, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stable_audio_lite.clap.model import PAD_TOKEN, ClapConfig, ClapWeights, fetch, load_tokenizer
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.clap import PAD_TOKEN, ClapConfig, ClapWeights, fetch, load_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stable_audio_lite.audio.room import fit_filters, room_filters, unexplained
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
-from stable_audio_lite.audio.wpe import wpe
-from stable_audio_lite.diffusion.operators import Convolution, Operator, band_mask, gap_mask, identity
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.restoration.operators import Convolution, Operator, band_mask, gap_mask, identity
+from stable_audio_lite.restoration.room import fit_filters, room_filters, unexplained
+from stable_audio_lite.restoration.wpe import wpe
 
 SIGMA_Y = 1e-3
 """Noise that every observation is taken to have at least (Saito et al. 2022), where the data have variance 1 or so."""
@@ -29,7 +29,7 @@ _QUARTER = -math.log(0.75)  # quantile 1/4 of an exponential distribution of mea
 
 @dataclass(frozen=True)
 class Observation:
-    """What `stable_audio_lite.diffusion.ddrm.ddrm` takes of the same names."""
+    """What `stable_audio_lite.restoration.ddrm.ddrm` takes of the same names."""
 
     operator: Operator
     y: Tensor

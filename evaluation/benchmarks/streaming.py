@@ -1,6 +1,6 @@
 """Memory that encoding and decoding files of different lengths takes.
 
-    python -m evaluation.bench_streaming starter --minutes 1 10
+    python -m evaluation.benchmarks.streaming starter --minutes 1 10
 
 Writes noise of each length, runs `stable-audio-lite encode` and `decode` on it, each in a process of its own, and
 prints their peak resident memory.

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stable_audio_lite.conditioning.laion import read_laion
-from stable_audio_lite.models.clap import (
+from stable_audio_lite.clap.laion import read_laion
+from stable_audio_lite.clap.model import (
     PAD_TOKEN,
     Clap,
     ClapConfig,

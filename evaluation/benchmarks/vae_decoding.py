@@ -1,6 +1,6 @@
 """VAE decoding speed beside descript-audio-codec's own blocks on the same random weights.
 
-    python -m evaluation.bench_vae --seconds 24
+    python -m evaluation.benchmarks.vae_decoding --seconds 24
 
 The peer is assembled from `dac.model.dac.Decoder`, weight norm in place, run whole (its closing tanh is left off: this
 VAE has none). Ours folds weight norm and decodes in cache-sized pieces. Both outputs are compared with the peer's in

@@ -1,6 +1,6 @@
 """How fast one U-Net forward is, as a share of what this machine's matrix products reach.
 
-    python -m evaluation.bench_unet --config configs/stable_audio/paper.yaml --batch 2 --frames 1024
+    python -m evaluation.benchmarks.unet --config configs/stable_audio/paper.yaml --batch 2 --frames 1024
 
 FLOPs are torch's own count (FlopCounterMode: matrix products, convolutions and attention). The yardstick is a
 4096-cubed matrix product in the same dtype, timed before and after the U-Net, best of both.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.operators import Operator
 from stable_audio_lite.diffusion.samplers import Denoiser
+from stable_audio_lite.restoration.operators import Operator
 
 
 @torch.no_grad()

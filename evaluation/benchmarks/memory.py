@@ -1,7 +1,7 @@
 """Memory that evaluating few and many sounds takes.
 
-    python -m evaluation.bench_memory --clips 100 1000
-    python -m evaluation.bench_memory --clips 100 1000 --metrics fd_openl3,fd_clap --weights weights
+    python -m evaluation.benchmarks.memory --clips 100 1000
+    python -m evaluation.benchmarks.memory --clips 100 1000 --metrics fd_openl3,fd_clap --weights weights
 
 Writes clips of faint noise, runs `python -m evaluation.run` on them against 20 others, in a process of its own and
 without what an earlier run kept, and prints its peak resident memory. Options beyond these go to that command.

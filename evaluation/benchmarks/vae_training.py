@@ -1,6 +1,6 @@
 """Speed of VAE training, phase 1 with discriminators, beside the same networks in plain eager PyTorch.
 
-    python -m training.benchmark --config configs/stable_audio/starter_vae.yaml
+    python -m evaluation.benchmarks.vae_training --config configs/stable_audio/starter_vae.yaml
 
 Ours are the steps of `training.train_vae`. The peer is assembled from descript-audio-codec's own blocks, its Snake and
 torch's weight norm in place, and runs the discriminator anew for each loss, as GAN trainers do. Losses, discriminator,

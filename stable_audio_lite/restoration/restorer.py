@@ -23,13 +23,13 @@ from torch import Tensor
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import audio_blocks, audio_info, check_writable, resample, write_audio
 from stable_audio_lite.audio.spectrogram import Spectrogram
-from stable_audio_lite.degradations import Bandwidth, Inpaint, Task
 from stable_audio_lite.devices import choose_device, choose_dtype
-from stable_audio_lite.diffusion.ddrm import ddrm
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
-from stable_audio_lite.diffusion.windows import WindowedDenoiser
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.restoration.ddrm import ddrm
+from stable_audio_lite.restoration.degradations import Bandwidth, Inpaint, Task
+from stable_audio_lite.restoration.windows import WindowedDenoiser
 from stable_audio_lite.systems import SpectralConfig, denoiser, load_spectral
 
 _OVERLAP = 0.25  # of a window that its neighbour shares at least

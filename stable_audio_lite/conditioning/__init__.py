@@ -1,1 +1,0 @@
-"""What a generation is asked for: text features, timing, and their combination."""

@@ -1,0 +1,1 @@
+"""Repair of recordings by DDRM: what went wrong, as operators, and the sampler."""
