@@ -1,0 +1,55 @@
+"""What every command of the project shares: a parser with one-line mistakes, and one way to end.
+
+The exit status is 0, or what the command says; 2 after a mistake that the user can mend, which is one line on stderr;
+130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from stable_audio_lite.errors import UserError
+
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose description keeps its lines and whose mistakes are one line."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage that argparse would print before it."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run a command's `action`; returns its exit status.
+
+    A `UserError` or an error of the operating system becomes one line; anything else is a bug and shows its traceback.
+    """
+    try:
+        return action() or 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; leave the interpreter nothing to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        message = "out of memory; work on less at once (a smaller batch, shorter sounds)"
+    except (UserError, OSError) as error:
+        message = " ".join(str(error).split())
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        message = "out of memory; work on less at once (a smaller batch, shorter sounds), or choose another device"
+    print(f"error: {message}", file=sys.stderr)
+    return 2
