@@ -39,8 +39,8 @@ from evaluation.obedience import sound_end
 from evaluation.result import without_nan
 from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.bundle import load_whole_clap
 from stable_audio_lite.clap.model import Clap
+from stable_audio_lite.clap.text import load_whole_clap
 from stable_audio_lite.corpus.captions import facts_told
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError

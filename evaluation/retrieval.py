@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.bundle import load_whole_clap, resolve
+from stable_audio_lite.bundle import resolve
 from stable_audio_lite.clap.mel import SAMPLE_RATE
 from stable_audio_lite.clap.model import Clap, retrieval
+from stable_audio_lite.clap.text import load_whole_clap
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.doctor import likeness
 from stable_audio_lite.errors import UserError

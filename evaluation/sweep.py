@@ -20,7 +20,7 @@ from typing import Any
 
 from evaluation.adherence import Distances, Measure, distances, generate, measure, requests_of
 from evaluation.tagger import load_tagger, train_on_corpus
-from stable_audio_lite.bundle import load_whole_clap
+from stable_audio_lite.clap.text import load_whole_clap
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio

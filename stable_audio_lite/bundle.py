@@ -9,24 +9,15 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stable_audio_lite.clap.model import Clap, ClapConfig, load_tokenizer
-from stable_audio_lite.clap.text import join_clap
-from stable_audio_lite.config import from_dict, read_yaml, save_config
-from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.config import read_yaml, save_config
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors, sha256
-from stable_audio_lite.models.conditioner import TimingConfig
-from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE, SpectrogramVAEConfig
-from stable_audio_lite.models.unet import UNet, UNetConfig
-from stable_audio_lite.models.vae import VAE
-from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 
 FORMAT = 1
 PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet", "transformer")
@@ -38,137 +29,8 @@ FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
 SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae", "restorer")}
 """Bundles that come with the package."""
 
-TIMING_TOKENS = 2
-"""What seconds_start and seconds_total add to the text's tokens."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = 3  # mismatching tensors that a message spells out
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """What `generate` uses unless told otherwise; each bundle owns the values that suit its weights.
-
-    Attributes:
-        steps: sampling steps.
-        cfg: classifier-free guidance scale; 1 is none.
-        rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
-        sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
-        sigma_min: the noise level at the end, relative to latents of unit standard deviation.
-        sigma_max: the noise level at the start.
-        rho: curvature of the polyexponential noise levels.
-    """
-
-    steps: int = 100
-    cfg: float = 6.0
-    rescale: float = 0.0
-    sampler: str = "dpmpp-2m"
-    sigma_min: float = 0.01
-    sigma_max: float = 100.0
-    rho: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
-        if not self.rho > 0:
-            raise ValueError(f"rho must be above 0, got {self.rho}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StableAudioConfig:
-    """A whole system: the VAE, the text encoder, the timing embeddings and the U-Net.
-
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        sample_rate: Hz.
-        latent_frames: length of the window that the U-Net generates.
-    """
-
-    kind: Literal["stable_audio"]
-    format: int = FORMAT
-    sample_rate: int = 44100
-    latent_frames: int
-    vae: WaveformVAEConfig | SpectrogramVAEConfig
-    clap: ClapConfig
-    timing: TimingConfig = field(default_factory=TimingConfig)
-    unet: UNetConfig
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
-
-    def __post_init__(self) -> None:
-        if self.format != FORMAT:
-            raise ValueError(f"format must be {FORMAT}, got {self.format}")
-        if self.sample_rate < 1 or self.latent_frames < 1:
-            raise ValueError("sample_rate and latent_frames must be at least 1")
-        if self.vae.audio_channels != 2:
-            raise ValueError(f"vae.audio_channels must be 2: sound is stereo throughout, got {self.vae.audio_channels}")
-        if self.window_seconds > self.timing.max_seconds:
-            raise ValueError(
-                f"the window of {self.window_seconds:.1f} s exceeds timing.max_seconds {self.timing.max_seconds}"
-            )
-
-    @property
-    def hop(self) -> int:
-        """Samples per latent frame."""
-        return self.vae.hop
-
-    @property
-    def window_samples(self) -> int:
-        """Samples that one generation spans."""
-        return self.latent_frames * self.hop
-
-    @property
-    def window_seconds(self) -> float:
-        """Seconds that one generation spans."""
-        return self.window_samples / self.sample_rate
-
-    @property
-    def latent_shape(self) -> tuple[int, int]:
-        """(channels, frames) of one generation's latents."""
-        return self.vae.latent_channels, self.latent_frames
-
-    @property
-    def context_width(self) -> int:
-        """Width of the tokens that the U-Net attends to."""
-        return self.clap.text_width
-
-    @property
-    def context_tokens(self) -> int:
-        """How many tokens the U-Net attends to: the text's and two of timing."""
-        return self.clap.max_tokens + TIMING_TOKENS
-
-
-def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
-    """The VAE of that kind, with random weights."""
-    return WaveformVAE(config) if isinstance(config, WaveformVAEConfig) else SpectrogramVAE(config)
-
-
-def build_unet(config: StableAudioConfig) -> UNet:
-    """The U-Net of `config`, with what it takes from the other parts."""
-    return UNet(
-        config.unet,
-        channels=config.vae.latent_channels,
-        context_width=config.context_width,
-        context_tokens=config.context_tokens,
-    )
-
-
-def load_model_config(path: str | Path) -> StableAudioConfig:
-    """Read a config of the latent system from a YAML file or from a bundle folder.
-
-    Raises:
-        UserError: no such file, made by another version of this package, of another system, or a key is wrong.
-    """
-    file, data = read_config(path)
-    if data.get("kind") != "stable_audio":
-        raise UserError(f"{file}: key 'kind' must be stable_audio here, got {data.get('kind')!r}")
-    _without_slow_channels(file, data)
-    return from_dict(StableAudioConfig, data, str(file))
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -188,16 +50,6 @@ def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
             "install the version that wrote it or convert it"
         )
     return file, data
-
-
-def _without_slow_channels(file: Path, data: dict[str, Any]) -> None:
-    """Take away what VAEs of earlier versions could have beside the paper's channels, where theirs has none."""
-    vae = data.get("vae")
-    if isinstance(vae, dict) and (vae.pop("slow_channels", 0), vae.pop("clock", 1)) != (0, 1):
-        raise UserError(
-            f"{file}: its VAE has slow channels or a clock, which this version no longer has; "
-            "train a new one, or use the version that made it"
-        )
 
 
 def resolve(name: str | Path) -> Path:
@@ -305,22 +157,6 @@ def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = F
     state = read_part(folder, name)
     check_state(state, module, str(part_path(folder, name)))
     module.load_state_dict(state, assign=assign)
-
-
-def load_whole_clap(folder: str | Path) -> Clap | None:
-    """Both towers of a bundle's CLAP in float32, or None where the bundle lacks the audio tower.
-
-    Raises:
-        UserError: a file is missing or damaged, or its weights don't fit.
-    """
-    if not part_path(folder, "audio_encoder").is_file():
-        return None
-    text, audio = (
-        {k: v.float() if v.is_floating_point() else v for k, v in read_part(folder, part).items()}
-        for part in ("text_encoder", "audio_encoder")
-    )
-    tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
-    return join_clap(load_model_config(folder).clap, tokenizer, text, audio, str(folder))
 
 
 class WithoutInitialisation(TorchFunctionMode):

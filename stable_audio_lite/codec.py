@@ -21,6 +21,7 @@ from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, replacing, save_tensors
 from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.systems import build_vae, load_model_config
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Codec:
             UserError: there is no such bundle or device, or a file is damaged or doesn't fit its config.
         """
         folder = bundle.resolve(name)
-        config = bundle.load_model_config(folder)
+        config = load_model_config(folder)
         where = choose_device(device)
-        vae = bundle.build_vae(config.vae)
+        vae = build_vae(config.vae)
         bundle.load_part(folder, "vae", vae)
         encoder = encoder_hash(bundle.read_part(folder, "vae"))
         return cls(vae.prepare_for_inference().to(where, choose_dtype(dtype, where)), config.sample_rate, encoder)

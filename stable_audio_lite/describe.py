@@ -9,12 +9,18 @@ import torch
 from torch import nn
 
 from stable_audio_lite import bundle
-from stable_audio_lite.bundle import StableAudioConfig
 from stable_audio_lite.clap.model import ClapConfig
 from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
-from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, load_system
+from stable_audio_lite.systems import (
+    ComplexSTFTConfig,
+    SpectralConfig,
+    StableAudioConfig,
+    build_unet,
+    build_vae,
+    load_system,
+)
 
 
 def describe(name: str | Path) -> dict[str, Any]:
@@ -46,9 +52,9 @@ def describe(name: str | Path) -> dict[str, Any]:
 
 def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     parts = {
-        "vae": bundle.build_vae(config.vae),
+        "vae": build_vae(config.vae),
         **_text(config.clap, config.timing),
-        "unet": bundle.build_unet(config),
+        "unet": build_unet(config),
     }
     return parts, {
         "sample_rate": config.sample_rate,

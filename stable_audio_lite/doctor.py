@@ -15,10 +15,11 @@ from torch import Tensor
 
 from stable_audio_lite import bundle
 from stable_audio_lite.clap.model import Clap, ClapWeights, load_state, load_tokenizer
-from stable_audio_lite.clap.text import TextEncoder, load_clap
+from stable_audio_lite.clap.text import TextEncoder, load_clap, load_whole_clap
 from stable_audio_lite.corpus.render import find_soundfont, find_synth
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import load_model_config
 
 CAPTIONS = (
     "A slow classical piece for solo piano",
@@ -146,11 +147,11 @@ def _load(source: str | Path) -> tuple[TextEncoder, Clap | None]:
         weights = load_clap(source)
         return TextEncoder.from_weights(weights), _whole(weights)
     folder = bundle.resolve(source)
-    config = bundle.load_model_config(folder).clap
+    config = load_model_config(folder).clap
     tokenizer = load_tokenizer(folder / bundle.TOKENIZER_FILE)
     encoder = TextEncoder(config, tokenizer)
     bundle.load_part(folder, "text_encoder", encoder)
-    return encoder, bundle.load_whole_clap(folder)
+    return encoder, load_whole_clap(folder)
 
 
 def _whole(weights: ClapWeights) -> Clap:

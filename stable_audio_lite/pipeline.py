@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite import bundle
-from stable_audio_lite.bundle import StableAudioConfig
 from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
@@ -28,7 +27,7 @@ from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.spectral import SpectralAudio
-from stable_audio_lite.systems import load_system
+from stable_audio_lite.systems import StableAudioConfig, build_unet, build_vae, load_model_config, load_system
 
 __all__ = ["Generated", "StableAudio", "load_pipeline"]
 
@@ -83,11 +82,11 @@ class StableAudio(Pipeline):
             UserError: there is no such bundle, LoRA or device, or a file is damaged or doesn't fit.
         """
         folder = bundle.resolve(name)
-        config = bundle.load_model_config(folder)
+        config = load_model_config(folder)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
-        vae = load_part(folder, "vae", lambda: bundle.build_vae(config.vae)).float().prepare_for_inference()
-        unet = load_part(folder, "unet", lambda: bundle.build_unet(config))
+        vae = load_part(folder, "vae", lambda: build_vae(config.vae)).float().prepare_for_inference()
+        unet = load_part(folder, "unet", lambda: build_unet(config))
         merged = None
         if lora is not None:
             latents = encoder_hash(bundle.read_part(folder, "vae"))

@@ -1,8 +1,8 @@
-"""Configs of all systems by their `kind`, and of the two that work on spectrograms: networks and denoisers.
+"""Configs of all systems by their `kind`, and what they are built of.
 
-`complex_stft` is the 2-D U-Net that predicts noise on complex spectrograms, for restoration (Saito et al. 2022, arXiv
-2211.04124). `spectrogram_transformer` predicts the clean spectrogram, with or without text. `stable_audio`, the latent
-system, has its config in `stable_audio_lite.bundle`.
+`stable_audio` is the latent system (Evans et al. 2024, arXiv 2402.04825). `complex_stft` is the 2-D U-Net that predicts
+noise on complex spectrograms, for restoration (Saito et al. 2022, arXiv 2211.04124). `spectrogram_transformer` predicts
+the clean spectrogram, with or without text.
 """
 
 from __future__ import annotations
@@ -15,15 +15,137 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
-from stable_audio_lite.bundle import FORMAT, TIMING_TOKENS, GenerationDefaults, StableAudioConfig, read_config
+from stable_audio_lite.bundle import FORMAT, read_config
 from stable_audio_lite.clap.model import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.denoiser import NetworkDenoiser, Objective
+from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule, ScheduleConfig
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer, SpectrogramTransformerConfig
 from stable_audio_lite.models.spectrogram_unet import SpectrogramUNet, SpectrogramUNetConfig
+from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE, SpectrogramVAEConfig
+from stable_audio_lite.models.unet import UNet, UNetConfig
+from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
+
+TIMING_TOKENS = 2
+"""What seconds_start and seconds_total add to the text's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What `generate` uses unless told otherwise; each bundle owns the values that suit its weights.
+
+    Attributes:
+        steps: sampling steps.
+        cfg: classifier-free guidance scale; 1 is none.
+        rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
+        sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
+        sigma_min: the noise level at the end, relative to latents of unit standard deviation.
+        sigma_max: the noise level at the start.
+        rho: curvature of the polyexponential noise levels.
+    """
+
+    steps: int = 100
+    cfg: float = 6.0
+    rescale: float = 0.0
+    sampler: str = "dpmpp-2m"
+    sigma_min: float = 0.01
+    sigma_max: float = 100.0
+    rho: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho}")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StableAudioConfig:
+    """A whole system: the VAE, the text encoder, the timing embeddings and the U-Net.
+
+    Attributes:
+        kind: which system this is.
+        format: version of the bundle's layout.
+        sample_rate: Hz.
+        latent_frames: length of the window that the U-Net generates.
+    """
+
+    kind: Literal["stable_audio"]
+    format: int = FORMAT
+    sample_rate: int = 44100
+    latent_frames: int
+    vae: WaveformVAEConfig | SpectrogramVAEConfig
+    clap: ClapConfig
+    timing: TimingConfig = field(default_factory=TimingConfig)
+    unet: UNetConfig
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format must be {FORMAT}, got {self.format}")
+        if self.sample_rate < 1 or self.latent_frames < 1:
+            raise ValueError("sample_rate and latent_frames must be at least 1")
+        if self.vae.audio_channels != 2:
+            raise ValueError(f"vae.audio_channels must be 2: sound is stereo throughout, got {self.vae.audio_channels}")
+        if self.window_seconds > self.timing.max_seconds:
+            raise ValueError(
+                f"the window of {self.window_seconds:.1f} s exceeds timing.max_seconds {self.timing.max_seconds}"
+            )
+
+    @property
+    def hop(self) -> int:
+        """Samples per latent frame."""
+        return self.vae.hop
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that one generation spans."""
+        return self.latent_frames * self.hop
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds that one generation spans."""
+        return self.window_samples / self.sample_rate
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(channels, frames) of one generation's latents."""
+        return self.vae.latent_channels, self.latent_frames
+
+    @property
+    def context_width(self) -> int:
+        """Width of the tokens that the U-Net attends to."""
+        return self.clap.text_width
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens the U-Net attends to: the text's and two of timing."""
+        return self.clap.max_tokens + TIMING_TOKENS
+
+
+def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
+    """The VAE of that kind, with random weights."""
+    return WaveformVAE(config) if isinstance(config, WaveformVAEConfig) else SpectrogramVAE(config)
+
+
+def build_unet(config: StableAudioConfig) -> UNet:
+    """The U-Net of `config`, with what it takes from the other parts."""
+    return UNet(
+        config.unet,
+        channels=config.vae.latent_channels,
+        context_width=config.context_width,
+        context_tokens=config.context_tokens,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +241,29 @@ SYSTEMS: dict[str, type[SystemConfig]] = {
 
 SPECTRAL = tuple(kind for kind in SYSTEMS if kind != "stable_audio")
 """Kinds of the systems that work on spectrograms."""
+
+
+def load_model_config(path: str | Path) -> StableAudioConfig:
+    """Read a config of the latent system from a YAML file or from a bundle folder.
+
+    Raises:
+        UserError: no such file, made by another version of this package, of another system, or a key is wrong.
+    """
+    file, data = read_config(path)
+    if data.get("kind") != "stable_audio":
+        raise UserError(f"{file}: key 'kind' must be stable_audio here, got {data.get('kind')!r}")
+    _without_slow_channels(file, data)
+    return from_dict(StableAudioConfig, data, str(file))
+
+
+def _without_slow_channels(file: Path, data: dict[str, Any]) -> None:
+    """Take away what VAEs of earlier versions could have beside the paper's channels, where theirs has none."""
+    vae = data.get("vae")
+    if isinstance(vae, dict) and (vae.pop("slow_channels", 0), vae.pop("clock", 1)) != (0, 1):
+        raise UserError(
+            f"{file}: its VAE has slow channels or a clock, which this version no longer has; "
+            "train a new one, or use the version that made it"
+        )
 
 
 def load_system(path: str | Path) -> SystemConfig:

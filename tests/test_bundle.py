@@ -12,11 +12,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from stable_audio_lite import bundle
-from stable_audio_lite.bundle import SHIPPED, build_vae, load_model_config, read_part
+from stable_audio_lite.bundle import SHIPPED, read_part
 from stable_audio_lite.clap.model import load_tokenizer
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.frozen import load_frozen_clap
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "stable_audio"
@@ -38,19 +39,19 @@ def failure(folder: Path | str) -> str:
 
 @pytest.mark.parametrize("name", ["paper", "starter", "tiny"])
 def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
-    config = bundle.load_model_config(CONFIGS / f"{name}.yaml")
-    assert from_dict(bundle.StableAudioConfig, to_dict(config), "again") == config
+    config = load_model_config(CONFIGS / f"{name}.yaml")
+    assert from_dict(StableAudioConfig, to_dict(config), "again") == config
 
 
 def test_paper_config_has_the_papers_derived_values() -> None:
-    config = bundle.load_model_config(CONFIGS / "paper.yaml")
+    config = load_model_config(CONFIGS / "paper.yaml")
     assert config.window_samples == 4_194_304
     assert config.latent_shape == (64, 4096)
     assert (config.context_tokens, config.context_width) == (79, 768)
 
 
 def test_saved_tensors_come_back_in_their_types(tiny_bundle: Path, tmp_path: Path) -> None:
-    config = bundle.load_model_config(tiny_bundle)
+    config = load_model_config(tiny_bundle)
     state = {k: v.bfloat16() for k, v in build_vae(config.vae).state_dict().items()}
     bundle.save_bundle(tmp_path / "half", config, {"vae": state}, extra_files={"README.md": "card"})
     assert sorted(p.name for p in (tmp_path / "half").iterdir()) == ["README.md", "config.yaml", "vae.safetensors"]
@@ -181,7 +182,7 @@ def test_other_folders_are_never_replaced(tiny_bundle: Path, tmp_path: Path) -> 
 
 
 def test_a_failed_save_leaves_the_old_bundle(copy: Path) -> None:
-    config, before = bundle.load_model_config(copy), bundle.model_hash(copy)
+    config, before = load_model_config(copy), bundle.model_hash(copy)
     with pytest.raises(AttributeError):
         bundle.save_bundle(copy, config, {"vae": {"broken": None}})  # type: ignore[dict-item]
     assert bundle.model_hash(copy) == before

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from stable_audio_lite.bundle import load_part, load_whole_clap
+from stable_audio_lite.bundle import load_part
 from stable_audio_lite.clap.mel import SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import (
     UNKNOWN_TOKEN,
@@ -24,7 +24,7 @@ from stable_audio_lite.clap.model import (
     tokenize,
     transformers_config,
 )
-from stable_audio_lite.clap.text import TextEncoder, in_text_encoder
+from stable_audio_lite.clap.text import TextEncoder, in_text_encoder, load_whole_clap
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.config import from_dict, load_config, to_dict
 from stable_audio_lite.errors import UserError
@@ -306,7 +306,7 @@ def test_the_language_model_reads_the_layer_that_generators_read(corpus, tmp_pat
 
 
 def load_bundle_config(bundle):
-    from stable_audio_lite.bundle import StableAudioConfig
+    from stable_audio_lite.systems import StableAudioConfig
 
     return load_config(bundle / "config.yaml", StableAudioConfig)
 

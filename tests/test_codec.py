@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.benchmarks.streaming import measure, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
-from stable_audio_lite.bundle import build_vae, load_model_config, save_bundle
+from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.cli import main
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import build_vae, load_model_config
 
 TINY = Path(__file__).parent.parent / "configs/stable_audio/tiny.yaml"
 

@@ -19,11 +19,12 @@ from evaluation.embedders.weights import read_state
 from evaluation.result import Missing
 from evaluation.streams import Level, mono, stereo, windows
 from stable_audio_lite.audio.io import read_audio, write_audio
-from stable_audio_lite.bundle import SHIPPED, load_model_config
+from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.clap.model import Clap, clap_mel
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import save_tensors
+from stable_audio_lite.systems import load_model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input image size", "ignore:stft with")
 

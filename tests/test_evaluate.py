@@ -29,11 +29,11 @@ from evaluation.scores import _divergence, _mean_divergence
 from evaluation.streams import Level
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import load_model_config
 from stable_audio_lite.clap.model import Clap
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import save_tensors
+from stable_audio_lite.systems import load_model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input image size", "ignore:stft with")
 

@@ -13,11 +13,12 @@ from training_runs import assert_same_weights, diffusion_settings, load, stop_af
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import read_metadata
-from stable_audio_lite.bundle import build_unet, load_model_config, load_part
+from stable_audio_lite.bundle import load_part
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.systems import build_unet, load_model_config
 from training import train_diffusion
 
 ENCODER = "the latents that it knows"

@@ -22,9 +22,10 @@ from evaluation.reconstruction import (
     si_sdr,
 )
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import build_vae, load_model_config, save_bundle
+from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import Posterior
+from stable_audio_lite.systems import build_vae, load_model_config
 
 ROOT = Path(__file__).parent.parent
 RATE = 44100

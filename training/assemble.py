@@ -11,18 +11,11 @@ from pathlib import Path
 
 import torch
 
-from stable_audio_lite.bundle import (
-    CARD_FILE,
-    PARTS,
-    TOKENIZER_FILE,
-    load_model_config,
-    part_path,
-    read_part,
-    save_bundle,
-)
+from stable_audio_lite.bundle import CARD_FILE, PARTS, TOKENIZER_FILE, part_path, read_part, save_bundle
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import load_model_config
 from training.command import main
 
 

@@ -9,18 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stable_audio_lite.bundle import (
-    CONFIG_FILE,
-    SHIPPED,
-    TOKENIZER_FILE,
-    load_model_config,
-    load_part,
-    part_path,
-    read_part,
-)
+from stable_audio_lite.bundle import CONFIG_FILE, SHIPPED, TOKENIZER_FILE, load_part, part_path, read_part
 from stable_audio_lite.clap.model import Clap, ClapConfig, load_state, load_tokenizer
 from stable_audio_lite.clap.text import TextEncoder, load_clap, split_clap
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import load_model_config
 
 
 @dataclass(frozen=True)

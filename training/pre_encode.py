@@ -15,12 +15,13 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.bundle import build_vae, load_model_config, load_part, read_part
+from stable_audio_lite.bundle import load_part, read_part
 from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, encoder_hash
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.systems import build_vae, load_model_config
 from training.command import main
 
 if TYPE_CHECKING:

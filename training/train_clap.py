@@ -18,15 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.bundle import StableAudioConfig, load_model_config, load_whole_clap, resolve, save_bundle
+from stable_audio_lite.bundle import resolve, save_bundle
 from stable_audio_lite.clap.mel import CLIP_FRAMES, SAMPLE_RATE
 from stable_audio_lite.clap.model import UNKNOWN_TOKEN, Clap, ClapConfig, clap_mel, clap_views, retrieval, tokenize
-from stable_audio_lite.clap.text import in_text_encoder, split_clap
+from stable_audio_lite.clap.text import in_text_encoder, load_whole_clap, split_clap
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import StableAudioConfig, load_model_config
 from training.command import main
 from training.frozen import compare_claps
 from training.loop import fit

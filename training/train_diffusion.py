@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import (
-    build_unet,
-    build_vae,
-    load_model_config,
-    load_part,
-    read_config,
-    read_part,
-    save_bundle,
-)
+from stable_audio_lite.bundle import load_part, read_config, read_part, save_bundle
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.data.crops import epoch_index
 from stable_audio_lite.data.latents import encoder_hash
@@ -37,7 +29,7 @@ from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, Up
 from stable_audio_lite.pipeline import StableAudio
-from stable_audio_lite.systems import SPECTRAL
+from stable_audio_lite.systems import SPECTRAL, build_unet, build_vae, load_model_config
 from training import train_spectrogram
 from training.command import main_of
 from training.denoising import Conditioned, DemosConfig, DenoisingTask

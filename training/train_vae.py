@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import StableAudioConfig, build_vae, load_model_config, load_part, save_bundle
+from stable_audio_lite.bundle import load_part, save_bundle
 from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
@@ -21,6 +21,7 @@ from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE
 from stable_audio_lite.models.vae import VAE, Posterior
+from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.checkpoint import Resumable, take_over
 from training.command import main
 from training.loop import fit

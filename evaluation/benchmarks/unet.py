@@ -96,8 +96,8 @@ def read_config(path: str | None) -> UNetConfig:
     """The U-Net of a model config, or the paper's without one."""
     if path is None:
         return UNetConfig()
-    from stable_audio_lite.bundle import StableAudioConfig
     from stable_audio_lite.config import load_config
+    from stable_audio_lite.systems import StableAudioConfig
 
     return load_config(path, StableAudioConfig).unet
 

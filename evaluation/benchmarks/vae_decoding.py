@@ -146,8 +146,8 @@ def read_config(path: str | None) -> WaveformVAEConfig:
     """The VAE of a model config, or the paper's without one."""
     if path is None:
         return WaveformVAEConfig()
-    from stable_audio_lite.bundle import StableAudioConfig
     from stable_audio_lite.config import load_config
+    from stable_audio_lite.systems import StableAudioConfig
 
     return load_config(path, StableAudioConfig).vae
 

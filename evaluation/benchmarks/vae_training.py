@@ -26,11 +26,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import load_model_config
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
+from stable_audio_lite.systems import load_model_config
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
 from training.task import OptimizerConfig, RunConfig
 from training.train_vae import WEIGHTS, TrainVAEConfig, VAETask

@@ -16,7 +16,7 @@ from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.mel import CLIP_SAMPLES, HOP, SAMPLE_RATE, log_mel
 from stable_audio_lite.clap.model import Clap, ClapConfig, clap_mel
-from stable_audio_lite.clap.text import load_clap
+from stable_audio_lite.clap.text import load_clap, load_whole_clap
 from stable_audio_lite.errors import UserError
 
 PUBLISHED = Published(
@@ -95,7 +95,7 @@ def load_any_clap(source: str | Path) -> Clap:
     """
     path = Path(source)
     if str(source) in bundle.SHIPPED or (path / bundle.CONFIG_FILE).is_file():
-        if (clap := bundle.load_whole_clap(bundle.resolve(source))) is None:
+        if (clap := load_whole_clap(bundle.resolve(source))) is None:
             raise UserError(f"{source}: has no audio_encoder.safetensors; give a bundle with both CLAP towers")
         return clap
     tokenizer = path.with_name(bundle.TOKENIZER_FILE)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stable_audio_lite import bundle
 from stable_audio_lite.clap.laion import read_laion
 from stable_audio_lite.clap.model import (
     PAD_TOKEN,
@@ -22,9 +23,12 @@ from stable_audio_lite.clap.model import (
     ClapConfig,
     ClapWeights,
     load_state,
+    load_tokenizer,
     read_transformers,
     tokenize,
 )
+from stable_audio_lite.config import from_dict
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.nn.attention import Condition
 
 if TYPE_CHECKING:
@@ -164,6 +168,34 @@ class TextEncoder(nn.Module):
         used = int(mask.sum(1).max())  # columns that are padding in every prompt need no computing
         features = self.tower(ids[:, :used], mask[:, :used]) * mask[:, :used, None]
         return Condition(F.pad(features, (0, 0, 0, self.max_tokens - used)), mask)
+
+
+def bundle_config(folder: str | Path) -> ClapConfig:
+    """The sizes of the CLAP in a bundle.
+
+    Raises:
+        UserError: the bundle's config is missing or wrong, or has no `clap`.
+    """
+    file, data = bundle.read_config(folder)
+    if not isinstance(data.get("clap"), dict):
+        raise UserError(f"{file}: has no key 'clap', so this model reads no text; give one that does")
+    return from_dict(ClapConfig, data["clap"], str(file))
+
+
+def load_whole_clap(folder: str | Path) -> Clap | None:
+    """Both towers of a bundle's CLAP in float32, or None where the bundle lacks the audio tower.
+
+    Raises:
+        UserError: a file is missing or damaged, or its weights don't fit.
+    """
+    if not bundle.part_path(folder, "audio_encoder").is_file():
+        return None
+    text, audio = (
+        {k: v.float() if v.is_floating_point() else v for k, v in bundle.read_part(folder, part).items()}
+        for part in ("text_encoder", "audio_encoder")
+    )
+    tokenizer = load_tokenizer(Path(folder) / bundle.TOKENIZER_FILE)
+    return join_clap(bundle_config(folder), tokenizer, text, audio, str(folder))
 
 
 def load_clap(source: str | Path, tokenizer: str | Path | None = None) -> ClapWeights:
