@@ -17,7 +17,6 @@ from stable_audio_lite.systems import (
     ComplexSTFTConfig,
     SpectralConfig,
     StableAudioConfig,
-    build_unet,
     build_vae,
     load_system,
 )
@@ -54,7 +53,7 @@ def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, 
     parts = {
         "vae": build_vae(config.vae),
         **_text(config.clap, config.timing),
-        "unet": build_unet(config),
+        "unet": config.network(),
     }
     return parts, {
         "sample_rate": config.sample_rate,
@@ -73,11 +72,11 @@ def _spectral(config: SpectralConfig) -> tuple[dict[str, nn.Module], dict[str, A
         "window_samples": shape.samples,
         "spectrogram_shape": list(shape.shape),
         "samples_per_frame": shape.hop,
-        "predicts": config.objective,
+        "predicts": config.process.objective,
         "schedule": to_dict(config.schedule),
     }
     if isinstance(config, ComplexSTFTConfig):
-        return {"unet": config.network()}, facts | {"resampling": config.unet.resample}
+        return {"unet": config.network()}, facts
     text = _text(config.clap, config.timing) if config.clap else {}
     return {**text, "transformer": config.network()}, facts | {"reads_text": config.transformer.text}
 

@@ -24,13 +24,13 @@ from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import audio_blocks, audio_info, check_writable, resample, write_audio
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.devices import choose_device, choose_dtype
-from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise
-from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
+from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.restoration.ddrm import ddrm
 from stable_audio_lite.restoration.degradations import Bandwidth, Inpaint, Task
 from stable_audio_lite.restoration.windows import WindowedDenoiser
-from stable_audio_lite.systems import SpectralConfig, denoiser, load_spectral
+from stable_audio_lite.systems import SpectralConfig, StableAudioConfig, load_system
 
 _OVERLAP = 0.25  # of a window that its neighbour shares at least
 
@@ -92,14 +92,12 @@ class Restorer:
                 file is damaged or doesn't fit its config.
         """
         folder = bundle.resolve(name)
-        config = load_spectral(folder)
-        if config.clap is not None:
-            raise UserError(f"{name}: makes sound from text; to restore, give a model that reads none")
+        config = load_system(folder)
+        if isinstance(config, StableAudioConfig) or config.clap is not None:
+            raise UserError(f"{name}: makes sound from text; to restore, give a model of spectrograms that reads none")
         where = choose_device(device)
-        network = config.network()
-        bundle.load_part(folder, config.part, network)
-        network.eval().requires_grad_(False).to(where, choose_dtype(dtype, where))
-        return cls(denoiser(config, network), config, where, bundle.model_hash(folder))
+        network = bundle.load_module(folder, config.part, config.network).to(where, choose_dtype(dtype, where))
+        return cls(NetworkDenoiser(network, config.process), config, where, bundle.model_hash(folder))
 
     @property
     def sample_rate(self) -> int:
