@@ -15,7 +15,7 @@ from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.clap.text import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.models.conditioner import Conditioner
-from stable_audio_lite.systems import build_unet, build_vae, load_model_config
+from stable_audio_lite.systems import build_vae, load_model_config
 from training import pre_encode, train_clap, train_vae
 
 TINY = Path(__file__).parents[1] / "configs" / "stable_audio" / "tiny.yaml"
@@ -27,7 +27,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_model_config(TINY)
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["warm slow piano", "fast techno drums", "a quiet string quartet"], 280)
-    unet = build_unet(config)
+    unet = config.network()
     with torch.no_grad():
         # Layers that start at zero would hide the prompt from the output.
         for parameter in unet.parameters():

@@ -75,7 +75,7 @@ def test_what_all_systems_share_is_written_once() -> None:
         ("k_diffusion", "diffusion/samplers.py"),
         ("class EMA", "training/ema.py"),
         ("def fit(", "training/loop.py"),
-        ("cumprod", "diffusion/schedule.py"),
+        ("cumprod", "diffusion/process.py"),
     ):
         found = [path for path, text in sources.items() if words in text]
         assert [path.as_posix().endswith(wanted) for path in found] == [True], (words, found)

@@ -27,10 +27,10 @@ from stable_audio_lite.restoration.degradations import (
 )
 from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 from stable_audio_lite.restoration.room import convolve
-from stable_audio_lite.systems import ComplexSTFTConfig, load_spectral
+from stable_audio_lite.systems import ComplexSTFTConfig, load_system
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CONFIG = load_spectral(CONFIGS / "complex_stft" / "tiny.yaml")
+CONFIG = load_system(CONFIGS / "complex_stft" / "tiny.yaml")
 RATE, SHAPE = CONFIG.spectrogram.sample_rate, CONFIG.spectrogram
 SETTINGS = RestoreSettings(steps=20, eta_b=1.0, seed=3)
 

@@ -13,8 +13,8 @@ import torch
 
 from stable_audio_lite.bundle import CARD_FILE, PARTS, TOKENIZER_FILE, part_path, read_part, save_bundle
 from stable_audio_lite.config import from_dict, to_dict
-from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.representation import encoder_hash
 from stable_audio_lite.systems import load_model_config
 from training.command import main
 

@@ -91,7 +91,7 @@ class Crops:
 
 
 def _pan(audio: Tensor, rng: random.Random) -> Tensor:
-    """(2, T) sound mixed to mono and panned with constant power, the middle and both sides likelier; or sides exchanged."""
+    """(2, T) sound mixed to mono and panned with constant power, often to the middle or a side; or sides exchanged."""
     if rng.random() < 0.4:
         return audio.flip(0)
     place = rng.choice((0.0, 0.5, 1.0, rng.random(), rng.random(), rng.random())) * math.pi / 2
