@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -212,11 +214,57 @@ def test_corpus_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "out").exists()
 
 
-def test_help_answers_at_once_and_errors_reach_the_shell() -> None:
+@pytest.mark.parametrize(
+    "args",
+    [[], ["generate"], ["restore"], ["encode"], ["decode"], ["info"], ["corpus"], ["validate-dataset"], ["doctor"]],
+)
+def test_help_answers_at_once(args: list[str]) -> None:
     started = time.perf_counter()
-    command = [sys.executable, "-m", "stable_audio_lite.cli"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "stable_audio_lite.cli", *args, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - started < 2
-    assert done.returncode == 0 and all(name in done.stdout for name in ("generate", "info", "corpus"))
-    done = subprocess.run([*command, "generate", ""], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("usage: stable-audio-lite")
+
+
+def test_commands_of_other_packages_are_there_and_light(declared_commands: dict[str, str], capsys) -> None:
+    assert set(declared_commands) == {"plan", "evaluate"}
+    for name, entry_point in declared_commands.items():
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        assert caught.value.code == 0 and f"stable-audio-lite {name}" in capsys.readouterr().out
+        module = entry_point.partition(":")[0]
+        code = f"import sys, {module}; print(sorted({{'torch', 'accelerate', 'numpy'}} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert caught.value.code == 0 and capsys.readouterr().out == f"stable-audio-lite {declared}\n"
+
+
+def test_errors_reach_the_shell() -> None:
+    command = [sys.executable, "-m", "stable_audio_lite.cli", "generate", ""]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback(generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("not the user's mistake")
+
+    monkeypatch.setattr("stable_audio_lite.pipeline.StableAudio.generate", fail)
+    with pytest.raises(ValueError, match="not the user's mistake"):
+        generate("piano", "-o", "a.wav")
+
+
+def test_a_prompt_that_the_terminal_lacks_stops_no_batch(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("piano 🎹\ndrums\n", encoding="utf-8")
+    command = [sys.executable, "-m", "stable_audio_lite.cli", "generate", "--prompts", "prompts.txt", "-o", "out"]
+    fixed = ["--model", str(tiny_bundle), "--device", "cpu", "--steps", "1", "--batch", "1", "--seconds", "0.1"]
+    ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *fixed], capture_output=True, text=True, cwd=tmp_path, env=ascii_terminal)
+    assert done.returncode == 0 and "piano \\U0001f3b9" in done.stdout, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 2
