@@ -109,7 +109,7 @@ class Codec:
             ) from error
         channels = self.vae.config.latent_channels
         if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
-            raise UserError(f"{path}: latents of another VAE; give the model that encoded them with --model")
+            raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
         return latent, samples
 
     @property

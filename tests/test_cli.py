@@ -210,7 +210,7 @@ def test_info_on_nothing_is_one_line(capsys: pytest.CaptureFixture[str], name: s
 
 
 def test_corpus_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--items" in refused(capsys, cli.main(["corpus", str(tmp_path / "out"), "--items", "0"]))
+    assert "items must be" in refused(capsys, cli.main(["corpus", str(tmp_path / "out"), "--items", "0"]))
     assert not (tmp_path / "out").exists()
 
 
