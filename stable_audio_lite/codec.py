@@ -70,6 +70,8 @@ class Codec:
             for block in stereo_blocks(path, self.sample_rate):
                 samples += block.shape[1]
                 yield block[None].to(self._device)
+            if not samples:
+                raise UserError(f"{path}: too short, it has no samples at the model's {self.sample_rate} Hz")
 
         latent = torch.cat([piece.mean[0].float().cpu() for piece in self.vae.encode_stream(blocks())], 1)
         about = {"encoder": self.encoder, "samples": str(samples), "sample_rate": str(self.sample_rate)}

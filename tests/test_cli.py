@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from stable_audio_lite import cli
-from stable_audio_lite.audio.io import audio_info, read_metadata
+from stable_audio_lite.audio.io import audio_info, read_metadata, write_audio
 from stable_audio_lite.pipeline import StableAudio
 
 ROOT = Path(__file__).parents[1]
@@ -268,3 +271,20 @@ def test_a_prompt_that_the_terminal_lacks_stops_no_batch(tiny_bundle: Path, tmp_
     done = subprocess.run([*command, *fixed], capture_output=True, text=True, cwd=tmp_path, env=ascii_terminal)
     assert done.returncode == 0 and "piano \\U0001f3b9" in done.stdout, done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_sound_too_short_for_the_model_is_one_line(tiny_bundle: Path, tmp_path: Path, capsys) -> None:
+    write_audio(tmp_path / "click.wav", np.ones((1, 1)), 96000)
+    command = ["encode", str(tmp_path / "click.wav"), "-o", str(tmp_path / "latents"), "--model", str(tiny_bundle)]
+    assert "click.wav: too short" in refused(capsys, cli.main(command))
+    assert [path.name for path in tmp_path.rglob("*")] == ["click.wav"]
+
+
+def test_the_library_speaks_of_settings_and_not_of_flags() -> None:
+    library = ROOT / "stable_audio_lite"
+    for path in library.rglob("*.py"):
+        if path.is_relative_to(library / "cli") or path == library / "command.py":
+            continue
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        flags = [text for text in texts if isinstance(text, str) and re.search(r"(^|[\s(])--[a-z]{2}|[\s(]-o\b", text)]
+        assert not flags, f"{path}: {flags}"

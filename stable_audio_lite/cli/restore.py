@@ -14,7 +14,7 @@ from stable_audio_lite.command import Commands
 from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
-    from stable_audio_lite.restoration.degradations import Task
+    from stable_audio_lite.restoration.degradations import Degradation
 
 _OPTION_OF = {"inpaint": "gap", "bandwidth": "cutoff", "denoise": "noise_db", "dereverb": "room"}
 """The option that each task alone has."""
@@ -55,8 +55,8 @@ def _run(args: argparse.Namespace) -> None:
     model = Restorer.from_pretrained(args.model, args.device, args.dtype)
     started = time.perf_counter()
     with ProgressBar(1) as progress:
-        task = _task(args, gaps, rate, model.sample_rate)
-        done = model.restore_file(args.file, args.output, task, settings, progress.within(0, 1))
+        degradation = _degradation(args, gaps, rate, model.sample_rate)
+        done = model.restore_file(args.file, args.output, degradation, settings, progress.within(0, 1))
     rest = ", ".join(f"{key} {value}" for key, value in done.settings.items() if value is not None)
     quieter = f", attenuated to {done.gain:.3f}" if done.gain < 1 else ""
     working = time.perf_counter() - started
@@ -78,7 +78,9 @@ def _gap(text: str) -> tuple[float, float]:
     return float(match[1]), float(match[2])
 
 
-def _task(args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int) -> Task:
+def _degradation(
+    args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int
+) -> Degradation:
     from stable_audio_lite.audio.io import read_audio
     from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint
 
