@@ -1,4 +1,4 @@
-"""What evaluation adds to the `stable-audio-lite` command; nothing heavy is imported until it runs."""
+"""The subcommand that evaluation adds to `stable-audio-lite`; nothing heavy is imported until it runs."""
 
 from __future__ import annotations
 

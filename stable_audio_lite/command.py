@@ -1,4 +1,4 @@
-"""What every command of the project shares: a parser with one-line mistakes, and one way to end.
+"""The parser and the runner that all commands of the project share: mistakes are one line, and all end in one way.
 
 The exit status is 0, or what the command says; 2 after a mistake that the user can mend, which is one line on stderr;
 130 after Ctrl-C.
