@@ -65,6 +65,8 @@ class Codec:
             for block in stereo_blocks(path, self.sample_rate):
                 samples += block.shape[1]
                 yield block[None].to(self._device)
+            if not samples:
+                raise UserError(f"{path}: too short, it has no samples at the model's {self.sample_rate} Hz")
 
         latent = torch.cat([piece.mean[0].float().cpu() for piece in self.vae.encode_stream(blocks())], 1)
         about = {"encoder": self.encoder, "samples": str(samples), "sample_rate": str(self.sample_rate)}
@@ -104,7 +106,7 @@ class Codec:
             ) from error
         channels = self.vae.config.latent_channels
         if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
-            raise UserError(f"{path}: latents of another VAE; give the model that encoded them with --model")
+            raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
         return latent, samples
 
     @property

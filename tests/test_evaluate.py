@@ -440,6 +440,7 @@ def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
     assert one["reference"] != other["reference"] and one["clap"]["weights"] == other["clap"]["weights"]
 
 
+@pytest.mark.usefixtures("declared_commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -471,6 +472,7 @@ def test_mistakes_are_one_line(music: Path, weights: Path, monkeypatch, capsys, 
     assert sorted(music.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("declared_commands")
 def test_the_command_stores_and_prints(weights: Path, music: Path, tmp_path: Path, capsys) -> None:
     options = ["--metrics", "clap_score", "--clap", weights / "clap", "--cache", tmp_path, "-o", tmp_path / "a.json"]
     command = ["evaluate", music / "made", music / "real", *options, "--name", "mine", "--device", "cpu"]
