@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.clap.model import ClapConfig, load_tokenizer
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.checkpoints import load_text_encoder
+from stable_audio_lite.clap.config import ClapConfig
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, Objective
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
 from stable_audio_lite.diffusion.schedule import polyexponential_sigmas, sigma_to_t
@@ -369,12 +370,5 @@ def load_text_parts(folder: Path, clap: ClapConfig, timing: TimingConfig) -> tup
     Raises:
         UserError: a file is missing or damaged, or doesn't fit.
     """
-    path = folder / bundle.TOKENIZER_FILE
-    tokenizer = load_tokenizer(path)
-    if tokenizer.get_vocab_size() > clap.vocab_size:
-        raise UserError(
-            f"{path}: knows {tokenizer.get_vocab_size()} tokens, but clap.vocab_size is {clap.vocab_size}; "
-            "use the tokenizer that the text encoder was trained with"
-        )
-    text_encoder = load_part(folder, "text_encoder", lambda: TextEncoder(clap, tokenizer)).float()
-    return text_encoder, load_part(folder, "conditioner", lambda: Conditioner(timing, clap.text_width)).float()
+    conditioner = load_part(folder, "conditioner", lambda: Conditioner(timing, clap.text_width)).float()
+    return load_text_encoder(folder, clap), conditioner

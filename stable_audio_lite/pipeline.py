@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite import bundle
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError

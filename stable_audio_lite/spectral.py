@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.spectrogram import Spectrogram
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.schedule import DiscreteSchedule
 from stable_audio_lite.generation import Pipeline, load_part, load_text_parts

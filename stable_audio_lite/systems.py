@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
 from stable_audio_lite.bundle import FORMAT, read_config
-from stable_audio_lite.clap.model import ClapConfig
+from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.denoiser import NetworkDenoiser, Objective
 from stable_audio_lite.diffusion.samplers import SAMPLERS
