@@ -7,6 +7,7 @@ import pickle
 import sys
 import zipfile
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,19 @@ def test_shipped_bundles_have_names() -> None:
     assert by_name.config == by_folder.config and by_name.parts.keys() == {"text_encoder", "audio_encoder"}
     with pytest.raises(UserError, match="no key 'clap'"):
         read_checkpoint("restorer")
+
+
+def test_a_hub_id_is_fetched_without_other_networks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(_: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_clap("someone/bundle").config == SIZES
+    assert {"config.yaml", "config.json", "text_encoder.safetensors", "model.safetensors"} < set(asked)
+    assert not any(fnmatch("unet.safetensors", pattern) for pattern in asked)
 
 
 def test_a_clap_of_other_sizes_is_refused(folder: Path) -> None:

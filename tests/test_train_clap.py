@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,15 +37,15 @@ def corpus(tmp_path):
     return folder
 
 
+def settings(corpus: Path, output: Path, steps: int = 1, **more: Any) -> TrainClapConfig:
+    run_settings = {"output": str(output), "steps": steps, "tracker": "none"} | more.pop("run", {})
+    given = {"model": "configs/stable_audio/tiny.yaml", "batch_size": 3, "optimizer": OptimizerConfig(lr=1e-3)} | more
+    return TrainClapConfig(data=(str(corpus),), run=RunConfig(**run_settings), **given)
+
+
 def test_training_writes_a_bundle_and_resumes(corpus, tmp_path):
-    config = TrainClapConfig(
-        model="configs/stable_audio/tiny.yaml",
-        data=(str(corpus),),
-        held_out=str(corpus),
-        batch_size=2,
-        run=RunConfig(output=str(tmp_path / "run"), steps=2, evaluate_every=2, checkpoint_every=1, tracker="none"),
-        optimizer=OptimizerConfig(lr=1e-3),
-    )
+    often = {"evaluate_every": 2, "checkpoint_every": 1}
+    config = settings(corpus, tmp_path / "run", 2, held_out=str(corpus), batch_size=2, run=often)
     bundle = run(config)
     rows = [json.loads(line) for line in (tmp_path / "run/losses.jsonl").read_text().splitlines()]
     recalls = [row["held_out/text_to_audio/R@10"] for row in rows if "held_out/text_to_audio/R@10" in row]
@@ -57,16 +57,10 @@ def test_training_writes_a_bundle_and_resumes(corpus, tmp_path):
 
 def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
     """The audio tower goes on from a bundle; what a U-Net sees of a prompt is the same to the bit."""
-    settings = {
-        "model": "configs/stable_audio/tiny.yaml",
-        "data": (str(corpus),),
-        "batch_size": 3,
-        "optimizer": OptimizerConfig(lr=1e-2),
-    }
-    run_config = RunConfig(output=str(tmp_path / "first"), steps=1, tracker="none")
-    first = run(TrainClapConfig(run=run_config, **settings))
-    again = replace(run_config, output=str(tmp_path / "again"), steps=2)
-    second = run(TrainClapConfig(run=again, initial=str(first), freeze_text=True, **settings))
+    first = run(settings(corpus, tmp_path / "first"))
+    goes_on = settings(corpus, tmp_path / "again", 2, initial=str(first), freeze_text=True)
+    assert all(module.training for module in ClapTask(goes_on).modules["clap"].modules())
+    second = run(goes_on)
     before, after = (load_file(folder / "text_encoder.safetensors") for folder in (first, second))
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     whole, changed = (load_clap(folder) for folder in (first, second))
@@ -75,44 +69,29 @@ def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
     assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
     (first / "audio_encoder.safetensors").unlink()
     with pytest.raises(UserError, match="no audio_encoder"):
-        run(TrainClapConfig(run=replace(again, output=str(tmp_path / "x")), initial=str(first), **settings))
+        run(settings(corpus, tmp_path / "x", initial=str(first)))
     with pytest.raises(ValueError, match="freeze_text needs initial"):
-        TrainClapConfig(run=again, freeze_text=True, **settings)
+        settings(corpus, tmp_path / "x", freeze_text=True)
 
 
 def test_main_captions_are_drawn_as_often_as_asked(corpus, tmp_path):
-    settings = {
-        "model": "configs/stable_audio/tiny.yaml",
-        "data": (str(corpus),),
-        "batch_size": 3,
-        "optimizer": OptimizerConfig(lr=1e-3),
-        "run": RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
-    }
     shares = {}
     for main in (0.0, 0.5, 1.0):
-        task = ClapTask(TrainClapConfig(main_caption=main, **settings))
+        task = ClapTask(settings(corpus, tmp_path / "run", main_caption=main))
         again = task.tokenizer.token_to_id("Ġagain")
         assert again is not None  # the captions that aren't the main one have this word
         found = [(task.batch(number, 0, 1)["ids"] == again).any(1) for number in range(60)]
         shares[main] = 1 - float(torch.cat(found).float().mean())
     assert shares[1.0] == 1 and 0.4 < shares[0.0] < 0.6 and 0.67 < shares[0.5] < 0.83
     with pytest.raises(ValueError, match="main_caption must lie in 0..1"):
-        TrainClapConfig(main_caption=1.5, **settings)
+        settings(corpus, tmp_path / "run", main_caption=1.5)
 
 
 def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):
     model = yaml.safe_load(Path("configs/stable_audio/tiny.yaml").read_text())
     model["clap"]["audio_fusion"] = True
     (tmp_path / "fusion.yaml").write_text(yaml.safe_dump(model))
-    task = ClapTask(
-        TrainClapConfig(
-            model=str(tmp_path / "fusion.yaml"),
-            data=(str(corpus),),
-            batch_size=3,
-            run=RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
-            optimizer=OptimizerConfig(lr=1e-3),
-        )
-    )
+    task = ClapTask(settings(corpus, tmp_path / "run", model=str(tmp_path / "fusion.yaml")))
     batch = task.batch(0, 0, 1)
     assert batch["mels"].shape == (3, 4, 1001, 64) and batch["longer"].sum() >= 2
     assert all(torch.equal(v, task.batch(0, 0, 1)[k]) for k, v in batch.items())
@@ -123,12 +102,7 @@ def test_a_fusion_model_trains_on_long_and_short_sounds(corpus, tmp_path):
 
 def test_the_language_model_reads_the_layer_that_generators_read(corpus, tmp_path):
     """Its loss is 0 for features that point at their tokens; it reaches that layer and all below, and nothing else."""
-    settings = {"model": "configs/stable_audio/tiny.yaml", "data": (str(corpus),), "batch_size": 3}
-    run_config = RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none")
-    config = TrainClapConfig(
-        run=run_config, optimizer=OptimizerConfig(lr=1e-3), language=1.0, corrupted=0.5, **settings
-    )
-    task = ClapTask(config)
+    task = ClapTask(settings(corpus, tmp_path / "run", language=1.0, corrupted=0.5))
     batch = task.batch(0, 0, 1)
     ids, corrupted = batch["ids"], batch["corrupted"]
     guessed = (corrupted != ids)[batch["mask"]]
@@ -145,15 +119,9 @@ def test_the_language_model_reads_the_layer_that_generators_read(corpus, tmp_pat
 
 
 def test_too_few_items_and_captions_are_named(corpus, tmp_path):
-    settings = {
-        "model": "configs/stable_audio/tiny.yaml",
-        "data": (str(corpus),),
-        "batch_size": 4,
-        "run": RunConfig(output=str(tmp_path / "run"), steps=1, tracker="none"),
-        "optimizer": OptimizerConfig(lr=1e-3),
-    }
+    config = settings(corpus, tmp_path / "run", batch_size=4)
     with pytest.raises(UserError, match="batch_size"):
-        run(TrainClapConfig(**settings))
+        run(config)
     (corpus / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match="no item has a caption"):
-        run(TrainClapConfig(**settings))
+        run(config)

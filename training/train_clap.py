@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -134,7 +133,7 @@ class ClapTask(Task):
         if config.freeze_text:
             for name, parameter in clap.model.named_parameters():
                 parameter.requires_grad_(text_encoder_name(name, clap.config) is None)
-        self.modules: dict[str, nn.Module] = {"clap": clap}
+        self.modules: dict[str, nn.Module] = {"clap": clap.train()}
         self.optimizers = {"clap": config.optimizer}
 
     def _new(self) -> Clap:
@@ -251,17 +250,12 @@ class ClapTask(Task):
         """Batches of the held-out items that can be read, each with its main caption."""
         assert self.config.held_out is not None
         items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
-        mels = Mels(items, self.model.clap)
-
-        def read(index: int) -> tuple[str, Tensor] | None:
+        mels, found = Mels(items, self.model.clap), []
+        for index, item in enumerate(items):
             try:
-                return items[index].captions[0], mels(index)
+                found.append((item.captions[0], mels(index)))
             except UserError as error:
                 print(f"left out: {error}", file=sys.stderr)
-                return None
-
-        with ThreadPoolExecutor(2) as pool:
-            found = [pair for pair in pool.map(read, range(len(items))) if pair is not None]
         if not found:
             raise UserError(f"{self.config.held_out}: none of the {len(items)} items can be read")
         batches = []
