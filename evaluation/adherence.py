@@ -39,8 +39,8 @@ from evaluation.obedience import sound_end
 from evaluation.result import without_nan
 from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
 from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.clap.model import Clap
-from stable_audio_lite.clap.text import load_whole_clap
 from stable_audio_lite.corpus.captions import facts_told
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -254,7 +254,7 @@ def main() -> None:
         tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
         sounds = generate(model, requests, args.seed)
         measures = measure(tagger, requests, sounds, model.config.sample_rate)
-        clap = load_whole_clap(model.folder)
+        clap = read_checkpoint(model.folder).clap()
         apart = distances(clap, requests, sounds, model.config.sample_rate) if clap else None
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from evaluation.adherence import Distances, Measure, distances, generate, measure, requests_of
 from evaluation.tagger import load_tagger, train_on_corpus
-from stable_audio_lite.clap.text import load_whole_clap
+from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
@@ -89,7 +89,7 @@ def main() -> None:
         variants = [(settings, with_settings(model, settings)) for settings in combinations(chosen)]
         requests = requests_of(args.corpus, args.items, model.config.window_seconds, args.seed)
         tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
-        clap, rate = load_whole_clap(model.folder), model.config.sample_rate
+        clap, rate = read_checkpoint(model.folder).clap(), model.config.sample_rate
         print(heading(chosen))
         for settings, variant in variants:
             begun = time.perf_counter()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from stable_audio_lite import bundle
-from stable_audio_lite.clap.model import ClapConfig
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.config import ClapConfig
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.systems import (

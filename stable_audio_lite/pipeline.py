@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite import bundle
-from stable_audio_lite.clap.model import ClapConfig, load_tokenizer
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.checkpoints import load_text_encoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
 from stable_audio_lite.lora import merge_lora
-from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
+from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.representation import Representation, load_representation
 from stable_audio_lite.request import OF_PROMPTS, Generated, Limits, Request, check_texts, choose_seed, make_request
@@ -106,7 +106,9 @@ class StableAudio:
             merged = {"lora": str(lora), "lora_strength": lora_strength}
         text_encoder = conditioner = None
         if not isinstance(config, ComplexSTFTConfig) and config.clap is not None:
-            text_encoder, conditioner = load_text_parts(folder, config.clap, config.timing)
+            timing, width = config.timing, config.clap.text_width
+            text_encoder = load_text_encoder(folder, config.clap)
+            conditioner = bundle.load_module(folder, "conditioner", lambda: Conditioner(timing, width)).float()
         model = cls(folder, config, representation, network, text_encoder, conditioner, merged)
         return model.to(where, kind)
 
@@ -322,21 +324,3 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
             progress(done, total)
 
     return step
-
-
-def load_text_parts(folder: Path, clap: ClapConfig, timing: TimingConfig) -> tuple[TextEncoder, Conditioner]:
-    """The parts on the way of a bundle's prompts and timing, in float32.
-
-    Raises:
-        UserError: a file is missing or damaged, or doesn't fit.
-    """
-    path = folder / bundle.TOKENIZER_FILE
-    tokenizer = load_tokenizer(path)
-    if tokenizer.get_vocab_size() > clap.vocab_size:
-        raise UserError(
-            f"{path}: knows {tokenizer.get_vocab_size()} tokens, but clap.vocab_size is {clap.vocab_size}; "
-            "use the tokenizer that the text encoder was trained with"
-        )
-    text_encoder = bundle.load_module(folder, "text_encoder", lambda: TextEncoder(clap, tokenizer)).float()
-    conditioner = bundle.load_module(folder, "conditioner", lambda: Conditioner(timing, clap.text_width))
-    return text_encoder, conditioner.float()

@@ -15,7 +15,7 @@ from torch import nn
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
 from stable_audio_lite.bundle import FORMAT, read_config
-from stable_audio_lite.clap.model import ClapConfig
+from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, Process, ScheduleConfig
 from stable_audio_lite.diffusion.samplers import SAMPLERS

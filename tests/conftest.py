@@ -15,7 +15,7 @@ from training_runs import clap_settings, load, vae_settings
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.systems import build_vae, load_model_config

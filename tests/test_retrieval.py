@@ -29,7 +29,7 @@ def test_figures_of_a_few_pieces(
 
 
 def test_what_can_not_be_asked(bundles: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="no audio_encoder"):
+    with pytest.raises(SystemExit, match="no text_encoder"):
         run(monkeypatch, str(bundles["vae"]), str(data))
     with pytest.raises(SystemExit, match="two are needed"):
         run(monkeypatch, str(bundles["clap"]), str(data), "--items", "1")

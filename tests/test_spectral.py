@@ -14,7 +14,7 @@ from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_metadata
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.diffusion.samplers import SAMPLERS, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
