@@ -66,14 +66,14 @@ class RunConfig:
 class OptimizerConfig:
     """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then a decay or none.
 
-    Exponential: `gamma`^step. Cosine: to a hundredth.
+    Exponential: `gamma`^step. Inverse: (1 + step / 10^6)^-1/2. Cosine: to a hundredth.
     """
 
     lr: float
     betas: tuple[float, ...] = (0.9, 0.999)
     weight_decay: float = 0.0
     warmup_steps: int = 0
-    decay: Literal["none", "exponential", "cosine"] = "none"
+    decay: Literal["none", "exponential", "inverse", "cosine"] = "none"
     gamma: float = 0.999996
     muon_lr: float | None = None
 
@@ -94,6 +94,8 @@ class OptimizerConfig:
         rate = self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
         if self.decay == "exponential":
             return rate * self.gamma**step
+        if self.decay == "inverse":
+            return rate * (1 + step / 1e6) ** -0.5
         if self.decay == "cosine":
             return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         return rate
