@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.pipeline import StableAudio
-from training.task import Sound
+from training.task import Demo
 
 _LEVELS = 4  # noise-level bins of the logged loss
 _UNPROMPTED = 3  # demos where there are no prompts
@@ -38,17 +38,17 @@ class DemosConfig:
         if self.every < 1 or not self.cfg:
             raise ValueError("every must be at least 1, and cfg not empty")
 
-    def sounds(self, model: StableAudio) -> list[Sound]:
+    def sounds(self, model: StableAudio) -> list[Demo]:
         """Generate them with `model`."""
         settings: dict[str, Any] = {"seconds": self.seconds, "steps": self.steps, "seed": 0}
         if not self.prompts:
             made = model.generate(count=_UNPROMPTED, **settings)
-            return [Sound(f"sound{i}", audio, made.sample_rate) for i, audio in enumerate(made.audio, 1)]
+            return [Demo(f"sound{i}", audio, made.sample_rate) for i, audio in enumerate(made.audio, 1)]
         sounds = []
         for cfg in self.cfg:
             made = model.generate(list(self.prompts), cfg=cfg, **settings)
             rows = enumerate(made.audio, 1)
-            sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
+            sounds += [Demo(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
         return sounds
 
 

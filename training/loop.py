@@ -27,11 +27,11 @@ from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, 
 from training.ema import EMA
 from training.monitor import Monitor
 from training.shard import shard, sharding
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 from training.update import Health, Update
 
 
-def fit(run: RunConfig, task: Task, config: Any) -> Path:
+def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
     """Train `task` for `run.steps` steps, resuming from the newest checkpoint in `run.output`.
 
     `config` is the whole configuration (a dataclass), saved beside the checkpoints. Returns the bundle's folder.
@@ -145,7 +145,9 @@ def _mix(seed: int, number: int, rank: int) -> int:
     return (seed * 1_000_003 + number) * 4_099 + rank
 
 
-def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -> Iterator[tuple[int, Iterator[Any]]]:
+def _batches(
+    task: TrainingTask, accelerator: Accelerator, start: int, run: RunConfig
+) -> Iterator[tuple[int, Iterator[Any]]]:
     """(step, its batches) pairs; the next batch is read while one is used."""
     rank, world = accelerator.process_index, accelerator.num_processes
     last = run.steps * run.accumulate - 1
@@ -162,7 +164,7 @@ def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -
             yield step, (take(number) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
-def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> dict[str, Tensor]:
+def one_step(task: TrainingTask, batches: Iterable[Any], step: int, update: Update) -> dict[str, Tensor]:
     """Gradients of one update of everything, which `update.end` does; returns the losses, averaged over batches."""
     accelerator, count = update.accelerator, update.run.accumulate
     update.begin(step)

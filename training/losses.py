@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.stft import stft
-from stable_audio_lite.models.spectrogram_vae import Encoder
+from stable_audio_lite.models.spectrogram_vae import SpectrogramEncoder
 
 Maps = list[tuple[Tensor, list[Tensor]]]
 
@@ -68,7 +68,7 @@ class MultiResolutionSTFTLoss(nn.Module):
         """Distances "stft/sum", "difference", "left", "right", and perhaps "stft/mel", of (B, 2, T) signals."""
         both = torch.cat((output, target)).float()
         if self.fir is not None:
-            both = convolve(both, self.fir)
+            both = filter_fir(both, self.fir)
         names = ("sum", "difference", "left", "right")
         totals = dict.fromkeys((*names, *(["mel"] if self.mel else [])), output.new_zeros((), dtype=torch.float32))
         for window in self.windows:
@@ -108,7 +108,7 @@ def mel_bands(sample_rate: int, window: int) -> Tensor:
     return bands / bands.sum(1, keepdim=True)
 
 
-def convolve(audio: Tensor, fir: Tensor) -> Tensor:
+def filter_fir(audio: Tensor, fir: Tensor) -> Tensor:
     """Filter (..., T) audio with an odd number of symmetric taps, without delay; done by spectra: exact and fast."""
     n = 1 << (audio.shape[-1] + fir.shape[0] - 1).bit_length()
     filtered = torch.fft.irfft(torch.fft.rfft(audio, n) * torch.fft.rfft(fir, n), n)
@@ -140,7 +140,7 @@ class WaveformLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Mean relative error "waveform/relative" of (B, C, T) signals, 1 for silence."""
         both = torch.cat((output, target)).float()
-        return {"waveform/relative": (self._relative(both) + self._relative(convolve(both, self.fir))) / 2}
+        return {"waveform/relative": (self._relative(both) + self._relative(filter_fir(both, self.fir))) / 2}
 
     def _relative(self, both: Tensor) -> Tensor:
         output, target = both.chunk(2)
@@ -158,7 +158,7 @@ class SpectralFeatureLoss(nn.Module):
         encoder: whose normalisation the features have.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: SpectrogramEncoder):
         super().__init__()
         self.encoder = encoder
 

@@ -30,13 +30,13 @@ from stable_audio_lite.config import load_config, read_yaml
 from training.checkpoint import checkpoints
 from training.loop import one_step
 from training.profile import Profile, profile
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 from training.train_clap import ClapTask, TrainClapConfig
 from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 from training.train_vae import TrainVAEConfig, VAETask
 from training.update import Update
 
-TRAINERS: dict[str, tuple[type, type[Task]]] = {
+TRAINERS: dict[str, tuple[type, type[TrainingTask]]] = {
     "train_clap": (TrainClapConfig, ClapTask),
     "train_vae": (TrainVAEConfig, VAETask),
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
@@ -170,7 +170,7 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
         return _measure(trainer, task, run, steps, processes, profiled)
 
 
-def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
+def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
     """The trainer that has most of the file's keys: the strict reading of the file then names what is wrong."""
     keys = set(read_yaml(path))
     shared = {name: len(keys & {f.name for f in dataclasses.fields(c)}) for name, (c, _) in TRAINERS.items()}
@@ -178,7 +178,7 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
     return best, *TRAINERS[best]
 
 
-def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
+def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
     accelerator = Accelerator(mixed_precision=run.precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
@@ -237,7 +237,7 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
     )
 
 
-def _batches(task: Task, step: int, run: RunConfig) -> Iterable[Any]:
+def _batches(task: TrainingTask, step: int, run: RunConfig) -> Iterable[Any]:
     return (task.batch(number, 0, 1) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
@@ -249,7 +249,7 @@ class _Counts:
     flops: int
 
 
-def _counted_step(task: Task, size: int, step: int, update: Update) -> _Counts:
+def _counted_step(task: TrainingTask, size: int, step: int, update: Update) -> _Counts:
     """Do a step with batches of `size` items."""
     before, task.batch_size = task.batch_size, size
     constant = {t.untyped_storage().data_ptr() for m in task.modules.values() for t in m.state_dict().values()}

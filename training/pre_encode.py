@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.data.latents import About, CachedLatent, LatentCache
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
@@ -107,7 +107,7 @@ def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLa
     """
     audio = read_audio(item.path, sample_rate)
     latent = vae.encode_chunked(audio[None].to(next(vae.parameters()).device)).mean[0].float().cpu()
-    about = About(
+    about = LatentMetadata(
         name=item.name,
         captions=item.captions,
         truth=item.truth,

@@ -102,7 +102,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class Sound:
+class Demo:
     """Something to listen to while a run goes on: (C, T) `audio`, full scale 1, and its `name`."""
 
     name: str
@@ -110,7 +110,7 @@ class Sound:
     sample_rate: int
 
 
-class Task(ABC):
+class TrainingTask(ABC):
     """What is trained: modules, optimizers, data and losses.
 
     Attributes:
@@ -163,6 +163,6 @@ class Task(ABC):
         """Named figures on held-out data; {} for none."""
         return {}
 
-    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
         """What unwrapped modules that hold the averaged weights sound like; on one process alone."""
         return []

@@ -32,7 +32,7 @@ from stable_audio_lite.systems import StableAudioConfig
 from training.command import main
 from training.loop import fit
 from training.noise import generator
-from training.task import OptimizerConfig, RunConfig, Task
+from training.task import OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update, unwrap
 
 
@@ -114,7 +114,7 @@ class Mels:
         return self._cache[index].float()
 
 
-class ClapTask(Task):
+class ClapTask(TrainingTask):
     """Both towers together."""
 
     averaged = ("clap",)

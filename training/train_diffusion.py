@@ -38,7 +38,7 @@ from training.examples import Examples, LatentWindows, SoundExamples, latent_sta
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
-from training.task import OptimizerConfig, RunConfig, Sound, Task
+from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update
 
 
@@ -109,7 +109,7 @@ class TrainDiffusionConfig:
             raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
 
 
-class DiffusionTask(Task):
+class DiffusionTask(TrainingTask):
     """A network learns to predict clean data, noise or v from noisy data."""
 
     averaged = ("model",)
@@ -203,7 +203,7 @@ class DiffusionTask(Task):
         parts |= self.clap.parts | {"conditioner": model.conditioner.state_dict()}
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
-    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
         """Each prompt at each guidance scale, by the bundle that the run would export now."""
         assert self.config.demos is not None
         with tempfile.TemporaryDirectory() as folder:

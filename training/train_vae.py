@@ -34,7 +34,7 @@ from training.losses import (
     hinge_generator,
 )
 from training.noise import item_noise
-from training.task import OptimizerConfig, RunConfig, Task
+from training.task import OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update
 
 _CALIBRATION = 64  # crops by whose statistics features are normalised
@@ -117,7 +117,7 @@ class TrainVAEConfig:
             raise ValueError("stft_floor must be above 0, gain_db at least 0")
 
 
-class VAETask(Task):
+class VAETask(TrainingTask):
     """Joint training, or of the decoder alone."""
 
     averaged = ("vae",)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.shard import full
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Health:
 class Update:
     """Backward passes as losses come, then clipping and the optimizers' steps at the step's end."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer]):
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: TrainingTask, optimizers: dict[str, Optimizer]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
         self.scaler = accelerator.scaler  # of the loss, in fp16 alone
         self.health = Health()

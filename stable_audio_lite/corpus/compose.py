@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stable_audio_lite.corpus import parts as play
-from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest, progression, voicing
+from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest_pitch, progression, voicing
 from stable_audio_lite.corpus.instruments import INSTRUMENTS, Instrument, balanced, playing
 from stable_audio_lite.corpus.parts import Event, Score
 from stable_audio_lite.corpus.piece import DRUMS, ChordSpan, Note, Part, Piece
@@ -248,7 +248,7 @@ def _written(rng: random.Random, score: Score, instrument: Instrument, role: str
     roll = 0.06 if instrument.family in ("guitar", "strings", "piano") and instrument.decay == "long" else 0.0
     triad = voicing(play.tones_for(instrument, score.final), middle, low, high)
     if role == "bass" or (role == "solo" and instrument.solo == "bass"):
-        root = nearest(score.final.tones[0], low + 10, low, high)
+        root = nearest_pitch(score.final.tones[0], low + 10, low, high)
         return play.bassline(rng, score, instrument) + play.closing(score, instrument, [root], 0)
     if role == "chords":
         return play.comping(rng, score, instrument, middle) + play.closing(score, instrument, triad, roll)
@@ -269,7 +269,7 @@ def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool,
     below = max(low + 6.0, center - 17)
     solo = instrument.solo if alone else "line"
     events = play.melody(rng, score, instrument, center)
-    last = nearest(score.final.tones[0], events[-1].pitch if events else center, low, high)
+    last = nearest_pitch(score.final.tones[0], events[-1].pitch if events else center, low, high)
     pitches = [last]
     if solo == "keys":
         manner = rng.choice(("comp", "arpeggio"))
@@ -278,7 +278,7 @@ def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool,
     elif solo == "chorale":
         events += [_softer(event) for event in play.pad(score, instrument, below)]
     if solo != "line":
-        root = nearest(score.final.tones[0], below - 6, low, high)
+        root = nearest_pitch(score.final.tones[0], below - 6, low, high)
         pitches = sorted({root, *voicing(score.final.tones, below, low, high), last})
     return events + play.closing(score, instrument, pitches, roll)
 

@@ -14,7 +14,7 @@ from stable_audio_lite.errors import UserError
 PREFIX = "hf:"
 
 
-def read_items(name: str) -> list[Item]:
+def read_hub_items(name: str) -> list[Item]:
     """The items of `hf:owner/name`, `hf:owner/name:split` (train without one) or a folder that `save_to_disk` wrote.
 
     The texts are in the column "captions" (lists) or "text". Audio stays as it is stored until it is read.

@@ -25,7 +25,7 @@ _INDEX, _MARK = "latents.json", "cache.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class LatentMetadata:
     """What is known of a cached item.
 
     Attributes:
@@ -51,7 +51,7 @@ class CachedLatent:
 
     number: int
     latent: Tensor
-    about: About
+    about: LatentMetadata
 
 
 class LatentCache:
@@ -167,8 +167,8 @@ def read_shard(path: Path) -> list[CachedLatent]:
         raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
 
 
-def _about(row: dict[str, Any]) -> About:
-    return About(**row | {"captions": tuple(row["captions"])})
+def _about(row: dict[str, Any]) -> LatentMetadata:
+    return LatentMetadata(**row | {"captions": tuple(row["captions"])})
 
 
 @dataclass(frozen=True, kw_only=True)

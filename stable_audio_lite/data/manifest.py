@@ -29,9 +29,9 @@ def read_items(source: str | Path) -> list[Item]:
     name = str(source)
     folder = Path(source)
     if name.startswith(hub.PREFIX) or (folder / "dataset_info.json").is_file():
-        items = hub.read_items(name)
+        items = hub.read_hub_items(name)
     elif name.endswith(".tar"):
-        items = shards.read_items(shards.expand(name))
+        items = shards.read_shard_items(shards.expand(name))
     elif folder.suffix in _LISTS and folder.is_file():
         items = [_item(folder.parent, *row) for row in _LISTS[folder.suffix](folder)]
     elif not folder.is_dir():
@@ -41,7 +41,7 @@ def read_items(source: str | Path) -> list[Item]:
     elif (folder / "metadata.csv").exists():
         items = [_item(folder, *row) for row in _csv_rows(folder / "metadata.csv")]
     elif tars := sorted(folder.glob("*.tar")):
-        items = shards.read_items([str(tar) for tar in tars])
+        items = shards.read_shard_items([str(tar) for tar in tars])
     else:
         items = [Item(path=p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
     if not items:

@@ -32,7 +32,7 @@ def expand(pattern: str) -> list[str]:
     ]
 
 
-def read_items(addresses: list[str]) -> list[Item]:
+def read_shard_items(addresses: list[str]) -> list[Item]:
     """The items of some shards, in their order; the texts are in `KEY.json` ("text", "captions") or `KEY.txt`.
 
     Raises:

@@ -25,7 +25,7 @@ from stable_audio_lite.nn.attention import (
 )
 from stable_audio_lite.nn.steps import step_features
 
-TIME_MULTIPLIER = 4  # hidden width of the time mapping, in units of the width
+_TIME_MULTIPLIER = 4  # hidden width of the time mapping, in units of the width
 POSITION_STD = 0.02
 
 
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         return self.to_out(merge_heads(F.scaled_dot_product_attention(queries, keys, values)))
 
 
-class Block(nn.Module):
+class PatchBlock(nn.Module):
     """Attention, cross-attention where there is text, and a feed-forward, each behind a norm and added to its input."""
 
     def __init__(self, config: SpectrogramTransformerConfig, context_width: int | None) -> None:
@@ -150,12 +150,12 @@ class SpectrogramTransformer(nn.Module):
                 f"got {context_width} and {context_tokens} with text = {str(config.text).lower()}"
             )
         self.config, self.shape = config, (channels, bins, frames)
-        width, patch, hidden = config.width, config.patch, TIME_MULTIPLIER * config.width
+        width, patch, hidden = config.width, config.patch, _TIME_MULTIPLIER * config.width
         grid = (bins // patch, frames // patch)
         self.patch_in = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(POSITION_STD * torch.randn(grid[0] * grid[1], width))
         self.time = nn.Sequential(linear(width, hidden), nn.Tanh(), linear(hidden, width))
-        self.blocks = nn.ModuleList(Block(config, context_width) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(PatchBlock(config, context_width) for _ in range(config.blocks))
         self.patch_out = nn.ConvTranspose2d(width, channels, patch, stride=patch)
         self.null = None
         if context_width is not None and context_tokens is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stable_audio_lite.nn.attention import merge_heads, split_heads
 from stable_audio_lite.nn.steps import step_features
 
-TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
 MAX_PERIOD = 10_000.0  # of the time's slowest sinusoid, in steps, over 2 pi
 LEAST_BOTTLENECK = 16  # narrowest bottleneck of a TDF, in bins
 
@@ -87,7 +87,7 @@ class SpectrogramUNetConfig:
 # Layers over (B, C, T, F)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm2d(nn.Module):
     """Group norm with an optional adaptive scale and shift (Dhariwal & Nichol 2021, section 4.3)."""
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
@@ -130,13 +130,13 @@ class TDF(nn.Module):
         return x + self.layers(x).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention2d(nn.Module):
     """Self-attention over all bins and frames, added to its input; adds nothing at first."""
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(groups, channels)
+        self.norm = GroupNorm2d(groups, channels)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = zeroed(nn.Linear(channels, channels))
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         return x + out.transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
+class Downsample2d(nn.Module):
     """Halves bins and frames by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -160,7 +160,7 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
-class Upsample(nn.Module):
+class Upsample2d(nn.Module):
     """Doubles bins and frames by repetition and a convolution."""
 
     def __init__(self, channels: int) -> None:
@@ -182,7 +182,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 # Blocks
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock2d(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip; then a TDF.
 
     `bins` is the number of bins that it gives.
@@ -190,10 +190,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, config: SpectrogramUNetConfig, channels: int, out_channels: int, bins: int) -> None:
         super().__init__()
-        self.norm_in = GroupNorm(config.groups, channels)
+        self.norm_in = GroupNorm2d(config.groups, channels)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.film = nn.Linear(TIME_MULTIPLIER * config.width, 2 * out_channels)
-        self.norm_out = GroupNorm(config.groups, out_channels)
+        self.film = nn.Linear(_TIME_MULTIPLIER * config.width, 2 * out_channels)
+        self.norm_out = GroupNorm2d(config.groups, out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -218,9 +218,9 @@ class Stage(nn.Module):
         resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(config, channels, out_channels, bins)
+        self.block = ResidualBlock2d(config, channels, out_channels, bins)
         attend = bins in config.attention
-        self.attention = Attention(out_channels, config.heads, config.groups) if attend else nn.Identity()
+        self.attention = Attention2d(out_channels, config.heads, config.groups) if attend else nn.Identity()
         self.resample = resample
 
     def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class SpectrogramUNet(nn.Module):
     def __init__(self, config: SpectrogramUNetConfig, bins: int = 512, channels: int = 2) -> None:
         super().__init__()
         self.config, self.bins, self.channels = config, bins, channels
-        mapping = TIME_MULTIPLIER * config.width
+        mapping = _TIME_MULTIPLIER * config.width
         self.mapping = nn.Sequential(nn.Linear(config.width, mapping), nn.SiLU(), nn.Linear(mapping, mapping))
         levels = list(zip(config.level_bins(bins), (config.width * m for m in config.multipliers), strict=True))
 
@@ -260,17 +260,17 @@ class SpectrogramUNet(nn.Module):
                 width = level_width
                 skips.append(width)
             if level_bins > levels[-1][0]:
-                self.down.append(Downsample(width))
+                self.down.append(Downsample2d(width))
                 skips.append(width)
-        middle = Stage(config, width, width, level_bins), ResidualBlock(config, width, width, level_bins)
+        middle = Stage(config, width, width, level_bins), ResidualBlock2d(config, width, width, level_bins)
         self.middle = nn.ModuleList(middle)
         for level_bins, level_width in reversed(levels):
             for left in reversed(range(config.blocks + 1)):
                 step = left == 0 and level_bins < bins
-                resample = Upsample(level_width) if step else None
+                resample = Upsample2d(level_width) if step else None
                 self.up.append(Stage(config, width + skips.pop(), level_width, level_bins, resample))
                 width = level_width
-        self.norm_out = GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm2d(config.groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: None = None) -> Tensor:

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from stable_audio_lite.audio.phase import GriffinLim, advance
 from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
 
-WINDOW, HOP = 2048, 512
+WINDOW_SAMPLES, HOP_SAMPLES = 2048, 512
 """Samples of a spectrum and from one to the next."""
 PAIR = 2  # spectra to a latent frame
-_BINS = WINDOW // 2 + 1
+_BINS = WINDOW_SAMPLES // 2 + 1
 _SINGLE, _BANDS, _STEREO = 256, 64, 32  # single bins, bands above them, bands of stereo parameters
 _LEVELS = _SINGLE + _BANDS
-_PADDING = (WINDOW - HOP) // 2  # spectra are centred in their hops
+_PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their hops
 FLOOR = 1e-4
 """Magnitude, that of a full-scale sine being 1, below which nothing is told apart: -80 dB."""
 _PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra before and after that phases are found with
@@ -64,7 +64,7 @@ class SpectrogramVAEConfig:
     @property
     def hop(self) -> int:
         """Samples per latent frame."""
-        return PAIR * HOP
+        return PAIR * HOP_SAMPLES
 
 
 class SpectralFeatures(NamedTuple):
@@ -94,9 +94,9 @@ class FeatureTransform(nn.Module):
         super().__init__()
         bands, centres = _log_bands()
         pooled, stereo_centres = _stereo_bands()
-        self.scale = 2 / (WINDOW / 2)  # of spectra by the window's sum: a full-scale sine has magnitude 1
+        self.scale = 2 / (WINDOW_SAMPLES / 2)  # of spectra by the window's sum: a full-scale sine has magnitude 1
         tables = {
-            "window": 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW),
+            "window": 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW_SAMPLES) / WINDOW_SAMPLES),
             "bands": bands,
             "spread": _between(centres, np.arange(_SINGLE, _BINS)),
             "stereo_bands": pooled,
@@ -110,7 +110,7 @@ class FeatureTransform(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def features(self, audio: Tensor) -> SpectralFeatures:
         """Of (B, 2, F * 1024) audio, in float32."""
-        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW, HOP)
+        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)
         spectra = torch.fft.rfft(frames * self.window)  # B, 2, 2F, bins
         power = spectra.real.square() + spectra.imag.square()
         mean = power.mean(1) * self.scale**2
@@ -148,7 +148,7 @@ class FeatureTransform(nn.Module):
         return magnitude[:, None] * powers.sqrt(), weights
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """ConvNeXt block (Liu et al. 2022): depthwise convolution over 7 frames, layer norm, two linear layers."""
 
     def __init__(self, width: int):
@@ -165,7 +165,7 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(hidden), approximate="tanh")).transpose(1, 2)
 
 
-class Encoder(nn.Module):
+class SpectrogramEncoder(nn.Module):
     """Normalised features (B, C, F) -> (B, 2 latent_channels, F): mean and scale.
 
     Attributes:
@@ -180,7 +180,7 @@ class Encoder(nn.Module):
         self.register_buffer("level_mean", torch.full((_LEVELS, 1), -6.0))
         self.register_buffer("level_std", torch.full((_LEVELS, 1), 2.0))
         self.enter = nn.Conv1d(_PACKED, config.width, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.encoder_blocks)))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(config.width) for _ in range(config.encoder_blocks)))
         self.norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, 2 * config.latent_channels)
         # At first the noise must not drown the mean: std = softplus(-2) = 0.13.
@@ -203,13 +203,13 @@ class Encoder(nn.Module):
         return SpectralFeatures(levels * self.level_std + self.level_mean, stereo.unflatten(1, (3, _STEREO)) / 2)
 
 
-class Decoder(nn.Module):
+class SpectrogramDecoder(nn.Module):
     """(B, latent_channels, F) -> normalised features (B, C, F)."""
 
     def __init__(self, config: SpectrogramVAEConfig):
         super().__init__()
         self.enter = nn.Conv1d(config.latent_channels, config.width, 7, padding=3)
-        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.decoder_blocks)))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(config.width) for _ in range(config.decoder_blocks)))
         self.norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, _PACKED)
 
@@ -218,16 +218,16 @@ class Decoder(nn.Module):
 
 
 class SpectrogramVAE(VAE):
-    """The VAE; its training compares features, as `Encoder.pack` normalises them."""
+    """The VAE; its training compares features, as `SpectrogramEncoder.pack` normalises them."""
 
     config: SpectrogramVAEConfig
-    encoder: Encoder
+    encoder: SpectrogramEncoder
 
     def __init__(self, config: SpectrogramVAEConfig):
         super().__init__()
         self.config = config
         self.transform = FeatureTransform()
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = SpectrogramEncoder(config), SpectrogramDecoder(config)
 
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.encode(audio)
@@ -302,7 +302,7 @@ class SpectrumStream:
     def __init__(self, transform: FeatureTransform, iterations: int):
         self.transform = transform
         self.window = transform.window.float()
-        self.phases = GriffinLim(self.window, HOP, iterations)
+        self.phases = GriffinLim(self.window, HOP_SAMPLES, iterations)
 
     def sound(self, features: Callable[[int, int], SpectralFeatures], batch: int, frames: int) -> Iterator[Tensor]:
         """Successive pieces (batch, 2, any) of the sound of `frames` latent frames.
@@ -328,15 +328,15 @@ class SpectrumStream:
     def _spectrum(self, magnitude: Tensor, before: Tensor, fixed: Tensor | None) -> Tensor:
         """Spectra (N, frames, bins) of these magnitudes, of which the first are known already."""
         if fixed is None:
-            return self.phases(magnitude, advance(magnitude, before, HOP))
+            return self.phases(magnitude, advance(magnitude, before, HOP_SAMPLES))
         known = fixed.shape[1]
-        phase = torch.cat((fixed.angle(), advance(magnitude[:, known:], before, HOP)), 1)
+        phase = torch.cat((fixed.angle(), advance(magnitude[:, known:], before, HOP_SAMPLES)), 1)
         return self.phases(magnitude, phase, fixed)
 
     def _samples(self, spectra: Tensor, rest: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
         """Complete samples of spectra (B, 2, frames, bins) and what was left before, and what is left now."""
         audio = self.phases.synthesise(spectra.flatten(0, 1)).unflatten(0, spectra.shape[:2])
-        overlap = 3 * HOP
+        overlap = 3 * HOP_SAMPLES
         rising = 1.5 / self._overlaps()  # at both ends fewer windows overlap
         if rest is None:
             audio[..., :overlap] *= rising
@@ -350,7 +350,7 @@ class SpectrumStream:
 
     def _overlaps(self) -> Tensor:
         """Sum of the squared windows over the first three hops."""
-        squared = self.window.square().unflatten(0, (4, HOP)).cumsum(0)[:3].flatten()
+        squared = self.window.square().unflatten(0, (4, HOP_SAMPLES)).cumsum(0)[:3].flatten()
         return squared.clamp_min(1e-3)
 
 

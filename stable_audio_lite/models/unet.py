@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
 
-TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
 SKIP_SCALE = 0.5**0.5
 Run = Callable[..., Tensor]
 """Calls its first argument with the others, perhaps checkpointed."""
@@ -239,7 +239,7 @@ class Transformer(nn.Module):
         return self.to_out(x)
 
 
-class Level(nn.Module):
+class UNetLevel(nn.Module):
     """What both directions have at one resolution: residual blocks and an optional transformer."""
 
     def __init__(
@@ -251,7 +251,7 @@ class Level(nn.Module):
         self.transformer = Transformer(config, channels, depth, context_width) if depth else None
 
 
-class Down(Level):
+class Down(UNetLevel):
     """Shortens time, then transforms; keeps a skip after each block and after the transformer."""
 
     def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
@@ -273,7 +273,7 @@ class Down(Level):
         return x, skips
 
 
-class Up(Level):
+class Up(UNetLevel):
     """Joins a skip to the input of each block, transforms, then lengthens time."""
 
     def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
@@ -323,7 +323,7 @@ class UNet(nn.Module):
         self.config = config
         self.channels = channels
         self.gradient_checkpointing = False
-        mapping = TIME_MULTIPLIER * config.width
+        mapping = _TIME_MULTIPLIER * config.width
         outer, inner = config.level_channels[0], config.level_channels[-1]
         steps = range(len(config.factors))
         self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, mapping), nn.GELU())
@@ -355,7 +355,7 @@ class UNet(nn.Module):
         if cond.tokens.shape[-1] != width:
             raise ValueError(f"condition tokens must be (B, S, {width}), got {tuple(cond.tokens.shape)}")
         tokens = cond.tokens.to(self.null.dtype)
-        down, up = (cast("Iterable[Level]", levels) for levels in (self.down, self.up))
+        down, up = (cast("Iterable[UNetLevel]", levels) for levels in (self.down, self.up))
         transformers = [*(d.transformer for d in down), self.middle, *(u.transformer for u in up)]
         layers = tuple(() if t is None else t.keys_values(tokens) for t in transformers)
         return UNetContext(layers, attention_mask(cond.mask))

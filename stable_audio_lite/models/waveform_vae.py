@@ -75,7 +75,7 @@ class ResidualUnit(nn.Module):
         return self.layers(x).float().add_(x)
 
 
-class Down(nn.Module):
+class EncoderBlock(nn.Module):
     """Encoder block: three residual units, Snake, strided convolution that doubles the channels."""
 
     def __init__(self, channels: int, stride: int):
@@ -90,8 +90,8 @@ class Down(nn.Module):
         return self.layers(x)
 
 
-class Up(nn.Module):
-    """Decoder block: Snake, transposed convolution that halves the channels, three residual units."""
+class DecoderBlock(nn.Module):
+    """WaveformDecoder block: Snake, transposed convolution that halves the channels, three residual units."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
@@ -105,7 +105,7 @@ class Up(nn.Module):
         return self.layers(x)
 
 
-class Encoder(nn.Module):
+class WaveformEncoder(nn.Module):
     """(B, audio_channels, T) -> (B, 2 latent_channels, T / hop): mean and scale."""
 
     def __init__(self, config: WaveformVAEConfig):
@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         # Music is quiet beside full scale: raise it to where Snake bends.
         layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3, gain=8.0)]
         for stride in config.strides:
-            layers.append(Down(width, stride))
+            layers.append(EncoderBlock(width, stride))
             width *= 2
         layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         return self.project(self.layers(channels_last(x)))
 
 
-class Decoder(nn.Module):
+class WaveformDecoder(nn.Module):
     """(B, latent_channels, F) -> (B, audio_channels, F * hop)."""
 
     def __init__(self, config: WaveformVAEConfig):
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         width = config.decoder_width
         layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
         for stride in reversed(config.strides):
-            layers.append(Up(width, stride))
+            layers.append(DecoderBlock(width, stride))
             width //= 2
         # Untrained output at the level of music rather than of full scale.
         layers += [Snake(width), WeightNormConv1d(width, config.audio_channels, 7, padding=3, gain=0.1)]
@@ -153,13 +153,13 @@ class WaveformVAE(VAE):
     """The paper's VAE; its training compares waveforms."""
 
     config: WaveformVAEConfig
-    encoder: Encoder
+    encoder: WaveformEncoder
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = WaveformEncoder(config)
+        self.decoder = WaveformDecoder(config)
 
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.encode(audio)
