@@ -270,9 +270,16 @@ class StableAudio:
         denoiser = self._denoiser([text for text, _ in items], request)
         defaults = self.config.generation
         sigmas = polyexponential_sigmas(request.steps, defaults.sigma_min, defaults.sigma_max, defaults.rho)
-        noise = ItemNoise([seed for _, seed in items], self.representation.shape, self.device)
+        noise = ItemNoise([seed for _, seed in items], self.representation.shape, self.device, self._frames(request))
         solve = SAMPLERS[request.sampler]
         return solve(denoiser, noise() * sigmas[0], sigmas, noise=noise, on_step=on_step)
+
+    def _frames(self, request: Request) -> int:
+        """Frames to sample: those asked for and a margin where the network knows such windows, else all."""
+        window, margin = self.representation.shape[-1], self.config.generation.margin
+        if margin is None:
+            return window
+        return min(math.ceil(request.seconds * self.sample_rate / self.representation.hop) + margin, window)
 
     def _denoiser(self, texts: list[str | None], request: Request) -> Denoiser:
         network: Any = self.network

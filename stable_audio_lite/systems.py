@@ -44,6 +44,8 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
+        margin: frames that are sampled beyond a sound's end, for networks trained on windows of several lengths; None:
+            always the whole window.
     """
 
     steps: int = 100
@@ -53,6 +55,7 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
+    margin: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -63,6 +66,8 @@ class GenerationDefaults:
             raise ValueError(f"rho must be above 0, got {self.rho}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if self.margin is not None and self.margin < 0:
+            raise ValueError(f"margin must be at least 0, or null, got {self.margin}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
 

@@ -221,6 +221,28 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     assert given.mean(1).abs().max() < 1e-2 and (given.std(1, correction=0) - 1).abs().max() < 1e-2
 
 
+def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) -> None:
+    """The shortest with silence after them, or for longer items the longest; an epoch has every item."""
+    sizes = [5, 12, 13, 24, 25, 60, 61, 20, 30, 6, 7, 50]
+    latents = [(f"{size}.wav", torch.full((2, size), float(size))) for size in sizes]
+    write_cache(tmp_path, latents)
+    representation = latents_of(2)
+    representation.shape, representation.silence = (2, 64), torch.zeros(2, 64)
+    windows = LatentWindows([tmp_path], representation, (32, 20, 64))
+    shortest = {size: next((n for n in (20, 32, 64) if size + 8 <= n), 64) for size in sizes}
+    drawn: list[float] = []
+    for number in range(20):
+        whole = windows.batch(number, 0, 1, 4, seed=3)
+        halves = [windows.batch(number, rank, 2, 2, seed=3) for rank in (0, 1)]
+        assert torch.equal(whole["x0"], torch.cat([half["x0"] for half in halves]))
+        items = whole["x0"].amax((1, 2)).tolist()
+        assert {shortest[int(item)] for item in items} == {whole["x0"].shape[2]}
+        drawn += items
+        if number == 3:  # four, five and three items: four batches
+            assert set(drawn) == set(map(float, sizes))
+    assert windows.draw(range(2), 0)["x0"].shape == (2, 2, 64)
+
+
 def test_each_epoch_visits_every_file(folder: Path) -> None:
     all_crops = crops(folder)
     for epoch in range(5):

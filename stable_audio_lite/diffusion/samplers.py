@@ -62,15 +62,22 @@ class ItemNoise:
         seeds: one per item.
         shape: of one item.
         device: where the noise goes; it is drawn on the CPU.
+        frames: how many of the last axis are wanted; whatever it is, they are the first of the same noise.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        frames: int | None = None,
+    ) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape, self.device = tuple(shape), device
+        self.shape, self.device, self.frames = tuple(shape), device, frames
 
     def __call__(self) -> Tensor:
         """The next (items, *shape), float32."""
-        rows = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        rows = [torch.randn(self.shape, generator=generator)[..., : self.frames] for generator in self.generators]
         return torch.stack(rows).to(self.device)
 
 
