@@ -155,7 +155,7 @@ def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = F
     Raises:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    fill(module, read_part(folder, name), str(part_path(folder, name)), assign)
+    load_state(module, read_part(folder, name), str(part_path(folder, name)), assign)
 
 
 def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
@@ -170,7 +170,7 @@ def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
     return module.eval().requires_grad_(False)
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
     """Load `state` into `module`; every tensor must fit.
 
     Raises:

@@ -60,7 +60,7 @@ class Finding:
         return f"{self.state:5} {self.subject:22} {self.found}" + (f"; {self.advice}" if self.state != "ok" else "")
 
 
-def examine(source: str | Path) -> list[Finding]:
+def run_checks(source: str | Path) -> list[Finding]:
     """Check this machine and the text encoder of `source`.
 
     Raises:

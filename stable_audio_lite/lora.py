@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = r".*\.blocks\.\d+\.((cross_)?attention\.to_(q|kv|out)|feed_forward\.[02])"
 """The linear layers that are adapted: all of every transformer block."""
 
@@ -56,12 +56,12 @@ def save_lora(folder: str | Path, unet: nn.Module, config: LoraConfig, encoder: 
     import peft
 
     target = Path(folder)
-    if target.exists() and not (target / CONFIG).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not (target / _CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: holds other files, no LoRA; choose a new folder")
     state = {_PREFIX + key: value for key, value in peft.get_peft_model_state_dict(unet).items()}
     with replacing_folder(target) as temporary:
         _peft_config(config).save_pretrained(str(temporary))
-        save_tensors(temporary / WEIGHTS, state, {"format": "pt", "encoder": encoder})
+        save_tensors(temporary / _WEIGHTS_FILE, state, {"format": "pt", "encoder": encoder})
 
 
 def merge_lora(unet: nn.Module, folder: str | Path, encoder: str, strength: float = 1.0) -> None:
@@ -71,8 +71,8 @@ def merge_lora(unet: nn.Module, folder: str | Path, encoder: str, strength: floa
         UserError: a file is missing or damaged, the change is for other latents than those that `encoder` names or for
             another U-Net, or of a kind of LoRA that is not handled.
     """
-    scale = strength * _scale(Path(folder) / CONFIG)
-    state, about = _read(Path(folder) / WEIGHTS)
+    scale = strength * _scale(Path(folder) / _CONFIG_FILE)
+    state, about = _read(Path(folder) / _WEIGHTS_FILE)
     if about.get("encoder", encoder) != encoder:
         raise UserError(f"{folder}: is a LoRA for a model with another VAE; choose the model that it was trained on")
     layers = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}

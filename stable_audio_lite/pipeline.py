@@ -31,7 +31,15 @@ from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.representation import Representation, load_representation
-from stable_audio_lite.request import OF_PROMPTS, Generated, Limits, Request, check_texts, choose_seed, make_request
+from stable_audio_lite.request import (
+    PROMPT_SETTINGS,
+    Generated,
+    Limits,
+    Request,
+    check_texts,
+    choose_seed,
+    make_request,
+)
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, SystemConfig, load_system
 
 __all__ = ["Generated", "StableAudio"]
@@ -196,7 +204,7 @@ class StableAudio:
         if count < 1 or batch < 1:
             raise UserError(f"count and batch must be at least 1, got {count} and {batch}")
         about = (seconds_start, seconds_total, cfg, rescale, negative)
-        self._check_text(prompts, dict(zip(OF_PROMPTS, about, strict=True)))
+        self._check_text(prompts, dict(zip(PROMPT_SETTINGS, about, strict=True)))
         request = make_request(
             self.config.generation,
             Limits(self.sample_rate, self.window_seconds, *self._longest()),
@@ -310,7 +318,11 @@ class StableAudio:
             "model": self.hash,
             **self.lora,
         }
-        return settings if text is not None else {k: v for k, v in settings.items() if k not in ("prompt", *OF_PROMPTS)}
+        return (
+            settings
+            if text is not None
+            else {k: v for k, v in settings.items() if k not in ("prompt", *PROMPT_SETTINGS)}
+        )
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

@@ -158,7 +158,7 @@ def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentReprese
     state = bundle.read_part(folder, "vae")
     with bundle.WithoutInitialisation():
         vae = build_vae(config.vae)
-    bundle.fill(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
+    bundle.load_state(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
     found = bundle.read_tensors(folder, "unet", ("latent_mean", "latent_std")) or {}
     statistics = {"mean": found.get("latent_mean"), "std": found.get("latent_std")}
     return LatentRepresentation(vae.float().prepare_for_inference(), config, encoder_hash(state), **statistics)

@@ -16,7 +16,7 @@ from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.systems import GenerationDefaults
 
-OF_PROMPTS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
+PROMPT_SETTINGS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
 """Settings that say something about a prompt."""
 
 

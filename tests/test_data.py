@@ -118,7 +118,7 @@ def write_cache(folder: Path, entries: list[tuple[str, torch.Tensor | None]]) ->
     for shard, numbers in enumerate(cache.shards):
         rows = [(n, *entries[n]) for n in numbers if entries[n][1] is not None]
         abouts = [
-            LatentMetadata(name=name, captions=(name,), truth={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
+            LatentMetadata(name=name, captions=(name,), metadata={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
             for _, name, latent in rows
         ]
         cache.write(shard, [CachedLatent(n, z, about) for (n, _, z), about in zip(rows, abouts, strict=True)])
@@ -148,7 +148,7 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
 
 def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     """Latents that count their frames: seconds_start is that of the first frame, in the file and not in the latent."""
-    about = LatentMetadata(name="a", captions=("a",), truth={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
+    about = LatentMetadata(name="a", captions=("a",), metadata={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
     cache = LatentCache(tmp_path, "a hash", 1)
     cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
     cache.finish()

@@ -80,7 +80,7 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
     return info
 
 
-def take_over(run: Path, state: Resumable, modules: Collection[str]) -> None:
+def warm_start(run: Path, state: Resumable, modules: Collection[str]) -> None:
     """Load `modules` and all optimizers' state from the newest checkpoint of another run, in place.
 
     An optimizer may have fewer parameters than it had there: a later phase freezes some.

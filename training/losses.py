@@ -91,9 +91,9 @@ class MultiResolutionSTFTLoss(nn.Module):
         return ((wanted + self.floor) / (got + self.floor)).log().abs().mean()
 
     def _stft(self, audio: Tensor, window: int) -> Tensor:
-        taper = getattr(self, f"window_{window}")
+        weights = getattr(self, f"window_{window}")
         # A full-scale sine peaks at 1, whatever the window.
-        return stft(audio, taper, window // 4) * (2 / taper.sum())
+        return stft(audio, weights, window // 4) * (2 / weights.sum())
 
 
 def mel_bands(sample_rate: int, window: int) -> Tensor:

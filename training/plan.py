@@ -253,14 +253,14 @@ def _counted_step(task: TrainingTask, size: int, step: int, update: Update) -> _
     """Do a step with batches of `size` items."""
     before, task.batch_size = task.batch_size, size
     constant = {t.untyped_storage().data_ptr() for m in task.modules.values() for t in m.state_dict().values()}
-    with (flops := Flops()), (saved := Saved(constant)).hooks:
+    with (flops := FlopCounter()), (saved := SavedTensorMemory(constant)).hooks:
         one_step(task, _batches(task, step, update.run), step, update)
         update.end()
     task.batch_size = before
     return _Counts(saved.most, flops.total)
 
 
-class Flops(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Counts by torch's own formulas. (Its FlopCounterMode follows modules too, and so forbids autograd.grad.)"""
 
     def __init__(self) -> None:
@@ -274,7 +274,7 @@ class Flops(TorchDispatchMode):
         return out
 
 
-class Saved:
+class SavedTensorMemory:
     """Counts the memory behind the tensors that autograd saves, each once, without that at `constant` addresses."""
 
     def __init__(self, constant: set[int]):
@@ -300,7 +300,7 @@ class Saved:
 class _Kept:
     """A saved tensor, counted for as long as it is."""
 
-    def __init__(self, saved: Saved, tensor: Tensor):
+    def __init__(self, saved: SavedTensorMemory, tensor: Tensor):
         self.saved, self.tensor = saved, tensor
         saved.add(tensor, 1)
 

@@ -110,7 +110,7 @@ def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLa
     about = LatentMetadata(
         name=item.name,
         captions=item.captions,
-        truth=item.truth,
+        metadata=item.metadata,
         seconds_start=0.0,
         seconds=audio.shape[1] / sample_rate,
         audio=audio_hash(item.path),

@@ -95,7 +95,7 @@ class TrainClapConfig:
             raise ValueError(f"masked and dropout must be in [0, 1), got {self.masked}, {self.dropout}")
 
 
-class Mels:
+class MelCache:
     """Log-mel spectrograms of items, computed once and kept in memory in half precision (128 kB for 10 s)."""
 
     def __init__(self, items: Sequence[Item], config: ClapConfig):
@@ -125,7 +125,7 @@ class ClapTask(TrainingTask):
         self.batch_size = config.batch_size
         self.pieces = [item for folder in config.data for item in _captioned(folder)]
         self.items = len(self.pieces)
-        self.mels = Mels(self.pieces, self.model.clap)
+        self.mels = MelCache(self.pieces, self.model.clap)
         self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
         torch.manual_seed(config.run.seed)
         clap = load_clap(config.initial, self.model.clap, config.dropout) if config.initial else self._new()
@@ -250,7 +250,7 @@ class ClapTask(TrainingTask):
         """Batches of the held-out items that can be read, each with its main caption."""
         assert self.config.held_out is not None
         items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
-        mels, found = Mels(items, self.model.clap), []
+        mels, found = MelCache(items, self.model.clap), []
         for index, item in enumerate(items):
             try:
                 found.append((item.captions[0], mels(index)))

@@ -22,7 +22,7 @@ from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorC
 from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE
 from stable_audio_lite.models.vae import VAE, Posterior
 from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
-from training.checkpoint import Resumable, take_over
+from training.checkpoint import Resumable, warm_start
 from training.command import main
 from training.loop import fit
 from training.losses import (
@@ -162,7 +162,7 @@ class VAETask(TrainingTask):
 
     def begin(self, state: Resumable) -> None:
         if self.config.continues:
-            take_over(Path(self.config.continues), state, [name for name in state.modules if name != "vae"])
+            warm_start(Path(self.config.continues), state, [name for name in state.modules if name != "vae"])
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         numbers = item_numbers(number, rank, world, self.batch_size)
@@ -178,16 +178,16 @@ class VAETask(TrainingTask):
         audio, weights = batch["audio"], self.config.weights
         output, mean, std = self.modules["vae"](audio, batch["noise"])
         # All that hears the output is differentiated there first, so that the discriminator runs once for both.
-        heard = output.detach().float().requires_grad_()
+        leaf = output.detach().float().requires_grad_()
         target = self.vae.target(audio)
-        losses = self.reconstruction(heard, target)
+        losses = self.reconstruction(leaf, target)
         judged = "discriminator" in self.modules and step >= self.config.discriminator_start
         if judged:
-            real, fake = (self.modules["discriminator"](sound) for sound in (target, heard))
+            real, fake = (self.modules["discriminator"](sound) for sound in (target, leaf))
             losses["adversarial/generator"] = hinge_generator(fake)
             losses["adversarial/features"] = feature_matching(real, fake)
         total = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
-        loss = total.detach() + ((output.float() - heard.detach()) * update.gradient(total, heard)).sum()
+        loss = total.detach() + ((output.float() - leaf.detach()) * update.gradient(total, leaf)).sum()
         if not self.config.freeze_encoder:
             losses["kl/latent"] = Posterior(mean, std).kl()
             loss = loss + weights.get("kl/latent", 0.0) * losses["kl/latent"]

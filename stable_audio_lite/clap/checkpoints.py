@@ -238,7 +238,7 @@ def _read_transformers(folder: Path) -> Checkpoint:
 
 
 def _read_laion(path: Path) -> Checkpoint:
-    state = laion.read_state(path)
+    state = laion.read_laion(path)
     tokenizer = path.with_name(bundle.TOKENIZER_FILE)
     if not tokenizer.is_file():
         tokenizer = _fetch(_ROBERTA, (bundle.TOKENIZER_FILE,)) / bundle.TOKENIZER_FILE

@@ -11,7 +11,7 @@ from stable_audio_lite.clap.config import ClapConfig
 
 # The analysis of every published CLAP, whose audio tower takes 10 s.
 SAMPLE_RATE = 48000
-WINDOW = 1024
+_WINDOW = 1024
 HOP = 480
 MAX_FREQUENCY = 14000.0
 CLIP_SAMPLES = 10 * SAMPLE_RATE
@@ -28,9 +28,9 @@ def log_mel(config: ClapConfig, waveform: Tensor) -> Tensor:
 
     norm, scale = (None, "htk") if config.audio_fusion else ("slaney", "slaney")
     bank = torchaudio.functional.melscale_fbanks(
-        WINDOW // 2 + 1, config.mel_lowest, MAX_FREQUENCY, config.mel_bins, SAMPLE_RATE, norm, scale
+        _WINDOW // 2 + 1, config.mel_lowest, MAX_FREQUENCY, config.mel_bins, SAMPLE_RATE, norm, scale
     ).to(waveform.device)
-    window = torch.hann_window(WINDOW, device=waveform.device)
+    window = torch.hann_window(_WINDOW, device=waveform.device)
     spectrum = stft(waveform.float(), window, HOP)
     power = spectrum.abs().square().transpose(-1, -2)  # ..., frames, bins
     return 10 * (power @ bank).clamp(min=1e-10).log10()

@@ -74,17 +74,17 @@ def speed_of(bpm: int) -> str:
     return "slow" if bpm <= SLOW_UP_TO else "fast" if bpm >= FAST_FROM else "medium"
 
 
-def facts_told(caption: str, truth: Mapping[str, Any]) -> frozenset[str]:
-    """Which of "tempo" (as a number), "key", "mode", "style" and "drums" the caption of a piece says; `truth` is the
+def facts_told(caption: str, metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Which of "tempo" (as a number), "key", "mode", "style" and "drums" the caption of a piece says; `metadata` is the
     piece's metadata."""
-    low, mode, tonic = caption.lower(), truth["mode"], truth["key"]
+    low, mode, tonic = caption.lower(), metadata["mode"], metadata["key"]
     names = "|".join((tonic, SHARPS_AS_FLATS.get(tonic, tonic)))
     key = re.search(rf"(?<!\w)({names}) {mode}\b", caption) is not None  # "in a minor key" names no A
     told = {
-        "tempo": re.search(rf"\b{truth['bpm']}(?!\d)", low) is not None,
+        "tempo": re.search(rf"\b{metadata['bpm']}(?!\d)", low) is not None,
         "key": key,
         "mode": key or re.search(rf"\b({mode}|{'|'.join(MOODS[mode])})\b", low) is not None,
-        "style": any(word.lower() in low for word in STYLES[truth["style"]].words),
+        "style": any(word.lower() in low for word in STYLES[metadata["style"]].words),
         "drums": "drum" in low or "percussion" in low,
     }
     return frozenset(name for name, said in told.items() if said)

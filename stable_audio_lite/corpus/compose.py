@@ -28,7 +28,7 @@ SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
 SHORTEST_WHOLE = 4.0
 """Seconds in which a bar and a last chord fit, in the faster styles."""
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
-MOST_PARTS = len(PART_COUNTS)
+MAX_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
 _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
     1: [("solo",)],
@@ -46,7 +46,7 @@ _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clock:
+class _TempoMap:
     """Turns beats into seconds: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
 
     spb: float
@@ -68,14 +68,14 @@ def compose(
     index: int,
     min_seconds: float,
     max_seconds: float,
-    max_parts: int = MOST_PARTS,
+    max_parts: int = MAX_PARTS,
     instruments: Sequence[str] = tuple(INSTRUMENTS),
     styles: Sequence[str] = tuple(STYLES),
     drums: bool = True,
 ) -> Piece:
     """Compose item `index` of `split`; other items have no influence on it.
 
-    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS); who plays is
+    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MAX_PARTS); who plays is
     drawn from `instruments`, and what from those of `styles` that fit the length. Without `drums` no piece has any.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
@@ -92,18 +92,20 @@ def compose(
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
-    clock = _Clock(
+    tempo_map = _TempoMap(
         spb=60 / bpm,
         swing=style.swing,
         slow_from=(bars - 1) * style.beats,
         slow_beats=style.beats,
         slowing=slowing,
     )
-    hold = (seconds - TAIL - clock.seconds(bars * style.beats)) / clock.spb
+    hold = (seconds - TAIL - tempo_map.seconds(bars * style.beats)) / tempo_map.spb
     score = _score(rng, style, bpm, bars, tonic, mode, hold, drummed or count > 1)
-    notes = [note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, clock, seconds)]
+    notes = [
+        note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, tempo_map, seconds)
+    ]
     if drummed:
-        notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, clock, seconds)
+        notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, tempo_map, seconds)
     piece = Piece(
         seed=seed,
         split=split,
@@ -115,7 +117,7 @@ def compose(
         bpm=bpm,
         drums=drummed,
         parts=tuple(parts),
-        chords=_spans(score, clock, seconds),
+        chords=_spans(score, tempo_map, seconds),
         notes=tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
     )
     return piece if wanted == seconds else _beginning(piece, wanted)
@@ -235,10 +237,12 @@ def _score(
     return Score(style=style, bpm=bpm, bars=bars, entry=int(opening), form=form, chords=tuple(chords), final=final)
 
 
-def _perform(rng: random.Random, score: Score, part: Part, number: int, clock: _Clock, seconds: float) -> list[Note]:
+def _perform(
+    rng: random.Random, score: Score, part: Part, number: int, tempo_map: _TempoMap, seconds: float
+) -> list[Note]:
     instrument = INSTRUMENTS[part.instrument]
     events = _written(rng, score, instrument, part.role)
-    return _humanise(rng, score, events, number, clock, seconds)
+    return _humanise(rng, score, events, number, tempo_map, seconds)
 
 
 def _written(rng: random.Random, score: Score, instrument: Instrument, role: str) -> list[Event]:
@@ -288,7 +292,7 @@ def _softer(event: Event) -> Event:
 
 
 def _humanise(
-    rng: random.Random, score: Score, events: list[Event], part: int, clock: _Clock, seconds: float
+    rng: random.Random, score: Score, events: list[Event], part: int, tempo_map: _TempoMap, seconds: float
 ) -> list[Note]:
     """Gives events seconds and MIDI velocities that breathe, and keeps a pitch from overlapping itself."""
     lag, loose = rng.gauss(0, 0.004), 0.004 if part == DRUMS else 0.007
@@ -298,8 +302,8 @@ def _humanise(
     notes: dict[int, list[Note]] = defaultdict(list)
     for event in sorted(events, key=lambda e: (e.beat, e.pitch, -e.velocity)):
         shift = min(max(lag + rng.gauss(0, loose), -0.02), 0.02)
-        start = min(max(clock.seconds(event.beat) + shift, 0.0), end - 0.05)
-        stop = min(max(clock.seconds(event.beat + event.length), start + 0.04), end)
+        start = min(max(tempo_map.seconds(event.beat) + shift, 0.0), end - 0.05)
+        stop = min(max(tempo_map.seconds(event.beat + event.length), start + 0.04), end)
         swell = 1 + 0.06 * math.sin(2 * math.pi * event.beat / phrase) + rng.gauss(0, 0.03)
         velocity = min(max(round(base * event.velocity * swell), 20), 127)
         start, stop = round(start, 3), round(stop, 3)
@@ -322,8 +326,8 @@ def _shortened(note: Note, stop: float) -> Note:
     )
 
 
-def _spans(score: Score, clock: _Clock, seconds: float) -> tuple[ChordSpan, ...]:
-    bounds = [round(clock.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
+def _spans(score: Score, tempo_map: _TempoMap, seconds: float) -> tuple[ChordSpan, ...]:
+    bounds = [round(tempo_map.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
     bounds.append(round(seconds - TAIL, 3))
     return tuple(
         ChordSpan(start=start, duration=round(stop - start, 3), tones=chord.tones)

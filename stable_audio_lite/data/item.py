@@ -19,12 +19,12 @@ class Item:
     Attributes:
         path: where it is read from.
         captions: texts that describe it, the first one the main one; may be empty.
-        truth: the whole metadata row.
+        metadata: the whole row of the data set.
     """
 
     path: AudioSource
     captions: tuple[str, ...] = ()
-    truth: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

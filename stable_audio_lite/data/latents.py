@@ -31,7 +31,7 @@ class LatentMetadata:
     Attributes:
         name: of its file.
         captions: texts that describe it.
-        truth: its metadata row.
+        metadata: its row of the data set.
         seconds_start: second of the file at which the latent begins.
         seconds: length of the sound that the latent covers; its last frame may cover more.
         audio: SHA-256 of the file, "" where it is not known.
@@ -39,7 +39,7 @@ class LatentMetadata:
 
     name: str
     captions: tuple[str, ...]
-    truth: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     seconds_start: float
     seconds: float
     audio: str = ""
@@ -111,7 +111,7 @@ class LatentCache:
                 array = io.BytesIO()
                 np.save(array, entry.latent.half().cpu().numpy(), allow_pickle=False)
                 _add(tar, f"{entry.number:08d}.npy", array.getvalue())
-                _add(tar, f"{entry.number:08d}.json", json.dumps(asdict(entry.about)).encode())
+                _add(tar, f"{entry.number:08d}.json", json.dumps(_to_row(entry.about)).encode())
 
     def finish(self) -> None:
         """Write the index: which items have latents, and mean and deviation per channel over all frames.
@@ -158,7 +158,7 @@ def read_shard(path: Path) -> list[CachedLatent]:
             CachedLatent(
                 int(name.removesuffix(".npy")),
                 torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)),
-                _about(json.loads(files[name.replace(".npy", ".json")])),
+                _from_row(json.loads(files[name.replace(".npy", ".json")])),
             )
             for name, data in files.items()
             if name.endswith(".npy")
@@ -167,8 +167,14 @@ def read_shard(path: Path) -> list[CachedLatent]:
         raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
 
 
-def _about(row: dict[str, Any]) -> LatentMetadata:
-    return LatentMetadata(**row | {"captions": tuple(row["captions"])})
+def _to_row(about: LatentMetadata) -> dict[str, Any]:
+    """Plain JSON of an item's facts; `metadata` is stored under the key "truth"."""
+    return {"truth" if key == "metadata" else key: value for key, value in asdict(about).items()}
+
+
+def _from_row(row: dict[str, Any]) -> LatentMetadata:
+    facts = {"metadata" if key == "truth" else key: value for key, value in row.items()}
+    return LatentMetadata(**facts | {"captions": tuple(row["captions"])})
 
 
 @dataclass(frozen=True, kw_only=True)

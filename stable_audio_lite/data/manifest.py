@@ -87,4 +87,4 @@ def _text(listing: Path) -> str:
 def _item(folder: Path, where: str, row: Any) -> Item:
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f"{where} is not an object with 'file_name'")
-    return Item(path=folder / row["file_name"], captions=captions_of(row, where), truth=row)
+    return Item(path=folder / row["file_name"], captions=captions_of(row, where), metadata=row)

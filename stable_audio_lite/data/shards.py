@@ -65,7 +65,7 @@ def _read_shard(address: str) -> list[Item]:
     for key, member in audio.items():
         where, row = f"{address}/{member.name}", rows.get(key, {})
         source = Stored(where, partial(_open_member, address, member.offset_data, member.size))
-        items.append(Item(path=source, captions=captions_of(row, where), truth=row))
+        items.append(Item(path=source, captions=captions_of(row, where), metadata=row))
     return items
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.process import Process, like
+from stable_audio_lite.diffusion.process import Process, append_dims
 from stable_audio_lite.nn.attention import Condition
 
 
@@ -46,7 +46,7 @@ class NetworkDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
-        x_t = x * like((1 + sigma**2).rsqrt(), x)
+        x_t = x * append_dims((1 + sigma**2).rsqrt(), x)
         return self.process.to_x0(self.network(x_t, self.process.time(sigma), self.context), x_t, sigma)
 
 

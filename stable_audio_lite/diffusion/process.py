@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 Objective = Literal["v", "eps", "x0"]
-_MOST_BETA = 0.999
+_MAX_BETA = 0.999
 
 
-def like(values: Tensor, data: Tensor) -> Tensor:
+def append_dims(values: Tensor, data: Tensor) -> Tensor:
     """Give (B,) values trailing axes so that they multiply data (B, ...)."""
     return values.reshape(-1, *[1] * (data.ndim - 1))
 
@@ -66,7 +66,7 @@ class Process(ABC):
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
         """The clean data that a prediction (B, ...) for x_t at noise levels (B,) stands for."""
-        sigma = like(sigma, x_t)
+        sigma = append_dims(sigma, x_t)
         # From sigma itself: by way of t, alpha would lose its digits where there is almost only noise.
         alpha = (1 + sigma**2).rsqrt()
         if self.objective == "v":
@@ -75,7 +75,7 @@ class Process(ABC):
 
     def _weights(self, t: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t)
-        return like(alpha, data), like(sigma, data)
+        return append_dims(alpha, data), append_dims(sigma, data)
 
 
 class CosineProcess(Process):
@@ -122,9 +122,9 @@ class DiscreteProcess(Process):
         if config.kind == "cosine":
             grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
             kept = (((grid + 0.008) / 1.008) * (math.pi / 2)).cos().square()
-            beta = (1 - kept[1:] / kept[:-1]).clamp(max=_MOST_BETA)
+            beta = (1 - kept[1:] / kept[:-1]).clamp(max=_MAX_BETA)
         else:  # the total of a thousand steps from 1e-4 to 0.02, whatever their number
-            ends = (1e-4 * 1000 / steps, min(0.02 * 1000 / steps, _MOST_BETA))
+            ends = (1e-4 * 1000 / steps, min(0.02 * 1000 / steps, _MAX_BETA))
             beta = torch.linspace(*ends, steps, dtype=torch.float64)
         self.abar = (1 - beta).cumprod(0)
         self._log_sigma = ((1 - self.abar) / self.abar).log() / 2

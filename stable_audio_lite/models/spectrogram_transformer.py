@@ -25,7 +25,7 @@ from stable_audio_lite.nn.attention import (
 )
 from stable_audio_lite.nn.steps import step_features
 
-_TIME_MULTIPLIER = 4  # hidden width of the time mapping, in units of the width
+_TIME_MULTIPLIER = 4  # hidden width of the time embedding, in units of the width
 POSITION_STD = 0.02
 
 

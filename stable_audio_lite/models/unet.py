@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
 
-_TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 SKIP_SCALE = 0.5**0.5
 Run = Callable[..., Tensor]
 """Calls its first argument with the others, perhaps checkpointed."""
@@ -193,20 +193,22 @@ class TimeFeatures(nn.Module):
 class ResidualBlock(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip."""
 
-    def __init__(self, channels: int, out_channels: int, groups: int, mapping: int, *, zero_skip: bool = False) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, groups: int, time_width: int, *, zero_skip: bool = False
+    ) -> None:
         super().__init__()
         self.norm_in = GroupNorm(groups, channels)
         self.conv_in = Conv(channels, out_channels, kernel=3)
-        self.film = linear(mapping, 2 * out_channels)
+        self.film = linear(time_width, 2 * out_channels)
         self.norm_out = GroupNorm(groups, out_channels)
         self.conv_out = Conv(out_channels, out_channels, kernel=3, zero=True)
         same = channels == out_channels
         self.skip = nn.Identity() if same else Conv(channels, out_channels, kernel=1, zero=zero_skip)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, T, C) given the time mapping (B, M)."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, T, C) given the time embedding (B, E)."""
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(mapping)))))
+        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(embedding)))))
         return self.skip(x) + hidden
 
 
@@ -243,29 +245,29 @@ class UNetLevel(nn.Module):
     """What both directions have at one resolution: residual blocks and an optional transformer."""
 
     def __init__(
-        self, config: UNetConfig, step: int, mapping: int, context_width: int, *, blocks: int, incoming: int
+        self, config: UNetConfig, step: int, time_width: int, context_width: int, *, blocks: int, incoming: int
     ) -> None:
         super().__init__()
         channels, depth = config.level_channels[step + 1], config.attentions[step]
-        self.blocks = nn.ModuleList(ResidualBlock(incoming, channels, config.groups, mapping) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(incoming, channels, config.groups, time_width) for _ in range(blocks))
         self.transformer = Transformer(config, channels, depth, context_width) if depth else None
 
 
 class Down(UNetLevel):
     """Shortens time, then transforms; keeps a skip after each block and after the transformer."""
 
-    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+    def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
-        super().__init__(config, step, mapping, context_width, blocks=config.blocks[step], incoming=channels)
+        super().__init__(config, step, time_width, context_width, blocks=config.blocks[step], incoming=channels)
         factor = config.factors[step]
         self.resample = Conv(outer, channels, kernel=2 * factor + 1, stride=factor)
 
-    def forward(self, x: Tensor, mapping: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, embedding: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
         """(B, T, C) -> (B, T / factor, C') and the skips; `layers` are its transformer's."""
         x = self.resample(x)
         skips = []
         for block in self.blocks:
-            x = run(block, x, mapping)
+            x = run(block, x, embedding)
             skips.append(x)
         if self.transformer is not None:
             x = run(self.transformer, x, *layers)
@@ -276,17 +278,17 @@ class Down(UNetLevel):
 class Up(UNetLevel):
     """Joins a skip to the input of each block, transforms, then lengthens time."""
 
-    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+    def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
         skips = config.blocks[step] + (1 if config.attentions[step] else 0)
-        super().__init__(config, step, mapping, context_width, blocks=skips, incoming=2 * channels)
+        super().__init__(config, step, time_width, context_width, blocks=skips, incoming=2 * channels)
         factor = config.factors[step]
         self.resample = Upsample(channels, outer, factor) if factor > 1 else Conv(channels, outer, kernel=3)
 
-    def forward(self, x: Tensor, skips: list[Tensor], mapping: Tensor, layers: LayersMask, run: Run) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, layers: LayersMask, run: Run) -> Tensor:
         """(B, T, C) and its level's skips -> (B, T * factor, C')."""
         for block, skip in zip(self.blocks, reversed(skips), strict=True):
-            x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), mapping)
+            x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), embedding)
         if self.transformer is not None:
             x = run(self.transformer, x, *layers)
         return self.resample(x)
@@ -323,19 +325,21 @@ class UNet(nn.Module):
         self.config = config
         self.channels = channels
         self.gradient_checkpointing = False
-        mapping = _TIME_MULTIPLIER * config.width
+        time_width = _TIME_MULTIPLIER * config.width
         outer, inner = config.level_channels[0], config.level_channels[-1]
         steps = range(len(config.factors))
-        self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, mapping), nn.GELU())
-        self.mapping = nn.Sequential(linear(mapping, mapping), nn.GELU(), linear(mapping, mapping), nn.GELU())
-        self.block_in = ResidualBlock(channels, outer, 1, mapping)
-        self.down = nn.ModuleList(Down(config, i, mapping, context_width) for i in steps)
-        self.middle_in = ResidualBlock(inner, inner, config.groups, mapping)
+        self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, time_width), nn.GELU())
+        self.mapping = nn.Sequential(
+            linear(time_width, time_width), nn.GELU(), linear(time_width, time_width), nn.GELU()
+        )
+        self.block_in = ResidualBlock(channels, outer, 1, time_width)
+        self.down = nn.ModuleList(Down(config, i, time_width, context_width) for i in steps)
+        self.middle_in = ResidualBlock(inner, inner, config.groups, time_width)
         depth = config.attentions[-1]
         self.middle = Transformer(config, inner, depth, context_width) if depth else None
-        self.middle_out = ResidualBlock(inner, inner, config.groups, mapping)
-        self.up = nn.ModuleList(Up(config, i, mapping, context_width) for i in reversed(steps))
-        self.block_out = ResidualBlock(outer, channels, 1, mapping, zero_skip=True)
+        self.middle_out = ResidualBlock(inner, inner, config.groups, time_width)
+        self.up = nn.ModuleList(Up(config, i, time_width, context_width) for i in reversed(steps))
+        self.block_out = ResidualBlock(outer, channels, 1, time_width, zero_skip=True)
         self.null = nn.Parameter(torch.randn(context_tokens, context_width))
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
@@ -375,26 +379,26 @@ class UNet(nn.Module):
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")
         frames, dtype = x.shape[-1], self.null.dtype
         hidden = F.pad(x.to(dtype), (0, -frames % math.prod(self.config.factors))).transpose(1, 2)
-        mapping = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
-        out = self._levels(hidden.contiguous(), mapping, context)
+        embedding = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
+        out = self._levels(hidden.contiguous(), embedding, context)
         return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
 
-    def _levels(self, x: Tensor, mapping: Tensor, context: UNetContext) -> Tensor:
+    def _levels(self, x: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
         """Down, through the bottleneck and up again, over (B, T, C)."""
         run, middle = self._run, len(self.down)
         contexts = [(layers, context.mask) for layers in context.layers]
-        x = first = run(self.block_in, x, mapping)
+        x = first = run(self.block_in, x, embedding)
         skips = []
         for down, layers in zip(self.down, contexts[:middle], strict=True):
-            x, level_skips = down(x, mapping, layers, run)
+            x, level_skips = down(x, embedding, layers, run)
             skips.append(level_skips)
-        x = run(self.middle_in, x, mapping)
+        x = run(self.middle_in, x, embedding)
         if self.middle is not None:
             x = run(self.middle, x, *contexts[middle])
-        x = run(self.middle_out, x, mapping)
+        x = run(self.middle_out, x, embedding)
         for up, layers in zip(self.up, contexts[middle + 1 :], strict=True):
-            x = up(x, skips.pop(), mapping, layers, run)
-        return run(self.block_out, x + first, mapping)
+            x = up(x, skips.pop(), embedding, layers, run)
+        return run(self.block_out, x + first, embedding)
 
     def _run(self, module: Callable[..., Tensor], *inputs: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

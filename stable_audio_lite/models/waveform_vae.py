@@ -191,7 +191,7 @@ class WaveformVAE(VAE):
         layers = list(self.decoder.layers)
         low, high = layers[:2], layers[2:]
         rate = self.config.strides[-1]
-        halo_low, halo_high = _reach(low), _reach(high)
+        halo_low, halo_high = _receptive_field(low), _receptive_field(high)
         outer = 16 * chunk_frames
         for start in range(0, x.shape[2], outer):
             stop = min(start + outer, x.shape[2])
@@ -210,7 +210,7 @@ class WaveformVAE(VAE):
 
     @property
     def encoder_halo(self) -> int:
-        return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
+        return math.ceil(_receptive_field(list(self.encoder.layers)) / self.hop)
 
     def prepare_for_inference(self) -> WaveformVAE:
         """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
@@ -250,12 +250,12 @@ def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
     return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
 
 
-def _reach(layers: list[nn.Module]) -> int:
+def _receptive_field(layers: list[nn.Module]) -> int:
     """Input samples on each side of an output sample's own position that it depends on (one-sided receptive field)."""
-    reach = 0
+    context = 0
     for conv in reversed(_convolutions(layers)):
         if conv.transposed:
-            reach = math.ceil((reach + conv.kernel_size - conv.padding) / conv.stride)
+            context = math.ceil((context + conv.kernel_size - conv.padding) / conv.stride)
         else:
-            reach = reach * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
-    return reach
+            context = context * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
+    return context
