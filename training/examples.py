@@ -20,11 +20,11 @@ class Examples(Protocol):
     """Training examples, each a function of its number and the seed."""
 
     def __len__(self) -> int:
-        """How many items there are."""
+        """Number of items."""
         ...
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
-        """Data x0 (B, ...), "seconds_start" and "seconds_total" (B,), and "captions" where there are any."""
+        """Draw data "x0" (B, ...), "seconds_start" and "seconds_total" (B,), and "captions" where there are any."""
         ...
 
 
@@ -44,8 +44,8 @@ class LatentWindows:
     Where an item is shorter than the window, the rest is the VAE's latent of digital silence.
 
     Args:
-        folders: what runs of `training.pre_encode` wrote; their items follow one another.
-        latents: the representation whose latents they are, and whose windows.
+        folders: written by `training.pre_encode`; their items are concatenated.
+        latents: the representation that the latents belong to; it sets the length of a window.
 
     Raises:
         UserError: a folder is unfinished or of another VAE.
@@ -60,7 +60,7 @@ class LatentWindows:
         return len(self.entries)
 
     def window(self, index: int, rng: random.Random) -> Window:
-        """A uniformly placed window of item `index`, with one of its captions."""
+        """Cut a uniformly placed window from item `index`, with one of its captions."""
         entry = self.entries[index]
         start = rng.randint(0, max(entry.latent.shape[1] - self.frames, 0))
         piece = self.latents.normalise(entry.latent[:, start : start + self.frames].float())
@@ -71,7 +71,7 @@ class LatentWindows:
         return Window(piece, rng.choice(entry.about.captions), begin, total)
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
-        """As `Examples`."""
+        """Draw examples, see `Examples`."""
         drawn = [self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers]
         return {
             "x0": torch.stack([w.latent for w in drawn]),
@@ -85,7 +85,7 @@ def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tens
     """Mean and standard deviation (C,) per channel over all frames of several caches.
 
     Raises:
-        UserError: a folder is unfinished or of another VAE than that with the hash `encoder`.
+        UserError: a folder is unfinished, or its VAE is not the one with the hash `encoder`.
     """
     caches = [read_index(folder, encoder) for folder in folders]
     frames = torch.tensor([index.frames for index in caches], dtype=torch.float64)
@@ -97,7 +97,7 @@ def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tens
 
 
 class SoundExamples:
-    """Crops of sound as `representation` has them, mixed to its channels."""
+    """Crops of sound, mixed to the channels of `representation` and encoded by it."""
 
     def __init__(self, crops: Crops, representation: Representation, captioned: bool):
         self.crops, self.representation, self.captioned = crops, representation, captioned
@@ -106,7 +106,7 @@ class SoundExamples:
         return len(self.crops.items)
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
-        """As `Examples`."""
+        """Draw examples, see `Examples`."""
         crops = [self.crops.crop(n) for n in numbers]
         audio = torch.stack([crop.audio for crop in crops])
         if self.representation.audio_channels == 1:

@@ -74,10 +74,10 @@ def plot_spectrogram(path: str | Path, samples: Any, sample_rate: int, title: st
 
 
 def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tuple[bytes, dict[int, float]]:
-    """A small picture for a page: the louder of all channels of (C, T) samples, without axes.
+    """Draw a small picture for a page: the loudest channel of (C, T) samples at each point, without axes.
 
     Returns:
-        The WebP file, and how far up in it, between 0 and 1, 100, 1,000 and 10,000 Hz lie, where they do.
+        The WebP file, and the heights in it, from 0 to 1, of 100, 1,000 and 10,000 Hz, as far as they are in range.
     """
     from matplotlib.image import imsave
 
@@ -92,13 +92,13 @@ def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tupl
 
 
 def _audible(samples: Any, sample_rate: int) -> tuple[np.ndarray, int]:
-    """At 48 kHz at most: nothing is heard above, and a picture should show what is."""
+    """Resample to 48 kHz at most: a picture should show what can be heard."""
     values = np.asarray(samples, dtype=np.float32)
     return (resample(values, sample_rate, 48000), 48000) if sample_rate > 48000 else (values, sample_rate)
 
 
 def check_plottable(path: str | Path) -> None:
-    """Find out before the work whether `plot_spectrogram` can work.
+    """Check, before the work begins, that `plot_spectrogram` can write to `path`.
 
     Raises:
         UserError: `path` isn't a .png or matplotlib is missing.

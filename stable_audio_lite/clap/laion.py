@@ -52,7 +52,7 @@ _LOWEST = 50.0  # Hz, in all of LAION's audio configs
 def read_laion(path: str | Path) -> dict[str, Tensor]:
     """Weights of a LAION-CLAP checkpoint under the names of transformers' `ClapModel`.
 
-    Tensors and plain values are all that is unpickled: no code in the file runs.
+    Only tensors and plain values are unpickled: no code in the file runs.
 
     Raises:
         UserError: the file is missing or broken, holds anything else, or no weights.

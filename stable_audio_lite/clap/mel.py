@@ -1,4 +1,4 @@
-"""Log-mel spectrograms in torch, with the numbers that CLAP models were trained on."""
+"""Log-mel spectrograms in torch, with the parameters that CLAP models were trained with."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CLIP_FRAMES = CLIP_SAMPLES // HOP + 1
 def log_mel(config: ClapConfig, waveform: Tensor) -> Tensor:
     """Log-mel spectrogram in dB of 48 kHz mono (..., T) -> (..., frames, mel_bins), frames = T // 480 + 1.
 
-    Fusion models have another filter bank. Same numbers as transformers' `ClapFeatureExtractor`, whose filters begin
-    at 0 Hz.
+    Fusion models have another filter bank. With filters that begin at 0 Hz the result equals that of transformers'
+    `ClapFeatureExtractor`.
     """
     import torchaudio.functional
 

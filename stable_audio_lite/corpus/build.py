@@ -49,7 +49,7 @@ class CorpusConfig:
     """Contents of a corpus, checked on construction.
 
     Attributes:
-        items, held_out: numbers of pieces to train on and of further ones.
+        items, held_out: numbers of training pieces and of held-out ones.
         min_seconds, max_seconds: range of their lengths.
         max_parts: largest number of instruments in a piece, not counting drums.
         instruments, styles: names to draw from.

@@ -1,8 +1,8 @@
-"""Composes one piece: a pure function of the seed, the split and the item's number.
+"""Composition of one piece: a pure function of the seed, the split and the item's number.
 
 The length is drawn first; the tempo and the number of bars are then chosen so that the last chord, a held tonic,
-fills what is left and everything has died away when the recording ends. What is to be shorter than `SHORTEST_WHOLE`
-is the beginning of such a piece.
+fills what is left and everything has died away when the recording ends. Anything shorter than `SHORTEST_WHOLE` is the
+beginning of such a piece.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _TempoMap:
-    """Turns beats into seconds: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
+    """Time in seconds of each beat: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
 
     spb: float
     swing: float
@@ -73,7 +73,7 @@ def compose(
     styles: Sequence[str] = tuple(STYLES),
     drums: bool = True,
 ) -> Piece:
-    """Compose item `index` of `split`; other items have no influence on it.
+    """Compose item `index` of `split`, independently of all other items.
 
     Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MAX_PARTS); who plays is
     drawn from `instruments`, and what from those of `styles` that fit the length. Without `drums` no piece has any.
@@ -124,7 +124,7 @@ def compose(
 
 
 def _beginning(piece: Piece, seconds: float) -> Piece:
-    """The first `seconds` of a piece: notes stop `TAIL` before the end, who has not played by then is left out."""
+    """Keep the first `seconds` of a piece: notes stop `TAIL` before the end, parts that begin later are left out."""
     end = seconds - TAIL
     notes = [replace(n, duration=round(min(n.duration, end - n.start), 3)) for n in piece.notes if n.start < end - 0.05]
     playing = sorted({note.part for note in notes} - {DRUMS})
@@ -144,12 +144,12 @@ def _fits(style: Style, seconds: float) -> bool:
 
 
 def _shortest(style: Style) -> float:
-    """Seconds of a bar and a last chord."""
+    """Duration of a bar and a last chord, in seconds."""
     return style.beats * 60 / style.tempo[1] * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD
 
 
 def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> tuple[int, int]:
-    """A tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
+    """Draw a tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
     room = seconds - LEAD_IN - TAIL
     best = (math.inf, style.tempo[1], 1)
     for _ in range(24):
@@ -165,12 +165,12 @@ def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> 
 
 
 def _line_ups(count: int, instruments: Sequence[str]) -> list[tuple[str, ...]]:
-    """The ways in which `count` different ones of `instruments` can share the roles."""
+    """List the ways in which `count` different ones of `instruments` can share the roles."""
     return [roles for roles in _LINE_UPS[count] if _castable(roles, instruments)]
 
 
 def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
-    """Whether each role finds an instrument of its own among `free`."""
+    """Check that each role finds an instrument of its own among `free`."""
     if not roles:
         return True
     able = playing(roles[0])
@@ -178,7 +178,7 @@ def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
 
 
 def _cast(rng: random.Random, style: Style, line_ups: list[tuple[str, ...]], instruments: Sequence[str]) -> list[Part]:
-    """Draws the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
+    """Draw the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
     roles = rng.choice(line_ups)
     if roles == ("solo",):
         name = rng.choice(list(instruments))
@@ -246,7 +246,7 @@ def _perform(
 
 
 def _written(rng: random.Random, score: Score, instrument: Instrument, role: str) -> list[Event]:
-    """Everything one part plays, its last chord included."""
+    """Write everything that one part plays, its last chord included."""
     low, high = instrument.low, instrument.high
     middle = min(max(57, low + 7), high - 7)
     roll = 0.06 if instrument.family in ("guitar", "strings", "piano") and instrument.decay == "long" else 0.0
@@ -266,7 +266,7 @@ def _written(rng: random.Random, score: Score, instrument: Instrument, role: str
 
 
 def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool, roll: float) -> list[Event]:
-    """A lead; an instrument that plays alone also accompanies itself if it can."""
+    """Write a lead; an instrument that plays alone also accompanies itself if it can."""
     low, high = instrument.low, instrument.high
     center = min(low + 0.58 * (high - low), 76) if high - low > 30 else (low + high) / 2
     center = max(center, low + 9)
@@ -294,7 +294,7 @@ def _softer(event: Event) -> Event:
 def _humanise(
     rng: random.Random, score: Score, events: list[Event], part: int, tempo_map: _TempoMap, seconds: float
 ) -> list[Note]:
-    """Gives events seconds and MIDI velocities that breathe, and keeps a pitch from overlapping itself."""
+    """Give events seconds and MIDI velocities that breathe, and keep a pitch from overlapping itself."""
     lag, loose = rng.gauss(0, 0.004), 0.004 if part == DRUMS else 0.007
     base = rng.uniform(104, 118) * (0.88 if score.style.calm else 1.0)
     phrase = score.style.beats * 4

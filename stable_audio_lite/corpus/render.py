@@ -1,4 +1,4 @@
-"""Turns a `Piece` into stereo sound at 44.1 kHz with FluidSynth and a General-MIDI soundfont.
+"""Rendering of a `Piece` to stereo sound at 44.1 kHz with FluidSynth and a General-MIDI soundfont.
 
 Every recording is brought to the same level (-20 dBFS RMS over its sounding parts, peaks no higher than -1 dBFS), so
 that a solo harp is as audible as a rock band, and fades to silence over its last `FADE` seconds.

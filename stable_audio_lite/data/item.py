@@ -28,7 +28,7 @@ class Item:
 
     @property
     def name(self) -> str:
-        """The file's name, without the folder that it lies in."""
+        """The file's name, without its folder."""
         return PurePath(str(self.path)).name
 
 

@@ -24,7 +24,7 @@ def read_items(source: str | Path) -> list[Item]:
     A listed file that is missing or broken is found when it is read.
 
     Raises:
-        UserError: the source is missing, a row is not as it should be, or nothing is found.
+        UserError: the source is missing, a row is malformed, or nothing is found.
     """
     name = str(source)
     folder = Path(source)

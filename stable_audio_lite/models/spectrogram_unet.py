@@ -61,7 +61,7 @@ class SpectrogramUNetConfig:
 
     @property
     def factor(self) -> int:
-        """By how much the innermost level has fewer bins and frames than the outermost: what divides both."""
+        """Total downsampling factor, by which bins and frames must be divisible."""
         return 2 ** (len(self.multipliers) - 1)
 
     def level_bins(self, bins: int) -> tuple[int, ...]:
@@ -126,7 +126,7 @@ class TDF(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform x (B, C, T, F), added to it."""
+        """Transform x (B, C, T, F) and add the result to it."""
         return x + self.layers(x).to(x.dtype)
 
 
@@ -149,7 +149,7 @@ class Attention2d(nn.Module):
 
 
 class Downsample2d(nn.Module):
-    """Halves bins and frames by a strided convolution."""
+    """Strided convolution that halves bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Downsample2d(nn.Module):
 
 
 class Upsample2d(nn.Module):
-    """Doubles bins and frames by repetition and a convolution."""
+    """Repetition and a convolution, which double bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Upsample2d(nn.Module):
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with all parameters set to zero."""
+    """Set all parameters of a layer to zero; returns the layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -185,7 +185,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 class ResidualBlock2d(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip; then a TDF.
 
-    `bins` is the number of bins that it gives.
+    `bins` is the number of bins of its output.
     """
 
     def __init__(self, config: SpectrogramUNetConfig, channels: int, out_channels: int, bins: int) -> None:
@@ -233,7 +233,7 @@ class Stage(nn.Module):
 
 
 class SpectrogramUNet(nn.Module):
-    """Predicts the noise in noisy spectrograms.
+    """U-Net that predicts the noise in noisy spectrograms.
 
     Args:
         config: its shape.

@@ -22,7 +22,7 @@ from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlo
 _TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 SKIP_SCALE = 0.5**0.5
 Run = Callable[..., Tensor]
-"""Calls its first argument with the others, perhaps checkpointed."""
+"""Calls its first argument with the others, perhaps with gradient checkpointing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class UNetConfig:
     Attributes:
         width: base width; level i has `width * multipliers[i]` channels.
         multipliers: one per level, outermost first, the last also of the bottleneck.
-        factors: by how much each step between levels shortens time (len(multipliers) - 1 of them).
+        factors: strides in time of the steps between levels (len(multipliers) - 1 of them).
         blocks: residual blocks of each such step.
         attentions: transformer layers of each step (0: none), then of the bottleneck.
         heads: attention heads, of (channels // heads) features each.
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
-        rotary: self-attention knows how far frames lie apart, which the paper leaves to the convolutions.
+        rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
     """
 
     width: int = 256
@@ -96,7 +96,7 @@ class UNetContext(NamedTuple):
 
 
 LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
-"""One transformer's share of a `UNetContext`, and its mask."""
+"""One transformer's layers of a `UNetContext`, and its mask."""
 
 
 # Layers over (B, T, C)
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """What both directions have at one resolution: residual blocks and an optional transformer."""
+    """Residual blocks and an optional transformer at one resolution, on the way down or up."""
 
     def __init__(
         self, config: UNetConfig, step: int, time_width: int, context_width: int, *, blocks: int, incoming: int
@@ -254,16 +254,16 @@ class UNetLevel(nn.Module):
 
 
 class Down(UNetLevel):
-    """Shortens time, then transforms; keeps a skip after each block and after the transformer."""
+    """Strided convolution, then the level's blocks; keeps a skip after each block and after the transformer."""
 
     def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
         super().__init__(config, step, time_width, context_width, blocks=config.blocks[step], incoming=channels)
-        factor = config.factors[step]
-        self.resample = Conv(outer, channels, kernel=2 * factor + 1, stride=factor)
+        stride = config.factors[step]
+        self.resample = Conv(outer, channels, kernel=2 * stride + 1, stride=stride)
 
     def forward(self, x: Tensor, embedding: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
-        """(B, T, C) -> (B, T / factor, C') and the skips; `layers` are its transformer's."""
+        """(B, T, C) -> (B, T / stride, C') and the skips; `layers` are those of its transformer."""
         x = self.resample(x)
         skips = []
         for block in self.blocks:
@@ -276,17 +276,17 @@ class Down(UNetLevel):
 
 
 class Up(UNetLevel):
-    """Joins a skip to the input of each block, transforms, then lengthens time."""
+    """The level's blocks, with a skip joined to the input of each, then upsampling."""
 
     def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
         skips = config.blocks[step] + (1 if config.attentions[step] else 0)
         super().__init__(config, step, time_width, context_width, blocks=skips, incoming=2 * channels)
-        factor = config.factors[step]
-        self.resample = Upsample(channels, outer, factor) if factor > 1 else Conv(channels, outer, kernel=3)
+        stride = config.factors[step]
+        self.resample = Upsample(channels, outer, stride) if stride > 1 else Conv(channels, outer, kernel=3)
 
     def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, layers: LayersMask, run: Run) -> Tensor:
-        """(B, T, C) and its level's skips -> (B, T * factor, C')."""
+        """(B, T, C) and its level's skips -> (B, T * stride, C')."""
         for block, skip in zip(self.blocks, reversed(skips), strict=True):
             x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), embedding)
         if self.transformer is not None:
@@ -298,7 +298,7 @@ class Up(UNetLevel):
 
 
 class UNet(nn.Module):
-    """Predicts v of noisy latents.
+    """U-Net that predicts v from noisy latents.
 
     Args:
         config: its shape.
@@ -308,8 +308,8 @@ class UNet(nn.Module):
 
     Attributes:
         null: (context_tokens, context_width), the learned "no condition".
-        latent_mean, latent_std: (channels,) buffers. Whoever feeds latents here normalises them by these; the
-            network itself does not apply them.
+        latent_mean, latent_std: (channels,) buffers by which latents have to be normalised; the network itself does
+            not apply them.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
@@ -368,7 +368,7 @@ class UNet(nn.Module):
         """Predict v.
 
         Args:
-            x: (B, C, T) noisy latents, any T: padded to a multiple of the factors' product, then cropped.
+            x: (B, C, T) noisy latents, any T: padded to a multiple of the strides' product, then cropped.
             t: (B,) diffusion times in 0..1.
             context: `self.context(condition)`.
 
