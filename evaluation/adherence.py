@@ -182,7 +182,7 @@ def measure(
     def scores(sounds: Sequence[Heard], others: Sequence[int], seconds: Sequence[float]) -> list[dict[str, float]]:
         pieces = [requests[i] for i in others]
         rows = zip(sounds, pieces, seconds, (widths[i] for i in others), strict=True)
-        return [score(h, r.item.truth, r.prompt, s, w) for h, r, s, w in rows]
+        return [score(h, r.item.metadata, r.prompt, s, w) for h, r, s, w in rows]
 
     order = list(range(len(requests)))
     turned = order[1:] + order[:1]

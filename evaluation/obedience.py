@@ -154,7 +154,7 @@ def ceiling(probe: Probe, corpus: Path) -> Ceiling:
         UserError: the corpus holds none.
     """
     wanted = {name for _, name in PROMPTS}
-    items = [item for item in solo_items(corpus / "held_out") if item.truth["instruments"][0] in wanted]
+    items = [item for item in solo_items(corpus / "held_out") if item.metadata["instruments"][0] in wanted]
     if not items:
         raise UserError(f"{corpus / 'held_out'}: holds no solo pieces of the prompts' instruments; render more items")
     ends = [_ends_on_time(item) for item in items]

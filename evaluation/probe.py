@@ -103,7 +103,7 @@ def solo_items(folder: Path) -> list[Item]:
     solos = [
         item
         for item in read_items(folder)
-        if len(item.truth.get("instruments", ())) == 1 and not item.truth.get("drums")
+        if len(item.metadata.get("instruments", ())) == 1 and not item.metadata.get("drums")
     ]
     if not solos:
         raise UserError(f"{folder}: holds no solo pieces without drums; render more items")
@@ -112,7 +112,7 @@ def solo_items(folder: Path) -> list[Item]:
 
 def config_for(items: list[Item]) -> HearingConfig:
     """A probe for the instruments that `items` hold."""
-    family_of = {item.truth["instruments"][0]: item.truth["families"][0] for item in items}
+    family_of = {item.metadata["instruments"][0]: item.metadata["families"][0] for item in items}
     instruments = sorted(family_of)
     return HearingConfig(instruments=tuple(instruments), families=tuple(family_of[name] for name in instruments))
 
@@ -122,7 +122,7 @@ def load_examples(items: list[Item], config: HearingConfig, per_class: int | Non
     counts = dict.fromkeys(config.instruments, 0)
     examples = []
     for item in items:
-        name = item.truth["instruments"][0]
+        name = item.metadata["instruments"][0]
         if name not in counts or counts[name] == per_class:
             continue
         counts[name] += 1

@@ -118,7 +118,7 @@ def write_cache(folder: Path, entries: list[tuple[str, torch.Tensor | None]]) ->
     for shard, numbers in enumerate(cache.shards):
         rows = [(n, *entries[n]) for n in numbers if entries[n][1] is not None]
         abouts = [
-            LatentMetadata(name=name, captions=(name,), truth={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
+            LatentMetadata(name=name, captions=(name,), metadata={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
             for _, name, latent in rows
         ]
         cache.write(shard, [CachedLatent(n, z, about) for (n, _, z), about in zip(rows, abouts, strict=True)])
@@ -132,6 +132,8 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
     caches = [write_cache(tmp_path / n, [(f"{i}.wav", z) for i, z in enumerate(latents)]) for n in ("a", "b")]
     with tarfile.open(caches[0].path(0)) as tar:
         assert tar.getnames() == ["00000000.npy", "00000000.json", "00000001.npy", "00000001.json"]
+        row = json.load(tar.extractfile("00000000.json"))
+    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "truth"]
     assert caches[0].path(1).read_bytes() == caches[1].path(1).read_bytes()
     index, entries = read_cache(tmp_path / "a", "a hash")
     assert (index.items, index.shards, index.frames) == (3, 2, 18) and [e.number for e in entries] == [0, 1, 2]
@@ -148,7 +150,7 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
 
 def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     """Latents that count their frames: seconds_start is that of the first frame, in the file and not in the latent."""
-    about = LatentMetadata(name="a", captions=("a",), truth={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
+    about = LatentMetadata(name="a", captions=("a",), metadata={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
     cache = LatentCache(tmp_path, "a hash", 1)
     cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
     cache.finish()

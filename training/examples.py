@@ -130,7 +130,7 @@ def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tens
     """Mean and standard deviation (C,) per channel over all frames of several caches.
 
     Raises:
-        UserError: a folder is unfinished or of another VAE than that with the hash `encoder`.
+        UserError: a folder is unfinished, or its VAE is not the one with the hash `encoder`.
     """
     caches = [read_index(folder, encoder) for folder in folders]
     frames = torch.tensor([index.frames for index in caches], dtype=torch.float64)
@@ -142,7 +142,7 @@ def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tens
 
 
 class SoundExamples:
-    """Crops of sound as `representation` has them, mixed to its channels."""
+    """Crops of sound, mixed to the channels of `representation` and encoded by it."""
 
     def __init__(self, crops: Crops, representation: Representation, captioned: bool):
         self.crops, self.representation, self.captioned = crops, representation, captioned
@@ -155,7 +155,7 @@ class SoundExamples:
         return self.draw(item_numbers(number, rank, world, size), seed)
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
-        """As `Examples`."""
+        """Draw examples, see `Examples`."""
         crops = [self.crops.crop(n) for n in numbers]
         audio = torch.stack([crop.audio for crop in crops])
         if self.representation.audio_channels == 1:

@@ -1,4 +1,4 @@
-"""How a run shows itself."""
+"""Progress, logs and demos of a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Monitor:
         self.bar.update()
         if step % self.run.log_every and step + 1 != self.run.steps:
             return
-        # NaN: a figure of which a process had no items.
+        # NaN: a metric for which a process had no items.
         device = self.accelerator.device
         gathered = {k: self.accelerator.gather(v.detach().float().reshape(1).to(device)) for k, v in losses.items()}
         figures = {k: float(v.nanmean()) for k, v in gathered.items() if not bool(v.isnan().all())}

@@ -49,7 +49,7 @@ def progression(degrees: tuple[int, ...], bars: int, mode: str) -> list[int]:
 
 
 def nearest_pitch(pitch_class: int, target: float, low: int, high: int) -> int:
-    """The pitch of a class that lies nearest_pitch to `target` within low..high (a range of at least an octave)."""
+    """The pitch of a class that is nearest to `target` within low..high (a range of at least an octave)."""
     candidates = [pitch for pitch in range(low, high + 1) if pitch % 12 == pitch_class]
     return min(candidates, key=lambda pitch: (abs(pitch - target), pitch))
 

@@ -1,4 +1,4 @@
-"""What each role plays: melody, chords, pad, arpeggio, bass and drums as `Event`s in beats."""
+"""The parts by role: melody, chords, pad, arpeggio, bass and drums as `Event`s in beats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEP = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """A note before it gets seconds: MIDI pitch, start and length in beats, velocity from 0 to 1."""
+    """A note in musical time: MIDI pitch, start and length in beats, velocity from 0 to 1."""
 
     pitch: int
     beat: float
@@ -27,7 +27,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What all parts share: style, tempo, bars, where the tune enters, chords up to the last one, and that one.
+    """The plan that all parts share: style, tempo, bars, the tune's entry, chords up to the last one, and that one.
 
     `form` names each bar's section ("A" or "B"); bars of one section share patterns and motifs.
     """

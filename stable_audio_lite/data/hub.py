@@ -46,7 +46,7 @@ def read_hub_items(name: str) -> list[Item]:
     for index, row in enumerate(texts if texts.num_columns else [{}] * len(table)):
         where = f"{name}[{index}]"
         source = Stored(where, partial(_open, table, index, column))
-        items.append(Item(path=source, captions=captions_of(row, where), truth=row))
+        items.append(Item(path=source, captions=captions_of(row, where), metadata=row))
     return items
 
 

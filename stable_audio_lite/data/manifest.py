@@ -24,7 +24,7 @@ def read_items(source: str | Path) -> list[Item]:
     A listed file that is missing or broken is found when it is read.
 
     Raises:
-        UserError: the source is missing, a row is not as it should be, or nothing is found.
+        UserError: the source is missing, a row is malformed, or nothing is found.
     """
     name = str(source)
     folder = Path(source)
@@ -87,4 +87,4 @@ def _text(listing: Path) -> str:
 def _item(folder: Path, where: str, row: Any) -> Item:
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f"{where} is not an object with 'file_name'")
-    return Item(path=folder / row["file_name"], captions=captions_of(row, where), truth=row)
+    return Item(path=folder / row["file_name"], captions=captions_of(row, where), metadata=row)

@@ -25,7 +25,7 @@ from stable_audio_lite.nn.attention import (
 )
 from stable_audio_lite.nn.steps import step_features
 
-_TIME_MULTIPLIER = 4  # hidden width of the time mapping, in units of the width
+_TIME_MULTIPLIER = 4  # hidden width of the time embedding, in units of the width
 POSITION_STD = 0.02
 
 
@@ -35,11 +35,11 @@ class SpectrogramTransformerConfig:
 
     Attributes:
         width: features of a token.
-        blocks: how many.
+        blocks: number of blocks.
         heads: attention heads, of (width // heads) features each.
         patch: bins and frames on the side of a square patch.
         feed_forward: hidden width of the feed-forwards, in units of the width.
-        time_base: of the sinusoids that stand for a step index, see `step_features`.
+        time_base: base of the sinusoidal features of a step index, see `step_features`.
         text: whether the blocks cross-attend to a condition.
     """
 
@@ -114,7 +114,7 @@ class PatchBlock(nn.Module):
 
 
 class SpectrogramTransformer(nn.Module):
-    """Predicts the clean spectrogram from a noisy one of a fixed size.
+    """Transformer that predicts the clean spectrogram from a noisy one of a fixed size.
 
     Args:
         config: its shape.
@@ -128,7 +128,7 @@ class SpectrogramTransformer(nn.Module):
         null: (context_tokens, context_width), the learned "no condition", or None without text.
 
     Raises:
-        ValueError: sizes don't fit the patch, or the context's are missing or given in vain.
+        ValueError: sizes don't fit the patch, or those of the context are missing with text or given without it.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class SpectrogramTransformer(nn.Module):
         Args:
             x: (B, channels, bins, frames) noisy spectrograms of about unit variance.
             t: (B,) diffusion step indices, fractions allowed.
-            context: `self.context(condition)`; None is the null condition where there is text.
+            context: `self.context(condition)`; None is the null condition of a transformer with text.
 
         Returns:
             (B, channels, bins, frames) in x's dtype, whatever the dtype of the weights.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from stable_audio_lite.nn.attention import merge_heads, split_heads
 from stable_audio_lite.nn.steps import step_features
 
-_TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 MAX_PERIOD = 10_000.0  # of the time's slowest sinusoid, in steps, over 2 pi
-LEAST_BOTTLENECK = 16  # narrowest bottleneck of a TDF, in bins
+MIN_BOTTLENECK = 16  # narrowest bottleneck of a TDF, in bins
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class SpectrogramUNetConfig:
 
     @property
     def factor(self) -> int:
-        """By how much the innermost level has fewer bins and frames than the outermost: what divides both."""
+        """Total downsampling factor, by which bins and frames must be divisible."""
         return 2 ** (len(self.multipliers) - 1)
 
     def level_bins(self, bins: int) -> tuple[int, ...]:
@@ -115,7 +115,7 @@ class TDF(nn.Module):
 
     def __init__(self, bins: int, divisor: int) -> None:
         super().__init__()
-        width = max(bins // divisor, LEAST_BOTTLENECK)
+        width = max(bins // divisor, MIN_BOTTLENECK)
         self.layers = nn.Sequential(
             nn.Linear(bins, width),
             nn.LayerNorm(width),
@@ -126,7 +126,7 @@ class TDF(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform x (B, C, T, F), added to it."""
+        """Transform x (B, C, T, F) and add the result to it."""
         return x + self.layers(x).to(x.dtype)
 
 
@@ -149,31 +149,31 @@ class Attention2d(nn.Module):
 
 
 class Downsample2d(nn.Module):
-    """Halves bins and frames by a strided convolution."""
+    """Strided convolution that halves bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, T, F) -> (B, C, T / 2, F / 2)."""
         return self.conv(x)
 
 
 class Upsample2d(nn.Module):
-    """Doubles bins and frames by repetition and a convolution."""
+    """Repetition and a convolution, which double bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, T, F) -> (B, C, 2 T, 2 F)."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with all parameters set to zero."""
+    """Set all parameters of a layer to zero; returns the layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -185,7 +185,7 @@ def zeroed(layer: nn.Module) -> nn.Module:
 class ResidualBlock2d(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip; then a TDF.
 
-    `bins` is the number of bins that it gives.
+    `bins` is the number of bins of its output.
     """
 
     def __init__(self, config: SpectrogramUNetConfig, channels: int, out_channels: int, bins: int) -> None:
@@ -199,10 +199,10 @@ class ResidualBlock2d(nn.Module):
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.tdf = nn.Identity() if config.tdf is None else TDF(bins, config.tdf)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, C, T, F) given the time mapping (B, M)."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, C, T, F) given the time embedding (B, E)."""
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = F.silu(self.norm_out(hidden, self.film(F.silu(mapping))))
+        hidden = F.silu(self.norm_out(hidden, self.film(F.silu(embedding))))
         return self.tdf(self.skip(x) + self.conv_out(self.dropout(hidden)))
 
 
@@ -223,17 +223,17 @@ class Stage(nn.Module):
         self.attention = Attention2d(out_channels, config.heads, config.groups) if attend else nn.Identity()
         self.resample = resample
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, C, T, F) given the time mapping (B, M)."""
-        x = self.attention(self.block(x, mapping))
-        return x if self.resample is None else self.resample(x, mapping)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, C, T, F) given the time embedding (B, E)."""
+        x = self.attention(self.block(x, embedding))
+        return x if self.resample is None else self.resample(x, embedding)
 
 
 # Model
 
 
 class SpectrogramUNet(nn.Module):
-    """Predicts the noise in noisy spectrograms.
+    """U-Net that predicts the noise in noisy spectrograms.
 
     Args:
         config: its shape.
@@ -247,8 +247,8 @@ class SpectrogramUNet(nn.Module):
     def __init__(self, config: SpectrogramUNetConfig, bins: int = 512, channels: int = 2) -> None:
         super().__init__()
         self.config, self.bins, self.channels = config, bins, channels
-        mapping = _TIME_MULTIPLIER * config.width
-        self.mapping = nn.Sequential(nn.Linear(config.width, mapping), nn.SiLU(), nn.Linear(mapping, mapping))
+        time_width = _TIME_MULTIPLIER * config.width
+        self.mapping = nn.Sequential(nn.Linear(config.width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         levels = list(zip(config.level_bins(bins), (config.width * m for m in config.multipliers), strict=True))
 
         self.conv_in = nn.Conv2d(channels, config.width, 3, padding=1)
@@ -289,16 +289,16 @@ class SpectrogramUNet(nn.Module):
         """
         self._check(x, context)
         dtype = self.conv_in.weight.dtype
-        mapping = self.mapping(step_features(t, self.config.width, MAX_PERIOD).to(dtype))
+        embedding = self.mapping(step_features(t, self.config.width, MAX_PERIOD).to(dtype))
         hidden = self.conv_in(x.to(dtype).transpose(2, 3).contiguous())
         skips = [hidden]
         for layer in self.down:
-            hidden = layer(hidden, mapping)
+            hidden = layer(hidden, embedding)
             skips.append(hidden)
         for layer in self.middle:
-            hidden = layer(hidden, mapping)
+            hidden = layer(hidden, embedding)
         for layer in self.up:
-            hidden = layer(torch.cat((hidden, skips.pop()), dim=1), mapping)
+            hidden = layer(torch.cat((hidden, skips.pop()), dim=1), embedding)
         out = self.conv_out(F.silu(self.norm_out(hidden)))
         return out.transpose(2, 3).contiguous().to(x.dtype)
 
