@@ -220,3 +220,30 @@ def test_config_and_latents_are_checked() -> None:
     with pytest.raises(ValueError, match="chunk_frames"):
         next(SpectrogramVAE(SMALL).decode_stream(torch.zeros(1, 64, 4), 0))
     assert SMALL.hop == 1024 and SMALL.audio_channels == 2
+
+
+def test_phases_between_known_sound_fit_it_on_both_sides() -> None:
+    """Far from the frames in between nothing changes; at their edges the sound goes on without a jump in phase."""
+    vae = lively()
+    sound = chord(3.0, 220.0, 277.2).expand(1, 2, -1) * torch.tensor([[1.0], [0.5]])
+    frames = sound.shape[2] // 1024
+    features = vae.transform.features(sound)
+    vae._features = (
+        lambda latents, first, last: SpectralFeatures(  # as a VAE that loses nothing would decode
+            features.levels[:, :, 2 * first : 2 * last], features.stereo[..., first:last]
+        )
+    )
+    made = vae.decode_between(torch.zeros(1, 64, frames), sound, 40, 70)
+    assert made.shape == sound.shape
+    far = torch.cat(
+        (made[..., : 36 * 1024] - sound[..., : 36 * 1024], made[..., 76 * 1024 :] - sound[..., 76 * 1024 :]), -1
+    )
+    assert float(far.abs().max()) < 1e-4
+    inside = slice(44 * 1024, 66 * 1024)
+    assert float((made - sound)[..., inside].abs().max()) > 1e-3  # found anew
+    error = spectral_error(sound[0], made[0])
+    edges = torch.cat((error[78:84], error[138:144]))
+    assert float(edges.max()) < 0.25
+    for ends in ((0, 30), (frames - 30, frames)):
+        open_ended = vae.decode_between(torch.zeros(1, 64, frames), sound, *ends)
+        assert open_ended.isfinite().all() and float(spectral_error(sound[0], open_ended[0]).mean()) < 0.15

@@ -64,25 +64,24 @@ class GriffinLim:
             raise ValueError(f"expected a window of 4 hops, got {len(window)} samples and hops of {hop}")
         self.window, self.hop, self.iterations, self.momentum = window, hop, iterations, momentum
 
-    def __call__(self, magnitude: Tensor, phase: Tensor, fixed: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, magnitude: Tensor, phase: Tensor, before: Tensor | None = None, after: Tensor | None = None
+    ) -> Tensor:
         """Find complex spectra (B, frames, bins) of these magnitudes, starting from these phases.
 
-        `fixed` (B, frames', bins) are the spectra of the first frames, which don't change.
+        `before` and `after` (B, any, bins) are the spectra of the first and last frames, which don't change.
         """
         spectrum = torch.polar(magnitude, phase)
         last = torch.zeros_like(spectrum)
         for iteration in range(self.iterations):
-            if fixed is not None:
-                spectrum[:, : fixed.shape[1]] = fixed
+            _fix(spectrum, before, after)
             consistent = self.analyse(self.synthesise(spectrum))
             momentum = self.momentum if iteration else 0.0
             ahead = torch.lerp(last, consistent, 1 + momentum) if iteration else consistent
             last = consistent
             scale = magnitude / ahead.abs().clamp_min(_SMALLEST)
             spectrum = torch.view_as_complex(torch.view_as_real(ahead) * scale[..., None])
-        if fixed is not None:
-            spectrum[:, : fixed.shape[1]] = fixed
-        return spectrum
+        return _fix(spectrum, before, after)
 
     def analyse(self, audio: Tensor) -> Tensor:
         """Spectra (..., frames, bins) of the whole frames of (..., T) audio."""
@@ -96,3 +95,12 @@ class GriffinLim:
         for quarter in range(4):
             audio[:, quarter : quarter + frames] += pieces[:, :, quarter]
         return audio.flatten(1)
+
+
+def _fix(spectrum: Tensor, before: Tensor | None, after: Tensor | None) -> Tensor:
+    """Put the spectra of the first and last frames in place."""
+    if before is not None:
+        spectrum[:, : before.shape[1]] = before
+    if after is not None and after.shape[1]:
+        spectrum[:, -after.shape[1] :] = after
+    return spectrum

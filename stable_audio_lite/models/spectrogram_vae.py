@@ -29,6 +29,7 @@ _LEVELS = _SINGLE + _BANDS
 _PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their hops
 FLOOR = 1e-4
 """Magnitude, where a full-scale sine has 1, below which everything counts as silence: -80 dB."""
+_PATIENCE = 2  # times as many iterations where phases have to fit on both sides
 _PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra of context on each side for finding phases
 
 
@@ -110,8 +111,7 @@ class FeatureTransform(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def features(self, audio: Tensor) -> SpectralFeatures:
         """Compute the features of (B, 2, F * 1024) audio, in float32."""
-        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)
-        spectra = torch.fft.rfft(frames * self.window)  # B, 2, 2F, bins
+        spectra = self.spectra(audio)
         power = spectra.real.square() + spectra.imag.square()
         mean = power.mean(1) * self.scale**2
         high = mean @ self.bands.T
@@ -122,6 +122,11 @@ class FeatureTransform(nn.Module):
         pooled = stokes.unflatten(2, (-1, PAIR)).sum(3) @ self.stereo_bands.T  # B, 4, F, bands
         stereo = pooled[:, 1:] / (pooled[:, :1] + self.least)
         return SpectralFeatures(levels.transpose(1, 2), stereo.transpose(2, 3))
+
+    def spectra(self, audio: Tensor) -> Tensor:
+        """Spectra (B, 2, 2F, bins) of (B, 2, F * 1024) audio, with silence around it."""
+        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)
+        return torch.fft.rfft(frames * self.window)
 
     def components(self, features: SpectralFeatures) -> tuple[Tensor, Tensor]:
         """Split features into two incoherent components.
@@ -276,6 +281,22 @@ class SpectrogramVAE(VAE):
         stream = SpectrumStream(self.transform, self.config.iterations)
         return stream.sound(lambda first, last: self._features(latents, first, last), len(latents), latents.shape[2])
 
+    def decode_between(self, latents: Tensor, source: Tensor, first: int, last: int) -> Tensor:
+        self.check_latents(latents)
+        frames = latents.shape[2]
+        # Spectra that see nothing of the frames in between are the source's.
+        open_first = PAIR * first - 2 if first else 0
+        open_last = PAIR * last + 2 if last < frames else PAIR * frames
+        low, high = max(open_first - _CONTEXT, 0) // PAIR, min(-(-(open_last + _CONTEXT) // PAIR), frames)
+        spectra = self.transform.spectra(source)[:, :, PAIR * low : PAIR * high]
+        stream = SpectrumStream(self.transform, _PATIENCE * self.config.iterations)
+        edges = open_first - PAIR * low, PAIR * high - open_last
+        sound = source.clone()
+        sound[..., low * self.hop : high * self.hop] = stream.between(
+            self._features(latents, low, high), spectra, *edges
+        )
+        return sound
+
     def _features(self, latents: Tensor, first: int, last: int) -> SpectralFeatures:
         """Features of frames first..last, computed with all the context that they depend on."""
         left = max(first - self.decoder_halo, 0)
@@ -310,8 +331,7 @@ class SpectrumStream:
 
         `features(first, last)` returns those of frames first..last.
         """
-        random = torch.rand(2, _BINS, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
-        phase = random.to(self.window.device).repeat(batch, 1)
+        phase = self._random_phase(batch)
         fixed: Tensor | None = None  # the last spectra (batch * component, _CONTEXT, bins) of the piece before
         rest: Tensor | None = None  # its last samples (batch, 2, 3 hops), which the next spectra add to
         for start in range(0, frames, _PIECE):
@@ -325,6 +345,27 @@ class SpectrumStream:
             both = (weights * spectrum.unflatten(0, (batch, 2))[:, None]).sum(2)[:, :, own]
             piece, rest = self._samples(both, rest, stop == frames)
             yield piece
+
+    def between(self, features: SpectralFeatures, spectra: Tensor, before: int, after: int) -> Tensor:
+        """Sound (batch, 2, T) of features whose first `before` and last `after` frames have these `spectra`.
+
+        They are (batch, 2, frames, bins), as many as the features are of.
+        """
+        magnitude, weights = self.transform.components(features)
+        magnitude, batch = magnitude.flatten(0, 1), len(spectra)
+        # The weights are unitary in each bin: their adjoint gives the components of left and right.
+        known = (weights.conj() * spectra[:, :, None]).sum(1).flatten(0, 1)
+        left, right = known[:, :before], known[:, known.shape[1] - after :]
+        start = left[:, -1].angle() if before else self._random_phase(batch)
+        phase = torch.cat((left.angle(), advance(magnitude[:, before:], start, HOP_SAMPLES)), 1)
+        spectrum = self.phases(magnitude, phase, left if before else None, right)
+        both = (weights * spectrum.unflatten(0, (batch, 2))[:, None]).sum(2)
+        return self._samples(both, None, True)[0]
+
+    def _random_phase(self, batch: int) -> Tensor:
+        """Phases (batch * component, bins) to begin with, the same in each item."""
+        random = torch.rand(2, _BINS, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
+        return random.to(self.window.device).repeat(batch, 1)
 
     def _spectrum(self, magnitude: Tensor, before: Tensor, fixed: Tensor | None) -> Tensor:
         """Find spectra (N, frames, bins) of these magnitudes, the first of which may be fixed already."""

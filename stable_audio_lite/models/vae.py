@@ -110,6 +110,17 @@ class VAE(nn.Module, ABC):
         """Decode in float32 and in pieces that stay in the processor's cache."""
         return torch.cat(list(self.decode_stream(latents, chunk_frames)), 2)
 
+    def decode_between(self, latents: Tensor, source: Tensor, first: int, last: int) -> Tensor:
+        """Decode (B, latent_channels, F) latents whose frames but first..last are of `source` (B, 2, F * hop).
+
+        A VAE whose latents leave phases open chooses those of the frames in between to fit the source. Frames far from
+        them may be anything.
+
+        Raises:
+            ValueError: the shape is not (B, latent_channels, F) with F > 0.
+        """
+        return self.decode_chunked(latents)
+
     def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
         """Encode in pieces of `chunk_frames` latent frames."""
         pieces = list(self.encode_stream([audio], chunk_frames))
