@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from evaluation.streams import Level
-from stable_audio_lite.audio.io import AudioSource
-
-NAMES = ("openl3", "passt", "clap")
-
-
-class Embedder(Protocol):
-    """What a Fréchet distance, or the nearest neighbours of a sound, can be taken with.
-
-    Attributes:
-        name: one of `NAMES`.
-        sample_rate: Hz that the network hears.
-        channels: how many it hears, one after the other.
-        unit: what an embedding is of: "windows", or "" for whole sounds.
-        settings: whatever changes embeddings: weights, rates, channels, windows, level.
-    """
-
-    name: str
-    sample_rate: int
-    channels: int
-    unit: str
-    settings: dict[str, Any]
-
-    def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (windows, D) of a file, on the CPU; perhaps more, by name.
-
-        Raises:
-            UserError: the file can't be read.
-        """
-        ...
+from evaluation.embedders.streams import TargetLevel
+from evaluation.store import Embedder
 
 
 def load_embedder(
-    name: str, source: str | None, folder: Path, device: torch.device, *, level: Level, batch: int, content: str
+    name: str, source: str | None, folder: Path, device: torch.device, *, level: TargetLevel, batch: int, content: str
 ) -> Embedder:
-    """An embedder on its device.
+    """Load an embedder onto its device.
 
     Args:
-        name: one of `NAMES`.
+        name: "openl3", "passt" or "clap".
         source: where its weights are; None: in `folder`, under the name that they are published by.
         folder: of weights.
         device: to compute on.

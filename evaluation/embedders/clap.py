@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluation.embedders.streams import TargetLevel, mono_at
 from evaluation.embedders.weights import Published, state_hash
-from evaluation.streams import Level, mono
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.mel import CLIP_SAMPLES, HOP, SAMPLE_RATE, log_mel
@@ -32,9 +32,9 @@ class ClapEmbedder:
     """One unit vector for a whole file; `clap` is in its place."""
 
     name = "clap"
-    sample_rate, channels, unit = SAMPLE_RATE, 1, ""
+    unit = ""
 
-    def __init__(self, clap: Clap, level: Level):
+    def __init__(self, clap: Clap, level: TargetLevel):
         self.clap, self.level = clap.eval(), level
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
@@ -54,7 +54,7 @@ class ClapEmbedder:
         Raises:
             UserError: it can't be read.
         """
-        mel, longer = whole_mel(self.clap.config, mono(source, SAMPLE_RATE, self.level))
+        mel, longer = whole_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
         return {"embedding": self.clap.embed_mel(mel, longer).cpu()}
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evaluation.embedders.streams import TargetLevel, batches, overlapping_windows, stereo_at
 from evaluation.embedders.weights import Published, fill, read_state, state_hash
-from evaluation.streams import Level, batches, stereo, windows
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.errors import UserError
@@ -76,9 +76,9 @@ class OpenL3Embedder:
     """512 features of each channel for a window of a second at every half; `network` is in its place."""
 
     name = "openl3"
-    sample_rate, channels, unit = SAMPLE_RATE, 2, "windows"
+    unit = "windows"
 
-    def __init__(self, network: OpenL3, level: Level, batch: int):
+    def __init__(self, network: OpenL3, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
             "weights": state_hash(network.state_dict()),
@@ -97,9 +97,9 @@ class OpenL3Embedder:
             UserError: it can't be read.
         """
         device = next(self.network.parameters()).device
-        audio = stereo(source, (EVALUATION_RATE, SAMPLE_RATE), self.level)
+        audio = stereo_at(source, (EVALUATION_RATE, SAMPLE_RATE), self.level)
         # The first sample lies in the middle of the first window.
-        parts = windows(audio, WINDOW, HOP, 2, front=WINDOW // 2)
+        parts = overlapping_windows(audio, WINDOW, HOP, 2, front=WINDOW // 2)
         found = []
         for batch in batches(parts, self.batch):
             both = self.network(mel_spectrogram(batch.to(device).flatten(0, 1)))

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evaluation.embedders.streams import TargetLevel, batches, mono_at, overlapping_windows
 from evaluation.embedders.weights import Published, fill, read_state, state_hash
 from evaluation.result import Missing
-from evaluation.streams import Level, batches, mono, windows
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
 
@@ -64,9 +64,9 @@ class PaSSTEmbedder:
     """Logits and features of every window; `network` is in its place."""
 
     name = "passt"
-    sample_rate, channels, unit = SAMPLE_RATE, 1, "windows"
+    unit = "windows"
 
-    def __init__(self, network: PaSST, level: Level, batch: int):
+    def __init__(self, network: PaSST, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
             "weights": state_hash(network.net.state_dict()),
@@ -87,13 +87,13 @@ class PaSSTEmbedder:
 
         def counted() -> Iterator[Tensor]:
             nonlocal length
-            for block in mono(source, SAMPLE_RATE, self.level):
+            for block in mono_at(source, SAMPLE_RATE, self.level):
                 length += block.shape[1]
                 yield block
 
         device = self.network.mel.window.device
         logits, features = [], []
-        for batch in batches(windows(counted(), WINDOW, HOP, 1), self.batch):
+        for batch in batches(overlapping_windows(counted(), WINDOW, HOP, 1), self.batch):
             # A window comes when it is full or nothing follows it, so that `length` is known by then.
             used = WINDOW if length > _ALONE else max(length, _SHORTEST)
             heard = self.network(batch[:, 0, :used].to(device))

@@ -1,4 +1,4 @@
-"""Names of what figures depend on: sets of sounds, code, versions."""
+"""Names of what metrics depend on: sets of sounds, code, versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "torchaudio", "transformers", "hear21passt", "soxr", "soun
 
 @cache
 def versions() -> dict[str, str]:
-    """Of this package, and of those whose code embeddings come from."""
+    """Versions of this package, and of those whose code embeddings come from."""
     found = {"stable-audio-lite": stable_audio_lite.__version__}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -27,13 +27,13 @@ def versions() -> dict[str, str]:
 
 
 def set_hash(keys: Iterable[str]) -> dict[str, Any]:
-    """How many "sounds" there are, and a "hash" of their keys in whatever order they come."""
+    """The number of "sounds", and a "hash" of their keys in whatever order they come."""
     ordered = sorted(keys)
     return {"sounds": len(ordered), "hash": _short("\n".join(ordered).encode("utf-8", "surrogatepass"))}
 
 
 def code_hash(*modules: ModuleType) -> str:
-    """Names what modules compute, by their source."""
+    """A name of what modules compute, by their source."""
     return _short(b"".join(Path(str(module.__file__)).read_bytes() for module in modules))
 
 
