@@ -33,16 +33,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from evaluation.adherence_scores import Adherence, MedianDifference, ShareRight, score_adherence
 from evaluation.embedders.clap import load_any_clap
-from evaluation.judge import Analysis, Judge, Request
 from evaluation.output import print_result
+from evaluation.prompt_facts import Adherence, Analysis, Request, ShareRight, analyse, score_adherence
 from evaluation.tagger import load_tagger, train_on_corpus
 from stable_audio_lite.audio.io import audio_info, read_audio
 from stable_audio_lite.bundle import resolve
@@ -68,6 +68,9 @@ ITEMS, ITEMS_EACH = 200, 16  # prompts, and prompts for each of several combinat
 _SHOWN = ("families", "instruments", "drums", "style", "end")  # of several combinations
 _COLUMNS = {"n": 5, "right": 8, "95 %": 14, "real": 8, "VAE": 8, "VAE/real": 10, "shuffled": 10}  # widths
 
+Analyser = Callable[..., Analysis]
+"""`analyse` whose sample rate, tagger and CLAP are given."""
+
 
 def requests_of(corpus: Path, count: int, window: float) -> list[Request]:
     """Requests for the first `count` held-out pieces, each as long as its piece but at most `window` s.
@@ -83,21 +86,6 @@ def requests_of(corpus: Path, count: int, window: float) -> list[Request]:
     return [Request(item=i, prompt=i.captions[0], seconds=min(audio_info(i.path).seconds, window)) for i in items]
 
 
-def analyse_generated(
-    judge: Judge, model: StableAudio, requests: Sequence[Request], seed: int
-) -> tuple[list[Analysis], float]:
-    """Analyses of a sound of the whole window for each request, and the mean seconds that it took to make one."""
-    from tqdm import tqdm
-
-    found, seconds = [], 0.0
-    for number, request in enumerate(tqdm(requests, unit="sound")):
-        begun = time.perf_counter()
-        made = model.generate(request.prompt, seconds_total=request.seconds, seed=seed + number)
-        seconds += time.perf_counter() - begun
-        found.append(judge.analyse(made.audio[0], request.seconds))
-    return found, seconds / len(requests)
-
-
 @torch.inference_mode()
 def through_vae(vae: VAE, audio: Tensor) -> Tensor:
     """(2, T) audio encoded (posterior mean) and decoded again, float32 on the CPU."""
@@ -107,18 +95,33 @@ def through_vae(vae: VAE, audio: Tensor) -> Tensor:
 
 
 def analyse_recordings(
-    judge: Judge, requests: Sequence[Request], vae: VAE | None = None
+    find: Analyser, requests: Sequence[Request], sample_rate: int, vae: VAE | None = None
 ) -> tuple[list[Analysis], list[Analysis]]:
     """Analyses of the pieces' recordings, and of the same through a VAE; none of these without one."""
     from tqdm import tqdm
 
     plain, passed = [], []
     for request in tqdm(requests, unit="recording"):
-        audio = read_audio(request.item.path, judge.sample_rate)
-        plain.append(judge.analyse(audio))
+        audio = read_audio(request.item.path, sample_rate)
+        plain.append(find(audio))
         if vae is not None:
-            passed.append(judge.analyse(through_vae(vae, audio)))
+            passed.append(find(through_vae(vae, audio)))
     return plain, passed
+
+
+def analyse_generated(
+    find: Analyser, requests: Sequence[Request], model: StableAudio, seed: int
+) -> tuple[list[Analysis], float]:
+    """Analyses of a sound of the whole window for each request, and the mean seconds that it took to make one."""
+    from tqdm import tqdm
+
+    found, seconds = [], 0.0
+    for number, request in enumerate(tqdm(requests, unit="sound")):
+        begun = time.perf_counter()
+        made = model.generate(request.prompt, seconds_total=request.seconds, seed=seed + number)
+        seconds += time.perf_counter() - begun
+        found.append(find(made.audio[0], seconds=request.seconds))
+    return found, seconds / len(requests)
 
 
 def combinations(chosen: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -150,12 +153,14 @@ def adherence_table(found: Adherence) -> str:
     if found.width_kept is not None:
         lines.append(f"width within 3 dB through the VAE: {found.width_kept:.0%}")
     for name, level in found.valley.items():
-        lines.append(f"level between partials, {name} minus recordings: {_difference(level)}")
+        span = f" ({level.low:+.1f} to {level.high:+.1f})" if level.n > 1 else ""
+        told = f"{level.median:+.1f} dB{span}, median of {level.n} sustained solos"
+        lines.append(f"level between partials, {name} minus recordings: {told}")
     if (apart := found.frechet) is not None:
-        others = {"generated": apart.generated, "through the VAE": apart.vae}
-        known = [f"{k} to real {v:.4f}, {v / apart.real:.1f} times" for k, v in others.items() if v is not None]
         sizes = f"{apart.n} and {apart.n} sounds"
-        lines.append(f"Fréchet distance of CLAP embeddings ({sizes}): {'; '.join(known)} real to real {apart.real:.4f}")
+        lines.append(f"Fréchet distance of CLAP embeddings ({sizes}): real to real {apart.real:.4f}")
+        others = {"generated": apart.generated, "through the VAE": apart.vae}
+        lines += [f"  {k} to real {v:.4f}: {v / apart.real:.1f} times" for k, v in others.items() if v is not None]
     return "\n".join(lines)
 
 
@@ -166,23 +171,18 @@ def _cells(row: ShareRight) -> dict[str, str]:
     return {"n": str(row.n), "95 %": span} | {k: "" if v is None else f"{v:.0%}" for k, v in shares.items()}
 
 
-def _difference(level: MedianDifference) -> str:
-    span = f" ({level.low:+.1f} to {level.high:+.1f})" if level.n > 1 else ""
-    return f"{level.median:+.1f} dB{span}, median of {level.n} sustained solos"
-
-
 def combination_heading(chosen: dict[str, Sequence[Any]]) -> str:
     """Names of the columns of `combination_line`."""
-    return "".join(f"{name:>14}" for name in (*chosen, *_SHOWN)) + f"{'valley':>10}{'Fréchet':>10}{'s a sound':>11}"
+    return "".join(f"{name:>14}" for name in (*chosen, *_SHOWN, "valley", "Fréchet", "s a sound"))
 
 
 def combination_line(settings: dict[str, Any], found: Adherence, seconds: float) -> str:
     """One combination's results, of which each sound took `seconds`."""
     shares = {row.name: f"{row.value:.0%}" for row in found.measures}
-    cells = [*map(str, settings.values()), *(shares.get(name, "") for name in _SHOWN)]
-    valley = f"{found.valley['generated'].median:+.1f}" if "generated" in found.valley else ""
+    valley = f"{found.valley['generated'].median:+.1f} dB" if "generated" in found.valley else ""
     apart = f"{found.frechet.generated:.4f}" if found.frechet else ""
-    return "".join(f"{cell:>14}" for cell in cells) + f"{valley:>10}{apart:>10}{seconds:11.2f}"
+    cells = (*settings.values(), *(shares.get(name, "") for name in _SHOWN), valley, apart, f"{seconds:.2f}")
+    return "".join(f"{cell!s:>14}" for cell in cells)
 
 
 def main() -> int:
@@ -205,8 +205,8 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> None:
     chosen = {name: _values(name, text) for name in SETTINGS if (text := getattr(args, name)) is not None}
-    variants = combinations(chosen)
-    count = (ITEMS_EACH if len(variants) > 1 else ITEMS) if args.items is None else args.items
+    settings = combinations(chosen)
+    count = (ITEMS_EACH if len(settings) > 1 else ITEMS) if args.items is None else args.items
     if count < 4:
         raise UserError(f"--items must be at least 4, got {count}")
     if args.only_vae:
@@ -214,50 +214,34 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
         codec = Codec.from_pretrained(args.model, args.device)
         requests = requests_of(args.corpus, count, math.inf)
-        recordings, passed = analyse_recordings(_judge(args, codec.sample_rate), requests, codec.vae)
+        find = _analyser(args, codec.sample_rate)
+        recordings, passed = analyse_recordings(find, requests, codec.sample_rate, codec.vae)
         found = score_adherence(requests, recordings, vae=passed)
         print_result(args.json, asdict(found), adherence_table(found))
         return
     model = StableAudio.from_pretrained(args.model, device=args.device)
-    models = [with_settings(model, settings) for settings in variants]
+    models = [with_settings(model, own) for own in settings]
     requests = requests_of(args.corpus, count, model.window_seconds)
-    judge = _judge(args, model.sample_rate)
-    if len(models) > 1:
-        recordings, _ = analyse_recordings(judge, requests)
-        _run_combinations(args, chosen, models, judge, requests, recordings)
-        return
-    recordings, passed = analyse_recordings(judge, requests, model.vae)
-    generated, _ = analyse_generated(judge, models[0], requests, args.seed)
-    found = score_adherence(requests, recordings, generated, passed)
-    print_result(args.json, asdict(found), adherence_table(found))
+    find = _analyser(args, model.sample_rate)
+    recordings, passed = analyse_recordings(find, requests, model.sample_rate, model.vae if len(models) == 1 else None)
+    rows = []
+    for own, variant in zip(settings, models, strict=True):
+        generated, seconds = analyse_generated(find, requests, variant, args.seed)
+        found = score_adherence(requests, recordings, generated, passed)
+        rows.append({"settings": own, "seconds": seconds, **asdict(found)})
+        if len(models) > 1 and not args.json:
+            heading = "" if len(rows) > 1 else combination_heading(chosen) + "\n"
+            print(heading + combination_line(own, found, seconds), flush=True)
+    if len(models) == 1:
+        print_result(args.json, rows[0], adherence_table(found))
+    elif args.json:
+        print_result(True, rows, "")
 
 
-def _judge(args: argparse.Namespace, sample_rate: int) -> Judge:
+def _analyser(args: argparse.Namespace, sample_rate: int) -> Analyser:
     tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
     clap = load_any_clap(args.clap) if args.clap else load_whole_clap(resolve(args.model))
-    return Judge(tagger=tagger, sample_rate=sample_rate, clap=clap)
-
-
-def _run_combinations(
-    args: argparse.Namespace,
-    chosen: dict[str, list[Any]],
-    models: Sequence[StableAudio],
-    judge: Judge,
-    requests: Sequence[Request],
-    recordings: Sequence[Analysis],
-) -> None:
-    """Print each combination as soon as it is there, or all as JSON."""
-    if not args.json:
-        print(combination_heading(chosen))
-    rows = []
-    for settings, model in zip(combinations(chosen), models, strict=True):
-        generated, seconds = analyse_generated(judge, model, requests, args.seed)
-        found = score_adherence(requests, recordings, generated)
-        rows.append({"settings": settings, "seconds": seconds, **asdict(found)})
-        if not args.json:
-            print(combination_line(settings, found, seconds), flush=True)
-    if args.json:
-        print_result(True, rows, "")
+    return partial(analyse, sample_rate=sample_rate, tagger=tagger, clap=clap)
 
 
 def _values(name: str, text: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Shares of right facts over many sounds, and how far their levels and embeddings are from those of recordings."""
+"""Facts that prompts state, looked for in sounds: which of them are right, and how many over many sounds."""
 
 from __future__ import annotations
 
@@ -7,14 +7,54 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from evaluation.judge import FACTS, Analysis, Request, right_facts
 from evaluation.metrics.bootstrap import interval
 from evaluation.metrics.frechet import Gaussian, frechet_distance
+from evaluation.metrics.levels import END_TOLERANCE, WIDTH_TOLERANCE_DB, sound_end, valley_db, width_db
+from evaluation.metrics.music import TEMPO_TOLERANCE, key, tempo
+from evaluation.tagger import Tagger, Tags, r_precision
+from stable_audio_lite.clap.model import Clap
+from stable_audio_lite.corpus.captions import facts_told
 from stable_audio_lite.corpus.instruments import INSTRUMENTS
+from stable_audio_lite.data.manifest import Item
 
+FACTS = ("families", "instruments", "drums", "style", "tempo", "tempo octave", "key", "mode", "end", "width")
 WIDTH_KEPT_DB = 3.0
 """dB by which a VAE may change a width and still have kept it."""
+
+_OCTAVES = (1 / 3, 1 / 2, 2.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A held-out piece, the words for it, and the length in seconds that a sound is asked to have."""
+
+    item: Item
+    prompt: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Facts found in one sound; None where it is silent, or has no such thing.
+
+    Attributes:
+        seconds: the length that it should have, up to which all but its end is looked for.
+        end: seconds at which the sound ends.
+        width, valley: in dB, as `evaluation.metrics.levels` defines them.
+        embedding: of a CLAP, (1, D).
+    """
+
+    seconds: float
+    tags: Tags | None
+    tempo: float | None
+    tonic: str | None
+    mode: str | None
+    end: float
+    width: float
+    valley: float
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +115,59 @@ class Adherence:
     frechet: ClapDistances | None
 
 
+def analyse(
+    audio: Tensor, sample_rate: int, tagger: Tagger, clap: Clap | None = None, seconds: float | None = None
+) -> Analysis:
+    """Look for facts in (2, T) audio that should last `seconds`; None: all of it."""
+    length = audio.shape[1] / sample_rate if seconds is None else seconds
+    asked = audio[:, : round(length * sample_rate)]
+    silent = not bool(asked.any())
+    found = None if silent else key(asked, sample_rate)
+    return Analysis(
+        seconds=length,
+        tags=None if silent else tagger.tag(asked, sample_rate),
+        tempo=None if silent else tempo(asked, sample_rate),
+        tonic=found.tonic if found else None,
+        mode=found.mode if found else None,
+        end=sound_end(audio, sample_rate),
+        width=width_db(asked),
+        valley=valley_db(asked, sample_rate),
+        embedding=clap.embed_audio(asked[None], sample_rate) if clap else None,
+    )
+
+
+def right_facts(found: Analysis, request: Request, seconds: float, width: float) -> dict[str, float]:
+    """1 for each of `FACTS` that is right, 0 for what is wrong, of those that apply to the request's prompt.
+
+    Args:
+        found: in a sound.
+        request: that the sound is held against.
+        seconds: when the sound should end.
+        width: of the piece's recording, in dB.
+    """
+    piece, tags = request.item.truth, found.tags
+    right: dict[str, float] = {
+        "families": r_precision(tags.families, piece["families"]) if tags else 0.0,
+        "instruments": r_precision(tags.instruments, piece["instruments"]) if tags else 0.0,
+        "drums": bool(tags and (tags.drums > 0.5) == piece["drums"]),
+        "style": bool(tags and tags.style == piece["style"]),
+        "tempo": _near(found.tempo, piece["bpm"]),
+        "tempo octave": any(_near(found.tempo, share * piece["bpm"]) for share in _OCTAVES),
+        "key": (found.tonic, found.mode) == (piece["key"], piece["mode"]),
+        "mode": found.mode == piece["mode"],
+        "end": abs(found.end - seconds) <= END_TOLERANCE,
+        "width": abs(found.width - width) <= WIDTH_TOLERANCE_DB,
+    }
+    told = facts_told(request.prompt, piece)
+    unsaid = {"tempo", "tempo octave", "key", "mode", "style", "drums"} - told
+    unsaid -= {"tempo octave"} if "tempo" in told else set()
+    return {name: float(value) for name, value in right.items() if name not in unsaid}
+
+
+def _near(bpm: float | None, wanted: float) -> bool:
+    return abs((bpm or 0.0) - wanted) <= TEMPO_TOLERANCE * wanted
+
+
 def score_adherence(
     requests: Sequence[Request],
     recordings: Sequence[Analysis],
@@ -98,36 +191,27 @@ def shares_right(
     recordings: Sequence[Analysis],
     generated: Sequence[Analysis] = (),
     vae: Sequence[Analysis] = (),
-    seed: int = 0,
 ) -> list[ShareRight]:
     """Shares of every fact that some prompt states."""
 
-    def rows(sounds: Sequence[Analysis], shift: int = 0) -> list[dict[str, float]]:
-        """Right facts of each sound by its own request, or the one `shift` further."""
-        found = []
+    def facts(sounds: Sequence[Analysis], shift: int = 0) -> list[dict[str, float]]:
+        """Right facts of each sound by its own request, or by the one `shift` further."""
+        rows = []
         for number, sound in enumerate(sounds):
             other = (number + shift) % len(requests)
-            request = requests[other]
             seconds = requests[other].seconds if shift else sound.seconds
-            facts = right_facts(sound, request.item.truth, request.prompt, seconds, recordings[other].width)
-            found.append(facts)
-        return found
+            rows.append(right_facts(sound, requests[other], seconds, recordings[other].width))
+        return rows
 
-    real, made, shuffled, passed = rows(recordings), rows(generated), rows(generated, 1), rows(vae)
+    kinds = {"ceiling": facts(recordings), "value": facts(generated), "floor": facts(generated, 1), "vae": facts(vae)}
     shares = []
     for name in FACTS:
-        if not (ceiling := _values(real, name)):
-            continue
-        values, floor, through = (_values(found, name) for found in (made, shuffled, passed))
-        low, high = interval(values, seed) if values else (None, None)
-        means = {"ceiling": ceiling, "value": values, "floor": floor, "vae": through}
-        known = {key: float(np.mean(v)) for key, v in means.items() if v}
-        shares.append(ShareRight(name=name, n=len(ceiling), low=low, high=high, **known))
+        values = {kind: [row[name] for row in rows if name in row] for kind, rows in kinds.items()}
+        if values["ceiling"]:
+            low, high = interval(values["value"]) if values["value"] else (None, None)
+            means = {kind: float(np.mean(known)) for kind, known in values.items() if known}
+            shares.append(ShareRight(name=name, n=len(values["ceiling"]), low=low, high=high, **means))
     return shares
-
-
-def _values(rows: Sequence[dict[str, float]], name: str) -> list[float]:
-    return [row[name] for row in rows if name in row]
 
 
 def valley_difference(
