@@ -26,13 +26,11 @@ A setting with several values gives a line for every combination, the same seeds
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,20 +38,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evaluation.embedders.clap import load_any_clap
 from evaluation.output import print_result
 from evaluation.prompt_facts import Adherence, Analysis, Request, ShareRight, analyse, score_adherence
 from evaluation.tagger import load_tagger, train_on_corpus
 from stable_audio_lite.audio.io import audio_info, read_audio
-from stable_audio_lite.bundle import resolve
-from stable_audio_lite.clap.text import load_whole_clap
-from stable_audio_lite.codec import Codec
+from stable_audio_lite.bundle import part_path, resolve
+from stable_audio_lite.clap.checkpoints import load_clap
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.representation import LatentRepresentation, load_latents
+from stable_audio_lite.systems import load_model_config
 
 SETTINGS: dict[str, Callable[[str], Any]] = {
     "sampler": str,
@@ -87,15 +85,13 @@ def requests_of(corpus: Path, count: int, window: float) -> list[Request]:
 
 
 @torch.inference_mode()
-def through_vae(vae: VAE, audio: Tensor) -> Tensor:
+def through_vae(latents: LatentRepresentation, audio: Tensor) -> Tensor:
     """(2, T) audio encoded (posterior mean) and decoded again, float32 on the CPU."""
-    device = next(vae.parameters()).device
-    latents = vae.encode_chunked(audio[None].to(device)).mean
-    return vae.decode_chunked(latents)[0, :, : audio.shape[1]].float().cpu()
+    return latents.decode(latents.encode(audio[None].to(latents.device)), audio.shape[1])[0].cpu()
 
 
 def analyse_recordings(
-    find: Analyser, requests: Sequence[Request], sample_rate: int, vae: VAE | None = None
+    find: Analyser, requests: Sequence[Request], sample_rate: int, vae: LatentRepresentation | None = None
 ) -> tuple[list[Analysis], list[Analysis]]:
     """Analyses of the pieces' recordings, and of the same through a VAE; none of these without one."""
     from tqdm import tqdm
@@ -129,21 +125,6 @@ def combinations(chosen: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(chosen, values, strict=True)) for values in itertools.product(*chosen.values())]
 
 
-def with_settings(model: StableAudio, settings: dict[str, Any]) -> StableAudio:
-    """The same weights with other defaults for generation.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-    try:
-        generation = replace(model.config.generation, **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    variant = copy.copy(model)
-    variant.config = replace(model.config, generation=generation)
-    return variant
-
-
 def adherence_table(found: Adherence) -> str:
     """A line for each fact, and for what is measured otherwise."""
     rows = {row.name: _cells(row) for row in found.measures}
@@ -171,9 +152,9 @@ def _cells(row: ShareRight) -> dict[str, str]:
     return {"n": str(row.n), "95 %": span} | {k: "" if v is None else f"{v:.0%}" for k, v in shares.items()}
 
 
-def combination_heading(chosen: dict[str, Sequence[Any]]) -> str:
+def combination_heading(settings: Iterable[str]) -> str:
     """Names of the columns of `combination_line`."""
-    return "".join(f"{name:>14}" for name in (*chosen, *_SHOWN, "valley", "Fréchet", "s a sound"))
+    return "".join(f"{name:>14}" for name in (*settings, *_SHOWN, "valley", "Fréchet", "s a sound"))
 
 
 def combination_line(settings: dict[str, Any], found: Adherence, seconds: float) -> str:
@@ -209,39 +190,62 @@ def _run(args: argparse.Namespace) -> None:
     count = (ITEMS_EACH if len(settings) > 1 else ITEMS) if args.items is None else args.items
     if count < 4:
         raise UserError(f"--items must be at least 4, got {count}")
-    if args.only_vae:
-        if chosen:
-            raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
-        codec = Codec.from_pretrained(args.model, args.device)
-        requests = requests_of(args.corpus, count, math.inf)
-        find = _analyser(args, codec.sample_rate)
-        recordings, passed = analyse_recordings(find, requests, codec.sample_rate, codec.vae)
-        found = score_adherence(requests, recordings, vae=passed)
-        print_result(args.json, asdict(found), adherence_table(found))
+    if args.only_vae and chosen:
+        raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
+    folder = resolve(args.model)
+    latents, models = _load(args, folder, settings)
+    requests = requests_of(args.corpus, count, latents.window_seconds)
+    find = _analyser(args, folder, latents.sample_rate)
+    vae = latents if len(settings) == 1 else None
+    recordings, passed = analyse_recordings(find, requests, latents.sample_rate, vae)
+    if len(models) > 1:
+        _print_combinations(args, settings, models, find, requests, recordings)
         return
-    model = StableAudio.from_pretrained(args.model, device=args.device)
-    models = [with_settings(model, own) for own in settings]
-    requests = requests_of(args.corpus, count, model.window_seconds)
-    find = _analyser(args, model.sample_rate)
-    recordings, passed = analyse_recordings(find, requests, model.sample_rate, model.vae if len(models) == 1 else None)
-    rows = []
-    for own, variant in zip(settings, models, strict=True):
-        generated, seconds = analyse_generated(find, requests, variant, args.seed)
-        found = score_adherence(requests, recordings, generated, passed)
-        rows.append({"settings": own, "seconds": seconds, **asdict(found)})
-        if len(models) > 1 and not args.json:
-            heading = "" if len(rows) > 1 else combination_heading(chosen) + "\n"
-            print(heading + combination_line(own, found, seconds), flush=True)
-    if len(models) == 1:
-        print_result(args.json, rows[0], adherence_table(found))
-    elif args.json:
-        print_result(True, rows, "")
+    generated = analyse_generated(find, requests, models[0], args.seed)[0] if models else ()
+    found = score_adherence(requests, recordings, generated, passed)
+    print_result(args.json, asdict(found), adherence_table(found))
 
 
-def _analyser(args: argparse.Namespace, sample_rate: int) -> Analyser:
+def _load(
+    args: argparse.Namespace, folder: Path, settings: Sequence[dict[str, Any]]
+) -> tuple[LatentRepresentation, list[StableAudio]]:
+    """The latents, and a model with each of the settings, or none."""
+    if args.only_vae:
+        device = choose_device(args.device)
+        return load_latents(folder, load_model_config(folder)).to(device, choose_dtype(None, device)), []
+    model = StableAudio.from_pretrained(folder, device=args.device)
+    if not isinstance(model.representation, LatentRepresentation):
+        raise UserError(f"{args.model}: has no VAE; give a model of kind stable_audio")
+    return model.representation, [model.with_defaults(**own) for own in settings]
+
+
+def _analyser(args: argparse.Namespace, folder: Path, sample_rate: int) -> Analyser:
     tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
-    clap = load_any_clap(args.clap) if args.clap else load_whole_clap(resolve(args.model))
+    whole = part_path(folder, "audio_encoder").is_file()
+    clap = load_clap(args.clap or folder) if args.clap or whole else None
     return partial(analyse, sample_rate=sample_rate, tagger=tagger, clap=clap)
+
+
+def _print_combinations(
+    args: argparse.Namespace,
+    settings: Sequence[dict[str, Any]],
+    models: Sequence[StableAudio],
+    find: Analyser,
+    requests: Sequence[Request],
+    recordings: Sequence[Analysis],
+) -> None:
+    """Print a line for each model's settings as soon as it is there, or all as JSON."""
+    rows = []
+    if not args.json:
+        print(combination_heading(settings[0]))
+    for own, model in zip(settings, models, strict=True):
+        generated, seconds = analyse_generated(find, requests, model, args.seed)
+        found = score_adherence(requests, recordings, generated)
+        rows.append({"settings": own, "seconds": seconds, **asdict(found)})
+        if not args.json:
+            print(combination_line(own, found, seconds), flush=True)
+    if args.json:
+        print_result(True, rows, "")
 
 
 def _values(name: str, text: str) -> list[Any]:

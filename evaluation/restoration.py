@@ -39,7 +39,7 @@ from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint, Task, noise_deviation
+from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Dereverb, Inpaint, noise_std
 from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 from stable_audio_lite.restoration.room import convolve
 from stable_audio_lite.restoration.wpe import wpe
@@ -65,7 +65,7 @@ class DegradedSound:
 
     clean: Tensor
     degraded: Tensor
-    task: Task
+    task: Degradation
     classical: dict[str, Tensor]
     cells: Tensor = _EVERYTHING
 
@@ -173,7 +173,7 @@ def _with_noise(
     degraded = clean + level * torch.randn(clean.shape, generator=generator)
     level_db = 20 * math.log10(level)
     y = spectrogram.encode(degraded)
-    noise = 2 * noise_deviation(spectrogram.config, level_db) ** 2
+    noise = 2 * noise_std(spectrogram.config, level_db) ** 2
     power = F.avg_pool1d(y.square().sum(1), 3, stride=1, padding=1, count_include_pad=False)
     gain = (1 - noise / power.clamp_min(1e-20)).clamp_min(0.01)
     classical = {"wiener": spectrogram.decode(y * gain[:, None])}

@@ -18,13 +18,12 @@ import torch
 
 from evaluation.output import print_result
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.bundle import resolve
+from stable_audio_lite.clap.checkpoints import load_clap
 from stable_audio_lite.clap.mel import SAMPLE_RATE
 from stable_audio_lite.clap.model import Clap, retrieval
-from stable_audio_lite.clap.text import load_whole_clap
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import Item, read_items
-from stable_audio_lite.doctor import likeness
+from stable_audio_lite.doctor import mean_pairwise_cosine
 from stable_audio_lite.errors import UserError
 
 
@@ -35,7 +34,7 @@ def clap_recall(clap: Clap, items: Sequence[Item]) -> dict[str, float]:
     sounds = (read_audio(item.path, SAMPLE_RATE)[None] for item in tqdm(items, unit="piece"))
     audio = torch.cat([clap.embed_audio(sound, SAMPLE_RATE) for sound in sounds])
     text = torch.cat([clap.embed_text([item.captions[0]]) for item in items])
-    return retrieval(text, audio) | {"texts/cosine": likeness(text)}
+    return retrieval(text, audio) | {"texts/cosine": mean_pairwise_cosine(text)}
 
 
 def main() -> int:
@@ -49,8 +48,7 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if (clap := load_whole_clap(resolve(args.bundle))) is None:
-        raise UserError(f"{args.bundle}: has no audio_encoder.safetensors; give a bundle with both CLAP towers")
+    clap = load_clap(args.bundle)
     items = [item for item in read_items(args.data) if item.captions][: args.items]
     if len(items) < 2:
         raise UserError(f"{args.data}: {len(items)} items with captions; two are needed at least")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -29,6 +29,7 @@ FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
 SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae", "restorer")}
 """Bundles that come with the package."""
 
+M = TypeVar("M", bound=nn.Module)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = 3  # mismatching tensors that a message spells out
 
@@ -154,9 +155,48 @@ def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = F
     Raises:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    state = read_part(folder, name)
-    check_state(state, module, str(part_path(folder, name)))
+    fill(module, read_part(folder, name), str(part_path(folder, name)), assign)
+
+
+def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
+    """Part `name` in a module that `build` makes, ready for inference, in the floating type of its file.
+
+    Raises:
+        UserError: as `load_part`.
+    """
+    with WithoutInitialisation():
+        module = build()
+    load_part(folder, name, module, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
+    """Load `state` into `module`; every tensor must fit.
+
+    Raises:
+        UserError: as `check_state`.
+    """
+    check_state(state, module, where)
     module.load_state_dict(state, assign=assign)
+
+
+def read_tensors(folder: str | Path, name: str, keys: Sequence[str]) -> dict[str, Tensor] | None:
+    """Some tensors of a part by their names, or None where the bundle lacks the part.
+
+    Raises:
+        UserError: the file is damaged, or a tensor is missing.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = part_path(folder, name)
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: damaged or truncated ({reason}); fetch or train it again") from error
 
 
 class WithoutInitialisation(TorchFunctionMode):
@@ -198,6 +238,26 @@ def model_hash(folder: str | Path) -> str:
         if (path := Path(folder) / name).is_file():
             digest.update(f"{name} {sha256(path)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def upload(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a bundle to the Hugging Face hub, creating the repository if need be; returns its address.
+
+    Raises:
+        UserError: not logged in, no permission, or no connection.
+    """
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+    try:
+        hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload a bundle"
+        )
+    except Exception as error:  # of the hub, or of whichever client it reaches the network by
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{repo_id}: can't be uploaded, log in with 'hf auth login' ({reason})") from error
+    return f"https://huggingface.co/{repo_id}"
 
 
 def _download(name: str) -> Path:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource, stereo_blocks, write_audio_blocks
-from stable_audio_lite.data.latents import encoder_hash
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, replacing, save_tensors
-from stable_audio_lite.models.vae import VAE
-from stable_audio_lite.systems import build_vae, load_model_config
+from stable_audio_lite.representation import LatentRepresentation, load_latents
+from stable_audio_lite.systems import load_model_config
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,8 @@ class Encoded:
 class Codec:
     """A bundle's VAE over files; build it with `from_pretrained`."""
 
-    def __init__(self, vae: VAE, sample_rate: int, encoder: str):
-        """Take a VAE prepared for inference; `encoder` is the hash that names its latents."""
-        self.vae, self.sample_rate, self.encoder = vae, sample_rate, encoder
+    def __init__(self, representation: LatentRepresentation):
+        self.vae, self.sample_rate, self.encoder = representation.vae, representation.sample_rate, representation.hash
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: str = "auto", dtype: torch.dtype | str | None = None) -> Codec:
@@ -48,12 +46,9 @@ class Codec:
             UserError: there is no such bundle or device, or a file is damaged or doesn't fit its config.
         """
         folder = bundle.resolve(name)
-        config = load_model_config(folder)
         where = choose_device(device)
-        vae = build_vae(config.vae)
-        bundle.load_part(folder, "vae", vae)
-        encoder = encoder_hash(bundle.read_part(folder, "vae"))
-        return cls(vae.prepare_for_inference().to(where, choose_dtype(dtype, where)), config.sample_rate, encoder)
+        representation = load_latents(folder, load_model_config(folder))
+        return cls(representation.to(where, choose_dtype(dtype, where)))
 
     @torch.inference_mode()
     def encode_file(self, path: AudioSource, output: str | Path) -> Encoded:
@@ -70,6 +65,8 @@ class Codec:
             for block in stereo_blocks(path, self.sample_rate):
                 samples += block.shape[1]
                 yield block[None].to(self._device)
+            if not samples:
+                raise UserError(f"{path}: too short, it has no samples at the model's {self.sample_rate} Hz")
 
         latent = torch.cat([piece.mean[0].float().cpu() for piece in self.vae.encode_stream(blocks())], 1)
         about = {"encoder": self.encoder, "samples": str(samples), "sample_rate": str(self.sample_rate)}
@@ -109,7 +106,7 @@ class Codec:
             ) from error
         channels = self.vae.config.latent_channels
         if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
-            raise UserError(f"{path}: latents of another VAE; give the model that encoded them with --model")
+            raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
         return latent, samples
 
     @property

@@ -1,4 +1,4 @@
-"""What every command of the project shares: a parser with one-line mistakes, and one way to end.
+"""The parser and the runner that all commands of the project share: mistakes are one line, and all end in one way.
 
 The exit status is 0, or what the command says; 2 after a mistake that the user can mend, which is one line on stderr;
 130 after Ctrl-C.
@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from stable_audio_lite.errors import UserError
 
@@ -27,6 +27,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage that argparse would print before it."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""Takes the parsers of subcommands; each sets `run`, a function of the parsed arguments that may return a status."""
 
 
 def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") -> int:

@@ -31,9 +31,37 @@ def load_config(path: str | Path, cls: type[T]) -> T:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
+    Where it has a key `base`, it says only how it differs from the file of that name, which is relative to its own
+    folder: mappings are merged key by key, unless they are of another `kind`; any other value takes the base's place.
+
     Raises:
-        UserError: the file is missing, unreadable, or not a YAML mapping.
+        UserError: the file or its base is missing, unreadable, or not a YAML mapping, or bases go round in a circle.
     """
+    return _with_bases(Path(path), ())
+
+
+def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    data = _read_mapping(path)
+    if (base := data.pop("base", None)) is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
+    if path.resolve() in seen:
+        raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
+    return _merged(_with_bases(path.parent / base, (*seen, path.resolve())), data)
+
+
+def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        below = base.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and value.get("kind", kind := below.get("kind")) == kind:
+            value = _merged(below, value)
+        merged[key] = value
+    return merged
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     import yaml
 
     try:

@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from stable_audio_lite import bundle
-from stable_audio_lite.clap.model import ClapConfig
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.config import ClapConfig
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.systems import (
     ComplexSTFTConfig,
     SpectralConfig,
     StableAudioConfig,
-    build_unet,
     build_vae,
     load_system,
 )
@@ -54,7 +53,7 @@ def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, 
     parts = {
         "vae": build_vae(config.vae),
         **_text(config.clap, config.timing),
-        "unet": build_unet(config),
+        "unet": config.network(),
     }
     return parts, {
         "sample_rate": config.sample_rate,
@@ -73,11 +72,11 @@ def _spectral(config: SpectralConfig) -> tuple[dict[str, nn.Module], dict[str, A
         "window_samples": shape.samples,
         "spectrogram_shape": list(shape.shape),
         "samples_per_frame": shape.hop,
-        "predicts": config.objective,
+        "predicts": config.process.objective,
         "schedule": to_dict(config.schedule),
     }
     if isinstance(config, ComplexSTFTConfig):
-        return {"unet": config.network()}, facts | {"resampling": config.unet.resample}
+        return {"unet": config.network()}, facts
     text = _text(config.clap, config.timing) if config.clap else {}
     return {**text, "transformer": config.network()}, facts | {"reads_text": config.transformer.text}
 

@@ -1,4 +1,4 @@
-"""What may stand in a user's way: packages, programs, the device, and a text encoder that tells no captions apart."""
+"""A check-up of an installation: packages, programs, the device, and whether a text encoder tells captions apart."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ import torch.nn.functional as F
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from stable_audio_lite import bundle
-from stable_audio_lite.clap.model import Clap, ClapWeights, load_state, load_tokenizer
-from stable_audio_lite.clap.text import TextEncoder, load_clap, load_whole_clap
+from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.corpus.render import find_soundfont, find_synth
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.systems import load_model_config
 
 CAPTIONS = (
     "A slow classical piece for solo piano",
@@ -44,7 +41,7 @@ and of CLAP embeddings, which training drives apart (0.2 to 0.3 in sound checkpo
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         subject: what it is.
@@ -64,7 +61,7 @@ class Finding:
 
 
 def examine(source: str | Path) -> list[Finding]:
-    """Look at this machine and at the text encoder of `source`.
+    """Check this machine and the text encoder of `source`.
 
     Raises:
         UserError: as `text_encoder`.
@@ -92,7 +89,7 @@ def _package(requirement: Requirement) -> Finding:
 
 
 def programs() -> list[Finding]:
-    """What renders a corpus, and what MP3 and Opus come from."""
+    """The programs that render a corpus and that make MP3 and Opus."""
     findings = []
     for subject, find in (("fluidsynth", find_synth), ("soundfont", find_soundfont)):
         try:
@@ -106,7 +103,7 @@ def programs() -> list[Finding]:
 
 
 def device() -> Finding:
-    """Where sound would be made, and in which number type."""
+    """The device that would make sound, and in which number type."""
     where = choose_device("auto")
     kind = str(choose_dtype(None, where)).removeprefix("torch.")
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -114,47 +111,29 @@ def device() -> Finding:
 
 
 def text_encoder(source: str | Path) -> list[Finding]:
-    """Whether the text encoder of `source` tells captions apart: a bundle's, or a transformers or LAION CLAP's.
+    """Find out whether the text encoder of `source` tells captions apart; any source of a CLAP will do.
 
     Raises:
         UserError: it can't be read.
     """
-    encoder, clap = _load(source)
-    condition = encoder.encode(list(CAPTIONS))
+    checkpoint = read_checkpoint(source)
+    condition = checkpoint.text_encoder().encode(list(CAPTIONS))
     features = condition.tokens.sum(1) / condition.mask.sum(1, keepdim=True)
-    findings = [_alike("text features", likeness(features), ALIKE_FEATURES)]
-    if clap is not None:
-        findings.append(_alike("text embeddings", likeness(clap.embed_text(list(CAPTIONS))), ALIKE_EMBEDDINGS))
+    findings = [_alike("text features", features, ALIKE_FEATURES)]
+    if (clap := checkpoint.clap()) is not None:
+        findings.append(_alike("text embeddings", clap.embed_text(list(CAPTIONS)), ALIKE_EMBEDDINGS))
     return findings
 
 
-def _alike(subject: str, cosine: float, limit: float) -> Finding:
+def _alike(subject: str, vectors: Tensor, limit: float) -> Finding:
+    cosine = mean_pairwise_cosine(vectors)
     found = f"mean cosine {cosine:.4f} between {len(CAPTIONS)} captions"
     advice = "different captions give nearly the same, so prompts can't be obeyed; choose another checkpoint"
     return Finding(subject, "ok" if cosine < limit else "bad", found, advice)
 
 
-def likeness(vectors: Tensor) -> float:
-    """Mean cosine between different rows of (B, D)."""
+def mean_pairwise_cosine(vectors: Tensor) -> float:
+    """Mean cosine similarity between different rows of (B, D)."""
     unit = F.normalize(vectors.float(), dim=1)
     count = len(unit)
     return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
-
-
-def _load(source: str | Path) -> tuple[TextEncoder, Clap | None]:
-    """The text encoder, and the whole CLAP where it is there."""
-    if str(source) not in bundle.SHIPPED and not (Path(source) / bundle.CONFIG_FILE).is_file():
-        weights = load_clap(source)
-        return TextEncoder.from_weights(weights), _whole(weights)
-    folder = bundle.resolve(source)
-    config = load_model_config(folder).clap
-    tokenizer = load_tokenizer(folder / bundle.TOKENIZER_FILE)
-    encoder = TextEncoder(config, tokenizer)
-    bundle.load_part(folder, "text_encoder", encoder)
-    return encoder, load_whole_clap(folder)
-
-
-def _whole(weights: ClapWeights) -> Clap:
-    clap = Clap(weights.config, weights.tokenizer)
-    load_state(clap.model, weights.state, weights.source)
-    return clap.eval()

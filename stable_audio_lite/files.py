@@ -32,7 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.stem[:40]}-", suffix=final.suffix)
         os.close(handle)
     except OSError as error:
-        raise UserError(f"{final}: can't be written ({error.strerror}); choose another place with -o") from error
+        raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
     temporary = Path(name)
     try:
         yield temporary
@@ -86,7 +86,7 @@ def check_place(path: str | os.PathLike[str]) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise UserError(f"{final}: can't be written ({error.strerror}); choose another place with -o") from error
+        raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -7,20 +7,18 @@ the clean spectrogram, with or without text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
 from stable_audio_lite.bundle import FORMAT, read_config
-from stable_audio_lite.clap.model import ClapConfig
+from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import from_dict
-from stable_audio_lite.diffusion.denoiser import NetworkDenoiser, Objective
+from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, Process, ScheduleConfig
 from stable_audio_lite.diffusion.samplers import SAMPLERS
-from stable_audio_lite.diffusion.schedule import DiscreteSchedule, ScheduleConfig
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer, SpectrogramTransformerConfig
@@ -80,6 +78,8 @@ class StableAudioConfig:
         latent_frames: length of the window that the U-Net generates.
     """
 
+    part: ClassVar[str] = "unet"
+
     kind: Literal["stable_audio"]
     format: int = FORMAT
     sample_rate: int = 44100
@@ -132,20 +132,24 @@ class StableAudioConfig:
         """How many tokens the U-Net attends to: the text's and two of timing."""
         return self.clap.max_tokens + TIMING_TOKENS
 
+    @property
+    def process(self) -> Process:
+        """The forward process and objective that the U-Net is trained with."""
+        return CosineProcess("v")
+
+    def network(self) -> UNet:
+        """The U-Net with random weights."""
+        return UNet(
+            self.unet,
+            channels=self.vae.latent_channels,
+            context_width=self.context_width,
+            context_tokens=self.context_tokens,
+        )
+
 
 def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
     """The VAE of that kind, with random weights."""
     return WaveformVAE(config) if isinstance(config, WaveformVAEConfig) else SpectrogramVAE(config)
-
-
-def build_unet(config: StableAudioConfig) -> UNet:
-    """The U-Net of `config`, with what it takes from the other parts."""
-    return UNet(
-        config.unet,
-        channels=config.vae.latent_channels,
-        context_width=config.context_width,
-        context_tokens=config.context_tokens,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +164,6 @@ class ComplexSTFTConfig:
     """
 
     part: ClassVar[str] = "unet"
-    objective: ClassVar[Objective] = "eps"
     clap: ClassVar[None] = None
 
     kind: Literal["complex_stft"]
@@ -173,6 +176,11 @@ class ComplexSTFTConfig:
     def __post_init__(self) -> None:
         if self.spectrogram.frames % (shrinks := 2 ** (len(self.unet.multipliers) - 1)):
             raise ValueError(f"spectrogram.frames must be a multiple of {shrinks}, got {self.spectrogram.frames}")
+
+    @property
+    def process(self) -> Process:
+        """The forward process and objective that the network is trained with."""
+        return DiscreteProcess(self.schedule, "eps")
 
     def network(self) -> nn.Module:
         """The network with random weights."""
@@ -193,7 +201,6 @@ class SpectrogramDiffusionConfig:
     """
 
     part: ClassVar[str] = "transformer"
-    objective: ClassVar[Objective] = "x0"
 
     kind: Literal["spectrogram_transformer"]
     format: int = FORMAT
@@ -218,6 +225,11 @@ class SpectrogramDiffusionConfig:
         """How many tokens the network attends to, the text's and two of timing, or None."""
         return self.clap.max_tokens + TIMING_TOKENS if self.clap else None
 
+    @property
+    def process(self) -> Process:
+        """The forward process and objective that the network is trained with."""
+        return DiscreteProcess(self.schedule, "x0")
+
     def network(self) -> nn.Module:
         """The network with random weights."""
         shape = self.spectrogram
@@ -239,33 +251,6 @@ SYSTEMS: dict[str, type[SystemConfig]] = {
 }
 
 
-SPECTRAL = tuple(kind for kind in SYSTEMS if kind != "stable_audio")
-"""Kinds of the systems that work on spectrograms."""
-
-
-def load_model_config(path: str | Path) -> StableAudioConfig:
-    """Read a config of the latent system from a YAML file or from a bundle folder.
-
-    Raises:
-        UserError: no such file, made by another version of this package, of another system, or a key is wrong.
-    """
-    file, data = read_config(path)
-    if data.get("kind") != "stable_audio":
-        raise UserError(f"{file}: key 'kind' must be stable_audio here, got {data.get('kind')!r}")
-    _without_slow_channels(file, data)
-    return from_dict(StableAudioConfig, data, str(file))
-
-
-def _without_slow_channels(file: Path, data: dict[str, Any]) -> None:
-    """Take away what VAEs of earlier versions could have beside the paper's channels, where theirs has none."""
-    vae = data.get("vae")
-    if isinstance(vae, dict) and (vae.pop("slow_channels", 0), vae.pop("clock", 1)) != (0, 1):
-        raise UserError(
-            f"{file}: its VAE has slow channels or a clock, which this version no longer has; "
-            "train a new one, or use the version that made it"
-        )
-
-
 def load_system(path: str | Path) -> SystemConfig:
     """Read the config of any system from a YAML file or from a bundle folder.
 
@@ -275,17 +260,35 @@ def load_system(path: str | Path) -> SystemConfig:
     file, data = read_config(path)
     if (cls := SYSTEMS.get(str(data.get("kind")))) is None:
         raise UserError(f"{file}: key 'kind' must be one of {', '.join(SYSTEMS)}, got {data.get('kind')!r}")
+    _without_retired(file, data)
     return from_dict(cls, data, str(file))
 
 
-def load_spectral(path: str | Path) -> SpectralConfig:
-    """Like `load_system`, for the systems that work on spectrograms; another is refused."""
+def load_model_config(path: str | Path) -> StableAudioConfig:
+    """Like `load_system`, for the latent system; another is refused."""
     config = load_system(path)
-    if isinstance(config, StableAudioConfig):
-        raise UserError(f"{path}: is of kind {config.kind}; a model that works on spectrograms is wanted here")
+    if not isinstance(config, StableAudioConfig):
+        raise UserError(f"{path}: is of kind {config.kind}; a model of kind stable_audio is wanted here")
     return config
 
 
-def denoiser(config: SpectralConfig, network: Callable[..., Tensor], context: Any = None) -> NetworkDenoiser:
-    """(x, sigma) -> x0 by the network under one context; see `NetworkDenoiser`."""
-    return NetworkDenoiser(network, context, config.objective, DiscreteSchedule(config.schedule).step)
+_RETIRED: dict[str, dict[str, Any]] = {"vae": {"slow_channels": 0, "clock": 1}, "unet": {"resample": "plain"}}
+"""Options of earlier versions, and the value by which a bundle says that it doesn't use them."""
+
+
+def _without_retired(file: Path, data: dict[str, Any]) -> None:
+    """Take options that are no more out of a config that doesn't use them.
+
+    Raises:
+        UserError: it uses one.
+    """
+    for part, options in _RETIRED.items():
+        settings = data.get(part)
+        if not isinstance(settings, dict):
+            continue
+        for name, unused in options.items():
+            if (value := settings.pop(name, unused)) != unused:
+                raise UserError(
+                    f"{file}: key '{part}.{name}' is {value!r}, which this version no longer has; "
+                    "train a new model, or use the version that made it"
+                )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,26 @@ import pytest
 import torch
 from training_runs import clap_settings, load, vae_settings
 
+from stable_audio_lite import cli
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.models.conditioner import Conditioner
-from stable_audio_lite.systems import build_unet, build_vae, load_model_config
+from stable_audio_lite.systems import build_vae, load_model_config
 from training import pre_encode, train_clap, train_vae
 
-TINY = Path(__file__).parents[1] / "configs" / "stable_audio" / "tiny.yaml"
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "configs" / "stable_audio" / "tiny.yaml"
+
+
+@pytest.fixture
+def declared_commands(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Subcommands that pyproject.toml declares, which the command line then has, however old the installation is."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][cli.ENTRY_POINTS]
+    entries = [EntryPoint(name, value, cli.ENTRY_POINTS) for name, value in declared.items()]
+    monkeypatch.setattr(cli, "entry_points", lambda group: entries)
+    return declared
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +40,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_model_config(TINY)
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["warm slow piano", "fast techno drums", "a quiet string quartet"], 280)
-    unet = build_unet(config)
+    unet = config.network()
     with torch.no_grad():
         # Layers that start at zero would hide the prompt from the output.
         for parameter in unet.parameters():

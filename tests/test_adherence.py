@@ -15,12 +15,12 @@ import torch
 
 from evaluation import adherence, prompt_facts, tagger
 from stable_audio_lite.audio.io import read_audio, resample, write_audio
-from stable_audio_lite.codec import Codec
 from stable_audio_lite.corpus.captions import captions, facts_told
 from stable_audio_lite.corpus.compose import compose
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.representation import load_latents
+from stable_audio_lite.systems import load_model_config
 
 RATE = 22050
 PARTIALS = {"pipe": [1, 0, 0.5, 0, 0.3, 0, 0.2], "reed": [0.5, 1, 0.8, 1, 0.7, 0.8, 0.6, 0.7]}
@@ -263,11 +263,11 @@ def test_levels_between_partials_are_compared_over_sustained_solos(requests, rec
 
 def test_recordings_go_through_the_vae_of_the_bundle(requests, recordings, tiny_bundle: Path) -> None:
     """They keep their lengths; a VAE that changes nothing scores as the ceiling does and keeps every width."""
-    codec = Codec.from_pretrained(tiny_bundle, "cpu", "float32")
-    audio = read_audio(requests[0].item.path, codec.sample_rate)
-    passed = adherence.through_vae(codec.vae, audio)
+    latents = load_latents(tiny_bundle, load_model_config(tiny_bundle))
+    audio = read_audio(requests[0].item.path, latents.sample_rate)
+    passed = adherence.through_vae(latents, audio)
     with torch.no_grad():
-        whole = codec.vae.decode(codec.vae.encode(audio[None]).mean)[0, :, : audio.shape[1]]
+        whole = latents.vae.decode(latents.vae.encode(audio[None]).mean)[0, :, : audio.shape[1]]
     assert passed.shape == audio.shape
     torch.testing.assert_close(passed, whole, atol=1e-4, rtol=1e-4)
     found = prompt_facts.score_adherence(requests, recordings, vae=recordings)
@@ -290,22 +290,13 @@ def test_tables_have_the_columns_of_what_was_measured(requests, recordings, nois
     assert made.splitlines()[0].split() == ["n", "right", "95", "%", "real", "shuffled"] and "VAE" not in made
 
 
-def test_combinations_change_the_settings_alone(tiny_bundle: Path, requests, recordings) -> None:
-    """Every combination once; a variant sounds as the model does with those settings; wrong values are refused."""
+def test_combinations_have_every_value_with_every_other(requests, recordings) -> None:
     chosen = {"cfg": [1.0, 2.0], "steps": [2, 3]}
     assert [tuple(c.values()) for c in adherence.combinations(chosen)] == [(1.0, 2), (1.0, 3), (2.0, 2), (2.0, 3)]
     assert adherence.combinations({}) == [{}]
-    model = StableAudio.from_pretrained(tiny_bundle, "cpu", "float32")
-    variant = adherence.with_settings(model, {"cfg": 2.0, "steps": 2})
-    sounds = [
-        variant.generate("tone", seconds=0.2, seed=1),
-        model.generate("tone", seconds=0.2, seed=1, cfg=2.0, steps=2),
-    ]
-    assert torch.equal(sounds[0].audio, sounds[1].audio) and model.config.generation.steps != 2
-    with pytest.raises(UserError, match="sigma"):
-        adherence.with_settings(model, {"sigma_min": -1.0})
     found = prompt_facts.score_adherence(requests, recordings, recordings)
-    assert len(adherence.combination_line(chosen, found, 1.0)) == len(adherence.combination_heading(chosen))
+    line = adherence.combination_line({"cfg": 1.0, "steps": 2}, found, 1.0)
+    assert len(line) == len(adherence.combination_heading(chosen))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from stable_audio_lite import bundle
 from stable_audio_lite.bundle import SHIPPED, read_part
-from stable_audio_lite.clap.model import load_tokenizer
+from stable_audio_lite.clap.tokenizer import load_tokenizer
 from stable_audio_lite.config import from_dict, to_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio

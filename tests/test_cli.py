@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 
 from stable_audio_lite import cli
-from stable_audio_lite.audio.io import audio_info, read_metadata
+from stable_audio_lite.audio.io import audio_info, read_metadata, write_audio
 from stable_audio_lite.pipeline import StableAudio
 
 ROOT = Path(__file__).parents[1]
@@ -208,15 +213,78 @@ def test_info_on_nothing_is_one_line(capsys: pytest.CaptureFixture[str], name: s
 
 
 def test_corpus_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--items" in refused(capsys, cli.main(["corpus", str(tmp_path / "out"), "--items", "0"]))
+    assert "items must be" in refused(capsys, cli.main(["corpus", str(tmp_path / "out"), "--items", "0"]))
     assert not (tmp_path / "out").exists()
 
 
-def test_help_answers_at_once_and_errors_reach_the_shell() -> None:
+@pytest.mark.parametrize(
+    "args",
+    [[], ["generate"], ["restore"], ["encode"], ["decode"], ["info"], ["corpus"], ["validate-dataset"], ["doctor"]],
+)
+def test_help_answers_at_once(args: list[str]) -> None:
     started = time.perf_counter()
-    command = [sys.executable, "-m", "stable_audio_lite.cli"]
-    done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "stable_audio_lite.cli", *args, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - started < 2
-    assert done.returncode == 0 and all(name in done.stdout for name in ("generate", "info", "corpus"))
-    done = subprocess.run([*command, "generate", ""], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("usage: stable-audio-lite")
+
+
+def test_commands_of_other_packages_are_there_and_light(declared_commands: dict[str, str], capsys) -> None:
+    assert set(declared_commands) == {"plan", "evaluate"}
+    for name, entry_point in declared_commands.items():
+        with pytest.raises(SystemExit) as caught:
+            cli.main([name, "--help"])
+        assert caught.value.code == 0 and f"stable-audio-lite {name}" in capsys.readouterr().out
+        module = entry_point.partition(":")[0]
+        code = f"import sys, {module}; print(sorted({{'torch', 'accelerate', 'numpy'}} & set(sys.modules)))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert done.stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert caught.value.code == 0 and capsys.readouterr().out == f"stable-audio-lite {declared}\n"
+
+
+def test_errors_reach_the_shell() -> None:
+    command = [sys.executable, "-m", "stable_audio_lite.cli", "generate", ""]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback(generate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("not the user's mistake")
+
+    monkeypatch.setattr("stable_audio_lite.pipeline.StableAudio.generate", fail)
+    with pytest.raises(ValueError, match="not the user's mistake"):
+        generate("piano", "-o", "a.wav")
+
+
+def test_a_prompt_that_the_terminal_lacks_stops_no_batch(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("piano 🎹\ndrums\n", encoding="utf-8")
+    command = [sys.executable, "-m", "stable_audio_lite.cli", "generate", "--prompts", "prompts.txt", "-o", "out"]
+    fixed = ["--model", str(tiny_bundle), "--device", "cpu", "--steps", "1", "--batch", "1", "--seconds", "0.1"]
+    ascii_terminal = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *fixed], capture_output=True, text=True, cwd=tmp_path, env=ascii_terminal)
+    assert done.returncode == 0 and "piano \\U0001f3b9" in done.stdout, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_a_sound_too_short_for_the_model_is_one_line(tiny_bundle: Path, tmp_path: Path, capsys) -> None:
+    write_audio(tmp_path / "click.wav", np.ones((1, 1)), 96000)
+    command = ["encode", str(tmp_path / "click.wav"), "-o", str(tmp_path / "latents"), "--model", str(tiny_bundle)]
+    assert "click.wav: too short" in refused(capsys, cli.main(command))
+    assert [path.name for path in tmp_path.rglob("*")] == ["click.wav"]
+
+
+def test_the_library_speaks_of_settings_and_not_of_flags() -> None:
+    library = ROOT / "stable_audio_lite"
+    for path in library.rglob("*.py"):
+        if path.is_relative_to(library / "cli") or path == library / "command.py":
+            continue
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        flags = [text for text in texts if isinstance(text, str) and re.search(r"(^|[\s(])--[a-z]{2}|[\s(]-o\b", text)]
+        assert not flags, f"{path}: {flags}"

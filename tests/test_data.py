@@ -7,6 +7,7 @@ import json
 import random
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, rea
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
-from stable_audio_lite.data.windows import LatentWindows
 from stable_audio_lite.errors import UserError
+from training.examples import LatentWindows, latent_statistics
 
 SAMPLES = 22050
 
@@ -103,6 +104,14 @@ def test_a_batch_does_not_depend_on_the_number_of_processes(folder: Path) -> Non
     assert np.array_equal(whole, np.concatenate(halves))
 
 
+def latents_of(channels: int) -> SimpleNamespace:
+    """A representation of latents with 10 frames a second, windows of 8, as they are."""
+    shape = (channels, 8)
+    return SimpleNamespace(
+        hash="a hash", shape=shape, hop=100, sample_rate=1000, normalise=lambda z: z, silence=torch.zeros(shape)
+    )
+
+
 def write_cache(folder: Path, entries: list[tuple[str, torch.Tensor | None]]) -> LatentCache:
     """Items by name, their names also their captions, in shards of two; None: the item has no latent."""
     cache = LatentCache(folder, "a hash", len(entries), shard_items=2)
@@ -143,12 +152,11 @@ def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     cache = LatentCache(tmp_path, "a hash", 1)
     cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
     cache.finish()
-    identity = torch.zeros(2), torch.ones(2)
-    windows = LatentWindows([tmp_path], 8, torch.zeros(2, 8), "a hash", 0.1, identity)
+    windows = LatentWindows([tmp_path], latents_of(2))
     drawn = [windows.window(0, random.Random(i)) for i in range(40)]
     for window in drawn:
         assert window.seconds_start == pytest.approx(3.0 + 0.1 * float(window.latent[0, 0]))
-        assert window.seconds_total == 8.0 and window.frames == 8
+        assert window.seconds_total == 8.0 and window.latent.shape == (2, 8)
     assert len({window.seconds_start for window in drawn}) > 15
 
 
@@ -186,8 +194,7 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     items = read_items(folder)
     latents = [None if index == 1 else torch.full((4, 300), float(index)) for index in range(3)]
     cache = write_cache(tmp_path, [(item.name, latent) for item, latent in zip(items, latents, strict=True)])
-    identity = torch.zeros(4), torch.ones(4)
-    windows = LatentWindows([tmp_path], 8, torch.zeros(4, 8), "a hash", 0.1, identity)
+    windows = LatentWindows([tmp_path], latents_of(4))
     assert {float(windows.window(i, random.Random(0)).latent.max()) for i in range(len(windows))} == {0.0, 2.0}
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
@@ -203,7 +210,11 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     latents = [torch.randn(64, 8, generator=draws) * (1 + i) + i for i in range(5)]
     for name, part in (("a", latents[:3]), ("b", latents[3:])):
         write_cache(tmp_path / name, [(f"{name}{index}", latent) for index, latent in enumerate(part)])
-    windows = LatentWindows([tmp_path / "a", tmp_path / "b"], 8, torch.zeros(64, 8), "a hash", 0.1)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    mean, std = (value[:, None] for value in latent_statistics(folders, "a hash"))
+    representation = latents_of(64)
+    representation.normalise = lambda z: (z - mean) / std
+    windows = LatentWindows(folders, representation)
     captions = [windows.window(i, random.Random(0)).caption for i in range(len(windows))]
     assert captions == ["a0", "a1", "a2", "b0", "b1"]
     given = torch.cat([windows.window(i, random.Random(0)).latent for i in range(5)], 1)

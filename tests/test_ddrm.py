@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise
-from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.restoration.ddrm import ddrm
 from stable_audio_lite.restoration.operators import Convolution, Mask, Operator, band_mask, gap_mask, identity
 

@@ -1,22 +1,24 @@
-"""Schedule, denoiser, guidance and samplers against closed forms."""
+"""Processes, denoiser, guidance and samplers against closed forms."""
 
 import math
 
 import pytest
 import torch
 
-from stable_audio_lite.diffusion import schedule
-from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide, to_x0
-from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
-from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide
+from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, ScheduleConfig, like
+from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.nn.attention import Condition
 
 MEAN, STD = 0.7, 0.5  # of the Gaussian data whose denoiser is known exactly
 
 
+V = CosineProcess("v")
+
+
 def gaussian_denoiser(x, sigma):
-    sigma = schedule.like(sigma, x)
+    sigma = like(sigma, x)
     return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
 
 
@@ -47,18 +49,18 @@ def condition(batch: int) -> Condition:
 
 def test_time_and_sigma_are_inverse():
     t = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
-    torch.testing.assert_close(schedule.sigma_to_t(schedule.t_to_sigma(t)), t)
-    alpha, sigma = schedule.alpha_sigma(t)
+    alpha, sigma = V.alpha_sigma(t)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
-    torch.testing.assert_close(sigma / alpha, schedule.t_to_sigma(t))
+    torch.testing.assert_close(V.time(sigma / alpha), t)
 
 
 def test_noise_and_v_determine_the_data():
     torch.manual_seed(0)
     x0, eps = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     t = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
-    x_t, v = schedule.add_noise(x0, eps, t), schedule.v_target(x0, eps, t)
-    torch.testing.assert_close(schedule.x0_from_v(x_t, v, t), x0)
+    x_t = V.add_noise(x0, eps, t)
+    alpha, sigma = (like(w, x0) for w in V.alpha_sigma(t))
+    torch.testing.assert_close(alpha * x_t - sigma * V.target(x0, eps, t), x0)
     torch.testing.assert_close(x_t[0], x0[0])
     torch.testing.assert_close(x_t[-1], eps[-1])
 
@@ -68,14 +70,16 @@ def test_every_objective_gives_the_same_x0(objective):
     torch.manual_seed(0)
     x0, eps = torch.randn(2, 4, 4, 8, dtype=torch.float64)
     t = torch.tensor([0.01, 0.2, 0.5, 0.9], dtype=torch.float64)
-    prediction = {"v": schedule.v_target(x0, eps, t), "eps": eps, "x0": x0}[objective]
-    sigma = schedule.t_to_sigma(t)
-    torch.testing.assert_close(to_x0(objective, prediction, schedule.add_noise(x0, eps, t), sigma), x0)
+    process = CosineProcess(objective)
+    alpha, sigma = process.alpha_sigma(t)
+    x_t = process.add_noise(x0, eps, t)
+    torch.testing.assert_close(process.to_x0(process.target(x0, eps, t), x_t, sigma / alpha), x0)
+    assert torch.equal(process.at(t), t)
 
 
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="v, eps or x0"):
-        to_x0("score", torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1))  # type: ignore[arg-type]
+        CosineProcess("score")  # type: ignore[arg-type]
 
 
 def test_the_denoiser_scales_its_input_and_recovers_x0():
@@ -84,11 +88,11 @@ def test_the_denoiser_scales_its_input_and_recovers_x0():
     sigma = torch.tensor([0.01, 1.0, 300.0], dtype=torch.float64)
 
     def network(x_t, t, context):
-        torch.testing.assert_close(x_t, schedule.add_noise(x0, eps, t))
-        return schedule.v_target(x0, eps, t)
+        torch.testing.assert_close(x_t, V.add_noise(x0, eps, t))
+        return V.target(x0, eps, t)
 
-    denoiser = NetworkDenoiser(network, None)  # type: ignore[arg-type]
-    torch.testing.assert_close(denoiser(x0 + schedule.like(sigma, x0) * eps, sigma), x0)
+    denoiser = NetworkDenoiser(network, V)
+    torch.testing.assert_close(denoiser(x0 + like(sigma, x0) * eps, sigma), x0)
 
 
 def test_sigmas_fall_from_one_end_to_the_other_then_zero():
@@ -120,7 +124,7 @@ def test_the_ode_sampler_converges_with_second_order():
 
 def test_ddpm_steps_are_draws_from_the_posterior_of_the_paper():
     """Ho et al. 2020, equations 6 and 7, from betas, for every step of a schedule."""
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=30))
+    made = DiscreteProcess(ScheduleConfig(kind="linear", steps=30), "eps")
     abar = [1.0, *made.abar.tolist()]  # of t = 0 .. 30
     draws = ItemNoise([1, 2], (3, 5))
     x = start = draws().double()
@@ -165,7 +169,7 @@ def test_an_item_is_the_same_alone_and_in_a_batch(sampler):
 
     def run(chosen: list[int]) -> torch.Tensor:
         noise = ItemNoise([5 + i for i in chosen], (4, 12))
-        guidance = Guidance(unet, Condition(cond.tokens[chosen], cond.mask[chosen]), scale=3.0, rescale=0.5)
+        guidance = Guidance(unet, V, Condition(cond.tokens[chosen], cond.mask[chosen]), scale=3.0, rescale=0.5)
         return SAMPLERS[sampler](guidance, noise() * sigmas[0], sigmas, noise=noise)
 
     batch = run([0, 1, 2])
@@ -192,17 +196,17 @@ def test_guidance_is_the_formula_in_one_forward():
     unet, cond = tiny_unet(), condition(2)
     torch.manual_seed(1)
     x, sigma = torch.randn(2, 4, 8), torch.tensor([0.5, 3.0])
-    wanted = NetworkDenoiser(unet, unet.context(cond))(x, sigma)
-    unwanted = NetworkDenoiser(unet, unet.context(unet.null_condition(2)))(x, sigma)
+    wanted = NetworkDenoiser(unet, V, unet.context(cond))(x, sigma)
+    unwanted = NetworkDenoiser(unet, V, unet.context(unet.null_condition(2)))(x, sigma)
     calls = []
     hook = unet.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
-    guided = Guidance(unet, cond, scale=4.0)(x, sigma)
+    guided = Guidance(unet, V, cond, scale=4.0)(x, sigma)
     torch.testing.assert_close(guided, unwanted + 4 * (wanted - unwanted), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(Guidance(unet, cond, scale=1.0)(x, sigma), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(Guidance(unet, V, cond, scale=1.0)(x, sigma), wanted, atol=1e-5, rtol=1e-4)
     hook.remove()
     assert calls == [4, 2]
     # Moving away from what is asked for leads nowhere.
-    against_itself = Guidance(unet, cond, cond, scale=4.0)(x, sigma)
+    against_itself = Guidance(unet, V, cond, cond, scale=4.0)(x, sigma)
     torch.testing.assert_close(against_itself, wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -217,15 +221,15 @@ def test_full_rescale_restores_each_items_deviation():
 def test_bad_guidance_is_refused():
     unet = tiny_unet()
     with pytest.raises(ValueError, match="rescale"):
-        Guidance(unet, condition(1), scale=2.0, rescale=1.5)
+        Guidance(unet, V, condition(1), scale=2.0, rescale=1.5)
     with pytest.raises(ValueError, match="same shape"):
-        Guidance(unet, condition(2), condition(1), scale=2.0)
+        Guidance(unet, V, condition(2), condition(1), scale=2.0)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 @pytest.mark.parametrize("steps", [100, 1000, 4000])
 def test_a_discrete_schedule_goes_from_data_to_noise(kind: str, steps: int) -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind=kind, steps=steps))
+    made = DiscreteProcess(ScheduleConfig(kind=kind, steps=steps), "eps")
     assert made.steps == steps
     assert bool((made.abar.diff() < 0).all())
     assert made.abar[0] > 0.99
@@ -233,7 +237,7 @@ def test_a_discrete_schedule_goes_from_data_to_noise(kind: str, steps: int) -> N
 
 
 def test_cosine_steps_are_those_of_the_paper() -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="cosine", steps=4000))
+    made = DiscreteProcess(ScheduleConfig(kind="cosine", steps=4000), "eps")
     # Nichol & Dhariwal, equation 17, wherever the largest beta isn't reached.
     f = [math.cos((i / 4000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (0, 1001, 3001)]
     assert made.abar[1000].item() == pytest.approx(f[1] / f[0], rel=1e-9)
@@ -241,25 +245,15 @@ def test_cosine_steps_are_those_of_the_paper() -> None:
 
 
 def test_linear_steps_are_those_of_ddpm() -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=1000))
+    made = DiscreteProcess(ScheduleConfig(kind="linear", steps=1000), "eps")
     kept = 1.0
     for i in range(1000):
         kept *= 1 - (1e-4 + (0.02 - 1e-4) * i / 999)
     assert made.abar[-1].item() == pytest.approx(kept, rel=1e-9)
 
 
-def test_steps_and_noise_levels_are_inverse() -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="cosine", steps=400))
-    steps = torch.tensor([0.0, 0.25, 17.0, 200.5, 399.0])
-    torch.testing.assert_close(made.step(made.sigma(steps)), steps, rtol=1e-4, atol=1e-3)
-    whole = torch.tensor([0, 100, 399])
-    wanted = ((1 - made.abar[whole]) / made.abar[whole]).sqrt().float()
-    torch.testing.assert_close(made.sigma(whole.float()), wanted)
-    assert made.step(torch.tensor([1e-9, 1e9])).tolist() == [0, 399]  # beyond the ends
-
-
 def test_discrete_noise_has_the_schedules_variances() -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=50))
+    made = DiscreteProcess(ScheduleConfig(kind="linear", steps=50), "eps")
     x0, eps = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
     got = made.add_noise(x0, eps, torch.tensor([0, 30]))
     for row, i in enumerate((0, 30)):
@@ -267,19 +261,31 @@ def test_discrete_noise_has_the_schedules_variances() -> None:
         torch.testing.assert_close(got[row], torch.full((3, 4), math.sqrt(a) + 2 * math.sqrt(1 - a)))
 
 
+def test_times_of_noise_levels_are_the_steps_that_have_them() -> None:
+    made = DiscreteProcess(ScheduleConfig(kind="cosine", steps=400), "eps")
+    whole = torch.tensor([0, 17, 399])
+    alpha, sigma = made.alpha_sigma(whole)
+    torch.testing.assert_close(made.time(sigma / alpha), whole.float(), rtol=1e-3, atol=1e-2)
+    assert made.time(torch.tensor([1e-9, 1e9])).tolist() == [0, 399]  # beyond the ends
+    assert made.at(torch.tensor([0.0, 0.5, 0.9999, 1.0])).tolist() == [0, 200, 399, 399]
+
+
 @pytest.mark.parametrize("objective", ["v", "eps", "x0"])
 def test_a_network_of_any_objective_and_schedule_becomes_the_same_denoiser(objective: str) -> None:
-    made = schedule.DiscreteSchedule(schedule.ScheduleConfig(kind="linear", steps=1000))
+    made = DiscreteProcess(ScheduleConfig(kind="linear", steps=1000), objective)
+    levels = ((1 - made.abar) / made.abar).log() / 2
 
     def network(x_t, t, context):
-        """The exact prediction for the Gaussian data, from times that are steps of `made`."""
-        sigma = schedule.like(made.sigma(t), x_t).double()
+        """The exact prediction for the Gaussian data, from times that are steps of `made`, log-linear in between."""
+        low = t.long().clamp(max=998)
+        flat = levels[low].lerp(levels[low + 1], t.double() - low).exp()
+        sigma = like(flat, x_t)
         alpha = (1 + sigma**2).rsqrt()
-        x0 = gaussian_denoiser(x_t / alpha, made.sigma(t).double())
+        x0 = gaussian_denoiser(x_t / alpha, flat)
         eps = (x_t / alpha - x0) / sigma
         return {"x0": x0, "eps": eps, "v": alpha * eps - alpha * sigma * x0}[objective]
 
-    denoiser = NetworkDenoiser(network, None, objective, made.step)
+    denoiser = NetworkDenoiser(network, made)
     sigma = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
     x = torch.randn(3, 2, 5, dtype=torch.float64) * sigma[:, None, None]
     torch.testing.assert_close(denoiser(x, sigma), gaussian_denoiser(x, sigma), rtol=1e-4, atol=1e-4)

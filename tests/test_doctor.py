@@ -14,9 +14,9 @@ from stable_audio_lite.bundle import part_path, read_part
 from stable_audio_lite.files import save_tensors
 
 
-def test_likeness_is_the_mean_cosine_between_different_rows() -> None:
+def test_mean_cosine_is_between_different_rows() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0]])
-    assert doctor.likeness(rows) == pytest.approx((0 + 2 * 0.5**0.5) / 3)
+    assert doctor.mean_pairwise_cosine(rows) == pytest.approx((0 + 2 * 0.5**0.5) / 3)
 
 
 def test_an_encoder_that_hears_no_words_is_bad(

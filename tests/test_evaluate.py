@@ -19,7 +19,7 @@ from test_embedders import openl3_file
 
 from evaluation import run as command
 from evaluation import store
-from evaluation.embedders.clap import ClapEmbedder, load_any_clap
+from evaluation.embedders.clap import ClapEmbedder
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder
 from evaluation.embedders.streams import TargetLevel
 from evaluation.evaluate import evaluate
@@ -29,6 +29,7 @@ from evaluation.metrics.scores import divergence, divergence_of_others
 from evaluation.result import Result, load_result, result_table
 from evaluation.run import add_arguments, options_of
 from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.clap.checkpoints import load_clap, save_transformers
 from stable_audio_lite.clap.model import Clap
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
@@ -55,7 +56,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in passt.net.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     torch.save(passt.net.state_dict(), folder / "passt-s-f128-p16-s10-ap.476-swa.pt")
-    Clap(load_model_config(TINY).clap, train_tokenizer(["a tone", "noise"], 280)).save(folder / "clap")
+    save_transformers(Clap(load_model_config(TINY).clap, train_tokenizer(["a tone", "noise"], 280)), folder / "clap")
     return folder
 
 
@@ -142,7 +143,7 @@ def test_two_processes_find_what_one_does(run, music: Path, weights: Path, tmp_p
 def test_figures_are_what_their_definitions_say(run, music: Path, weights: Path) -> None:
     """Computed apart from the evaluation; KL with torch's own, of mean logits."""
     result = run(music / "made", music / "real")
-    clap = ClapEmbedder(load_any_clap(weights / "clap"), TargetLevel())
+    clap = ClapEmbedder(load_clap(weights / "clap"), TargetLevel())
     made, real = (sorted(p for p in (music / name).iterdir() if p.suffix != ".jsonl") for name in ("made", "real"))
     sounds, recordings = (torch.cat([clap.embed(p)["embedding"] for p in paths]) for paths in (made, real))
     distance = frechet_distance(Gaussian.of(sounds), Gaussian.of(recordings))
@@ -442,6 +443,7 @@ def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
     assert one["reference"] != other["reference"] and one["clap"]["weights"] == other["clap"]["weights"]
 
 
+@pytest.mark.usefixtures("declared_commands")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

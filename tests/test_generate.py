@@ -58,9 +58,9 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model: StableAudio) -> None:
 
 
 def test_decoding_only_what_is_wanted_changes_no_sample(model: StableAudio) -> None:
-    latents = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    whole = model.vae.decode(latents[None])[0]
-    assert torch.allclose(model._decode(latents, 0.25), whole[:, :11025], atol=1e-5)
+    data = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole = model.representation.decode(data, 64 * 1024)
+    assert torch.allclose(model.representation.decode(data, 11025), whole[..., :11025], atol=1e-5)
 
 
 @pytest.mark.parametrize(

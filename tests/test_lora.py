@@ -18,7 +18,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.pipeline import StableAudio
-from stable_audio_lite.systems import build_unet, load_model_config
+from stable_audio_lite.systems import load_model_config
 from training import train_diffusion
 
 ENCODER = "the latents that it knows"
@@ -45,7 +45,7 @@ def lora(base: Path, bundles: dict[str, Path], tmp_path_factory: pytest.TempPath
 
 
 def unet_of(bundle: Path) -> UNet:
-    unet = build_unet(load_model_config(bundle))
+    unet = load_model_config(bundle).network()
     load_part(bundle, "unet", unet)
     return unet.eval()
 

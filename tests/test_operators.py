@@ -13,7 +13,6 @@ from stable_audio_lite.restoration.operators import (
     band_mask,
     gap_mask,
     identity,
-    project_null,
 )
 
 BINS, FRAMES = 4, 9
@@ -35,7 +34,7 @@ OPERATORS: dict[str, Operator] = {
     "noise": identity(),
     "room": Convolution(filters(5), FRAMES),
     "room as long as the sound": Convolution(filters(FRAMES), FRAMES),
-    "room that looks ahead": Convolution(filters(6), FRAMES, lead=2),
+    "room that looks ahead": Convolution(filters(6), FRAMES, lookahead=2),
     "room that loses something": Convolution(differences(), FRAMES),
     "silence": Convolution(0 * filters(2), FRAMES),
 }
@@ -43,6 +42,11 @@ OPERATORS: dict[str, Operator] = {
 
 def draw(seed: int) -> Tensor:
     return torch.randn(2, 2, BINS, FRAMES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def lost_part(operator: Operator, x: Tensor) -> Tensor:
+    """The projection of x onto the coordinates where S is 0."""
+    return operator.v(torch.where(operator.singular > 0, 0, operator.vt(x)))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -83,19 +87,19 @@ def test_singular_values_are_those_of_the_dense_matrix(operator: Operator) -> No
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)
 def test_what_is_lost_is_lost_and_the_rest_is_not(operator: Operator) -> None:
     x = draw(0)
-    lost = project_null(operator, x)
+    lost = lost_part(operator, x)
     assert operator.forward(lost).abs().max() < 1e-6
-    torch.testing.assert_close(project_null(operator, lost), lost)
+    torch.testing.assert_close(lost_part(operator, lost), lost)
     torch.testing.assert_close(dot(lost, x - lost), torch.zeros(2, dtype=torch.float64))
 
 
 def test_what_each_operator_loses() -> None:
     x = draw(0)
     for name in ("noise", "room", "room that looks ahead"):
-        assert not project_null(OPERATORS[name], x).any()
-    torch.testing.assert_close(project_null(OPERATORS["silence"], x), x)
+        assert not lost_part(OPERATORS[name], x).any()
+    torch.testing.assert_close(lost_part(OPERATORS["silence"], x), x)
     constant = torch.ones(1, 2, BINS, FRAMES, dtype=torch.float64)
-    torch.testing.assert_close(project_null(OPERATORS["room that loses something"], constant), constant)
+    torch.testing.assert_close(lost_part(OPERATORS["room that loses something"], constant), constant)
     assert OPERATORS["band"].singular.flatten().tolist() == [0, 1, 1, 0]
 
 
@@ -111,7 +115,7 @@ def test_a_convolution_is_the_sum_over_taps() -> None:
     taps, x = filters(3), draw(0)
     z = torch.complex(x[:, 0], x[:, 1])
     expected = sum(taps[:, i, None] * z.roll(i - 1, 2) for i in range(3))
-    y = Convolution(taps, FRAMES, lead=1).forward(x)
+    y = Convolution(taps, FRAMES, lookahead=1).forward(x)
     torch.testing.assert_close(torch.complex(y[:, 0], y[:, 1]), expected)
 
 
@@ -120,8 +124,8 @@ def test_bad_operators_are_refused() -> None:
         Convolution(filters(3).real, FRAMES)
     with pytest.raises(ValueError, match="L <= 4"):
         Convolution(filters(5), 4)
-    with pytest.raises(ValueError, match="lead"):
-        Convolution(filters(3), FRAMES, lead=3)
+    with pytest.raises(ValueError, match="lookahead"):
+        Convolution(filters(3), FRAMES, lookahead=3)
     with pytest.raises(ValueError, match="bins"):
         band_mask(4, 2, 2)
     with pytest.raises(ValueError, match="gap"):

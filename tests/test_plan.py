@@ -68,6 +68,7 @@ def test_fsdp_divides_what_is_trained(bundles: dict[str, Path], data: Path, tmp_
     assert found.frozen_weights == pytest.approx(4 * sum(found.frozen.values()), rel=0.01)
 
 
+@pytest.mark.usefixtures("declared_commands")
 def test_the_command_prints_and_refuses(
     data: Path, bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

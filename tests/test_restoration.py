@@ -26,9 +26,9 @@ from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
-from stable_audio_lite.systems import ComplexSTFTConfig, load_spectral
+from stable_audio_lite.systems import ComplexSTFTConfig, load_system
 
-CONFIG = load_spectral(Path(__file__).parents[1] / "configs" / "complex_stft" / "tiny.yaml")
+CONFIG = load_system(Path(__file__).parents[1] / "configs" / "complex_stft" / "tiny.yaml")
 SHAPE = CONFIG.spectrogram
 SPECTROGRAM = Spectrogram(SHAPE)
 RATE, SAMPLES = SHAPE.sample_rate, 2 * SHAPE.samples

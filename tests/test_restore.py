@@ -18,19 +18,19 @@ from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.restoration.degradations import (
     Bandwidth,
+    Degradation,
     Denoise,
     Dereverb,
     Inpaint,
-    Task,
-    noise_deviation,
-    noise_in,
+    estimate_noise_std,
+    noise_std,
 )
 from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 from stable_audio_lite.restoration.room import convolve
-from stable_audio_lite.systems import ComplexSTFTConfig, load_spectral
+from stable_audio_lite.systems import ComplexSTFTConfig, load_system
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CONFIG = load_spectral(CONFIGS / "complex_stft" / "tiny.yaml")
+CONFIG = load_system(CONFIGS / "complex_stft" / "tiny.yaml")
 RATE, SHAPE = CONFIG.spectrogram.sample_rate, CONFIG.spectrogram
 SETTINGS = RestoreSettings(steps=20, eta_b=1.0, seed=3)
 
@@ -83,9 +83,9 @@ def test_noise_is_removed_as_far_as_a_wiener_filter_can() -> None:
 def test_the_level_of_noise_is_that_of_its_spectrogram() -> None:
     noise = 0.01 * torch.randn(1, 64 * SHAPE.hop * 8, generator=torch.Generator().manual_seed(1))
     y = Spectrogram(SHAPE).encode(noise)
-    expected = noise_deviation(SHAPE, -40)
+    expected = noise_std(SHAPE, -40)
     assert abs(float(y[:, :, :-1, 4:-4].std()) / expected - 1) < 0.03
-    assert abs(noise_in(y) / expected - 1) < 0.1
+    assert abs(estimate_noise_std(y) / expected - 1) < 0.1
 
 
 def test_a_known_room_is_undone() -> None:
@@ -105,7 +105,7 @@ def test_an_unknown_room_is_estimated_and_refined() -> None:
     response = torch.cat((torch.tensor([1.0]), 0.3 * torch.randn(800) * torch.logspace(0, -2, 800)))
     wet = convolve(dry[0], response)[None]
     restorer = gaussian(power_of(dry))
-    seen = Dereverb(taps=20, hold=1.0).observe(restorer.spectrogram, wet[0], SHAPE.frames)
+    seen = Dereverb(taps=20, ridge=1.0).observe(restorer.spectrogram, wet[0], SHAPE.frames)
     assert seen.refine is not None
     estimate = restorer.spectrogram.encode(dry[:, : dry.shape[1] // SHAPE.hop * SHAPE.hop])
     estimate = torch.nn.functional.pad(estimate, (0, seen.y.shape[3] - estimate.shape[3]))
@@ -135,10 +135,10 @@ def test_a_gap_is_filled_and_nothing_else_changes() -> None:
 
 
 def test_only_what_is_near_gaps_is_worked_on() -> None:
-    task = Inpaint(((10.0, 10.5), (12.0, 12.5), (100.0, 101.0), (0.5, 1.0)))
-    parts = task.parts(seconds=101.5, window=3.0)
-    assert [(a, b) for a, b, _ in parts] == [(0.0, 2.5), (8.5, 14.0), (98.5, 101.5)]
-    assert [p.gaps for _, _, p in parts] == [((0.5, 1.0),), ((1.5, 2.0), (3.5, 4.0)), ((1.5, 2.5),)]
+    degradation = Inpaint(((10.0, 10.5), (12.0, 12.5), (100.0, 101.0), (0.5, 1.0)))
+    segments = degradation.segments(seconds=101.5, window=3.0)
+    assert [(a, b) for a, b, _ in segments] == [(0.0, 2.5), (8.5, 14.0), (98.5, 101.5)]
+    assert [p.gaps for _, _, p in segments] == [((0.5, 1.0),), ((1.5, 2.0), (3.5, 4.0)), ((1.5, 2.5),)]
 
 
 def test_frequencies_below_the_cutoff_are_kept() -> None:
@@ -174,13 +174,13 @@ def test_windows_leave_no_seams() -> None:
     assert level.log().diff().abs().max() < 0.02
 
 
-@pytest.mark.parametrize("task", [Inpaint(((0.01, 0.02),)), Bandwidth(1500), Denoise(), Dereverb()])
+@pytest.mark.parametrize("degradation", [Inpaint(((0.01, 0.02),)), Bandwidth(1500), Denoise(), Dereverb()])
 @pytest.mark.parametrize("samples", [300, SHAPE.samples, 3 * SHAPE.samples + 7])
-def test_every_task_takes_every_length(task: Task, samples: int) -> None:
+def test_every_degradation_takes_every_length(degradation: Degradation, samples: int) -> None:
     audio = tones(samples / RATE)
     seen: list[tuple[int, int]] = []
     settings = RestoreSettings(steps=2, seed=1)
-    restored = gaussian(power_of(tones(1))).restore(audio, task, settings, lambda *done: seen.append(done))
+    restored = gaussian(power_of(tones(1))).restore(audio, degradation, settings, lambda *done: seen.append(done))
     assert restored.shape == audio.shape and torch.isfinite(restored).all()
     assert seen == [(1, 2), (2, 2)]
 
@@ -245,22 +245,28 @@ MISTAKES = {
     "is not START-END": ("in.wav", "--task", "inpaint", "--gap", "1:2"),
     "must end after it starts": ("in.wav", "--task", "inpaint", "--gap", "0.5-0.4"),
     "say what is missing": ("in.wav", "--task", "inpaint"),
-    "the sound ends at 1.00 s": ("in.wav", "--task", "inpaint", "--gap", "0.5-1.4"),
+    "which ends at 1.00 s": ("in.wav", "--task", "inpaint", "--gap", "0.5-1.4"),
     "give --cutoff": ("in.wav", "--task", "bandwidth"),
-    "--cutoff: must lie from": ("in.wav", "--task", "bandwidth", "--cutoff", 20),
+    "cutoff must lie from": ("in.wav", "--task", "bandwidth", "--cutoff", 20),
+    "cutoff must be above 0 Hz": ("in.wav", "--task", "bandwidth", "--cutoff", "nan"),
+    "noise_db must be finite": ("in.wav", "--task", "denoise", "--noise-db", "inf"),
+    "the sound is too short": ("click.wav", "--task", "denoise"),
+    "room: can't be estimated from less than": ("short.wav", "--task", "dereverb"),
     "room.wav: no such audio file": ("in.wav", "--task", "dereverb", "--room", "room.wav"),
-    "the room response is silent": ("in.wav", "--task", "dereverb", "--room", "silence.wav"),
-    "eta and eta-b must lie in 0..1": ("in.wav", "--task", "denoise", "--eta", 2),
+    "the room's impulse response is silent": ("in.wav", "--task", "dereverb", "--room", "silence.wav"),
+    "eta and eta_b must lie in 0..1": ("in.wav", "--task", "denoise", "--eta", 2),
     "steps and batch must be at least 1": ("in.wav", "--task", "denoise", "--batch", 0),
     "no such bundle": ("in.wav", "--task", "denoise", "--model", "nowhere at all"),
-    "is of kind stable_audio": ("in.wav", "--task", "denoise", "--model", "starter"),
+    "is of kind stable_audio": ("in.wav", "--task", "denoise", "--model", "the latent system"),
 }
 
 
 @pytest.mark.parametrize("message", MISTAKES)
-def test_each_mistake_is_one_line(restore, tmp_path: Path, message: str, capsys, model: Path) -> None:
+def test_each_mistake_is_one_line(restore, tmp_path: Path, message: str, capsys, tiny_bundle: Path) -> None:
     write_audio("silence.wav", np.zeros((1, 100)), 8000)
-    arguments = MISTAKES[message]
+    write_audio("click.wav", np.ones((1, 1)), 96000)
+    write_audio("short.wav", np.ones((1, 10)), RATE)
+    arguments = [tiny_bundle if part == "the latent system" else part for part in MISTAKES[message]]
     if "--model" in arguments:
         status = cli.main(["restore", *map(str, arguments), "-o", "out.wav"])
     else:

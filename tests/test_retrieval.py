@@ -32,6 +32,6 @@ def test_what_can_not_be_asked(
     bundles: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, str(bundles["vae"]), str(data)) == 2
-    assert "no audio_encoder" in capsys.readouterr().err
+    assert "no text_encoder" in capsys.readouterr().err
     assert run(monkeypatch, str(bundles["clap"]), str(data), "--items", "1") == 2
     assert "two are needed" in capsys.readouterr().err

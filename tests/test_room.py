@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.restoration.operators import Convolution
-from stable_audio_lite.restoration.room import convolve, fit_filters, room_filters, unexplained
+from stable_audio_lite.restoration.room import convolve, fit_filters, residual_ratio, room_filters
 from stable_audio_lite.restoration.wpe import wpe
 
 BINS, FRAMES = 6, 400
@@ -40,20 +40,20 @@ def test_filters_are_found_from_a_dry_and_a_wet_sound() -> None:
     x, h = dry(), filters(10)
     x[..., :2] = x[..., -10:] = 0  # so that all of the tail is heard
     y = wet(x, h)
-    found = fit_filters(x, y, 10, weight=1e-9)
+    found = fit_filters(x, y, 10, ridge=1e-9)
     torch.testing.assert_close(found, h, atol=1e-6, rtol=0)
-    assert unexplained(found, x, y) < 1e-12 < 1e-3 < unexplained(0.9 * found, x, y)
-    later = fit_filters(x, y.roll(-2, 3), 12, lead=2, weight=1e-9)
+    assert residual_ratio(found, x, y) < 1e-12 < 1e-3 < residual_ratio(0.9 * found, x, y)
+    later = fit_filters(x, y.roll(-2, 3), 12, lookahead=2, ridge=1e-9)
     torch.testing.assert_close(later[:, :10], h, atol=1e-6, rtol=0)
 
 
 def test_filters_stay_near_the_ones_before() -> None:
     x, h = dry(), filters(6)
     y = wet(x, h)
-    near = fit_filters(x, y, 6, start=0.5 * h, weight=1e4)
-    far = fit_filters(x, y, 6, start=0.5 * h, weight=1e-4)
+    near = fit_filters(x, y, 6, prior=0.5 * h, ridge=1e4)
+    far = fit_filters(x, y, 6, prior=0.5 * h, ridge=1e-4)
     assert (near - 0.5 * h).norm() < 1e-2 * h.norm() and (far - h).norm() < 1e-2 * h.norm()
-    silent = fit_filters(0 * x, y, 6, start=h, weight=1.0)
+    silent = fit_filters(0 * x, y, 6, prior=h, ridge=1.0)
     torch.testing.assert_close(silent, h)
 
 
@@ -66,10 +66,10 @@ def test_a_rooms_filters_predict_its_sound() -> None:
     room = room_filters(spectrogram, response)
     sound = torch.randn(16384, dtype=torch.float64, generator=generator)
     y = spectrogram.encode(convolve(sound, response[40:] / 2)[None])
-    operator = Convolution(room.filters.to(torch.complex128), y.shape[3], room.lead)
+    operator = Convolution(room.filters.to(torch.complex128), y.shape[3], room.lookahead)
     error = (operator.forward(spectrogram.encode(sound[None])) - y)[..., room.filters.shape[1] :]
     share = float(error.square().sum() / y[..., room.filters.shape[1] :].square().sum())
-    assert share < 0.01 and 0.5 < share / room.unexplained < 2
+    assert share < 0.01 and 0.5 < share / room.residual < 2
 
 
 def test_a_silent_room_is_refused() -> None:

@@ -14,15 +14,13 @@ from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_metadata
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.bundle import save_bundle
-from stable_audio_lite.clap.text import TextEncoder
+from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
-from stable_audio_lite.diffusion.samplers import SAMPLERS
-from stable_audio_lite.diffusion.schedule import DiscreteSchedule, polyexponential_sigmas
+from stable_audio_lite.diffusion.samplers import SAMPLERS, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import Conditioner
-from stable_audio_lite.pipeline import StableAudio, load_pipeline
-from stable_audio_lite.spectral import SpectralAudio
-from stable_audio_lite.systems import SpectralConfig, SpectrogramDiffusionConfig, load_spectral
+from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.systems import SpectralConfig, SpectrogramDiffusionConfig, load_system
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WINDOW = 512  # samples of configs/spectrogram_transformer/tiny.yaml
@@ -49,26 +47,26 @@ def save(folder: Path, config: SpectralConfig) -> Path:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """`text` and `plain` of the transformer, and `unet`."""
     folder = tmp_path_factory.mktemp("spectral")
-    text = load_spectral(CONFIGS / "spectrogram_transformer" / "tiny.yaml")
+    text = load_system(CONFIGS / "spectrogram_transformer" / "tiny.yaml")
     assert isinstance(text, SpectrogramDiffusionConfig)
     plain = replace(text, transformer=replace(text.transformer, text=False), clap=None)
-    unet = load_spectral(CONFIGS / "complex_stft" / "tiny.yaml")
+    unet = load_system(CONFIGS / "complex_stft" / "tiny.yaml")
     return {name: save(folder / name, config) for name, config in (("text", text), ("plain", plain), ("unet", unet))}
 
 
 @pytest.fixture(scope="module")
-def text(bundles: dict[str, Path]) -> SpectralAudio:
-    return SpectralAudio.from_pretrained(bundles["text"], device="cpu", dtype="float32")
+def text(bundles: dict[str, Path]) -> StableAudio:
+    return StableAudio.from_pretrained(bundles["text"], device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def plain(bundles: dict[str, Path]) -> SpectralAudio:
-    return SpectralAudio.from_pretrained(bundles["plain"], device="cpu", dtype="float32")
+def plain(bundles: dict[str, Path]) -> StableAudio:
+    return StableAudio.from_pretrained(bundles["plain"], device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["text", "plain", "unet"])
 def test_any_bundle_makes_mono_sound_from_nothing(bundles: dict[str, Path], name: str) -> None:
-    model = load_pipeline(bundles[name], device="cpu", dtype="float32")
+    model = StableAudio.from_pretrained(bundles[name], device="cpu", dtype="float32")
     result = model.generate(count=3, seed=5, batch=2)
     assert result.audio.shape == (3, 1, WINDOW) and result.audio.dtype == torch.float32
     assert torch.isfinite(result.audio).all() and result.audio.std() > 1e-4
@@ -77,24 +75,24 @@ def test_any_bundle_makes_mono_sound_from_nothing(bundles: dict[str, Path], name
     assert not {"prompt", "cfg", "negative", "seconds_total"} & result.settings[0].keys()
 
 
-def test_settings_of_a_prompt_are_kept(text: SpectralAudio) -> None:
+def test_settings_of_a_prompt_are_kept(text: StableAudio) -> None:
     settings = text.generate("piano", seed=1, cfg=2.0, seconds_total=9.0).settings[0]
     assert (settings["prompt"], settings["cfg"], settings["seconds_total"]) == ("piano", 2.0, 9.0)
 
 
 @pytest.mark.parametrize("samples", [1, 31, 32, 33, 500, WINDOW])
-def test_length_is_exact_and_the_sound_the_same(plain: SpectralAudio, samples: int) -> None:
+def test_length_is_exact_and_the_sound_the_same(plain: StableAudio, samples: int) -> None:
     whole = plain.generate(seed=0, steps=2).audio
     assert torch.equal(plain.generate(seed=0, steps=2, seconds=samples / 8000).audio, whole[..., :samples])
 
 
-def test_same_seed_same_sound_and_another_seed_another(plain: SpectralAudio) -> None:
+def test_same_seed_same_sound_and_another_seed_another(plain: StableAudio) -> None:
     first, again, other = (plain.generate(seed=seed).audio for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=1e-3)
 
 
-def test_an_item_is_the_same_alone_and_in_any_batch(text: SpectralAudio) -> None:
+def test_an_item_is_the_same_alone_and_in_any_batch(text: StableAudio) -> None:
     prompts = ["piano", "drums", "slow piano"]
     together = text.generate(prompts, seed=3, batch=3).audio
     assert torch.allclose(together, text.generate(prompts, seed=3, batch=1).audio, atol=1e-4)
@@ -109,62 +107,57 @@ def test_an_item_is_the_same_alone_and_in_any_batch(text: SpectralAudio) -> None
     + [{"seconds_start": 3.0}, {"seconds_total": 9.0}],
     ids=str,
 )
-def test_every_setting_matters(text: SpectralAudio, change: dict) -> None:
+def test_every_setting_matters(text: StableAudio, change: dict) -> None:
     reference = text.generate("piano", seed=1).audio
     changed = text.generate(**{"prompts": "piano", "seed": 1} | change).audio
     assert not torch.allclose(reference, changed, atol=1e-5)
 
 
-def test_without_a_prompt_the_network_sees_its_null(text: SpectralAudio) -> None:
-    plain = SpectralAudio(text.folder, text.config, network=text.network)  # the network's own choice
-    assert torch.allclose(text.generate(seed=1).audio, plain.generate(seed=1).audio, atol=1e-6)
-
-
-def test_the_network_sees_the_steps_of_its_schedule(plain: SpectralAudio) -> None:
+def test_the_network_sees_the_steps_of_its_schedule(plain: StableAudio) -> None:
     seen: list[float] = []
     hook = plain.network.register_forward_pre_hook(lambda _, inputs: seen.append(float(inputs[1])))
     plain.generate(seed=0, steps=6, sampler="ddpm")
     hook.remove()
     defaults = plain.config.generation
     sigmas = polyexponential_sigmas(6, defaults.sigma_min, defaults.sigma_max)
-    assert seen == pytest.approx(DiscreteSchedule(plain.config.schedule).step(sigmas[:-1]).tolist())
+    assert seen == pytest.approx(plain.process.time(sigmas[:-1]).tolist())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler_runs_and_repeats(text: SpectralAudio, sampler: str) -> None:
+def test_every_sampler_runs_and_repeats(text: StableAudio, sampler: str) -> None:
     first, again = (text.generate("piano", seed=1, sampler=sampler).audio for _ in range(2))
     assert torch.isfinite(first).all() and torch.equal(first, again)
 
 
-def test_a_network_that_learned_one_clip_generates_it(plain: SpectralAudio) -> None:
+def test_a_network_that_learned_one_clip_generates_it(plain: StableAudio) -> None:
     """By every sampler, from noise alone, to within 5 % of the spectrogram's variance."""
     time_axis = torch.arange(WINDOW) / 8000
     clip = sum(0.3 * torch.sin(2 * torch.pi * hertz * time_axis) for hertz in (430, 1290, 2200))
     x0 = Spectrogram(plain.config.spectrogram).encode(clip[None])
     torch.manual_seed(0)
-    network, schedule = plain.config.network(), DiscreteSchedule(plain.config.schedule)
+    network, process = plain.config.network(), plain.process
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
     for _ in range(200):
-        steps, batch = torch.randint(schedule.steps, (8,)), x0.expand(8, -1, -1, -1)
-        error = (network(schedule.add_noise(batch, torch.randn_like(batch), steps), steps) - batch).square().mean()
+        steps, batch = process.at(torch.rand(8)), x0.expand(8, -1, -1, -1)
+        error = (network(process.add_noise(batch, torch.randn_like(batch), steps), steps) - batch).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-    trained = SpectralAudio(plain.folder, plain.config, network=network)
+    trained = StableAudio(plain.folder, plain.config, plain.representation, network)
     for sampler in SAMPLERS:
         made = trained.generate(seed=1, count=2, sampler=sampler, steps=10).audio
         error = (Spectrogram(plain.config.spectrogram).encode(made[:, 0]) - x0).square().mean()
         assert error < 0.05 * x0.var(), sampler
 
 
-def test_a_copy_of_the_bundle_makes_the_same_sound(text: SpectralAudio, tmp_path: Path) -> None:
-    copy = load_pipeline(text.save_pretrained(tmp_path / "copy"), device="cpu", dtype="float32")
-    assert isinstance(copy, SpectralAudio) and copy.hash == text.hash
+def test_a_copy_of_the_bundle_makes_the_same_sound(text: StableAudio, tmp_path: Path) -> None:
+    copy = StableAudio.from_pretrained(text.save_pretrained(tmp_path / "copy"), device="cpu", dtype="float32")
+    assert copy.hash == text.hash
     assert torch.equal(copy.generate("piano", seed=1).audio, text.generate("piano", seed=1).audio)
 
 
-def test_bfloat16_is_close_to_float32(text: SpectralAudio) -> None:
-    half = SpectralAudio.from_pretrained(text.folder, device="cpu", dtype=torch.bfloat16)
+def test_bfloat16_is_close_to_float32(text: StableAudio) -> None:
+    half = StableAudio.from_pretrained(text.folder, device="cpu", dtype=torch.bfloat16)
     wide, narrow = (model.generate("piano", seed=1, cfg=1.0).audio for model in (text, half))
     assert half.dtype == torch.bfloat16 and narrow.dtype == torch.float32
     assert (wide - narrow).square().mean() < 0.1 * wide.square().mean()
@@ -194,21 +187,17 @@ def test_bad_requests_say_what_is_possible(
         request.getfixturevalue(kind).generate(**settings)
 
 
-def test_bundles_of_other_systems_are_refused(bundles: dict[str, Path], tiny_bundle: Path) -> None:
-    with pytest.raises(UserError, match="kind stable_audio; a model that works on spectrograms"):
-        SpectralAudio.from_pretrained(tiny_bundle)
-    with pytest.raises(UserError, match="'kind' must be stable_audio here, got 'spectrogram_transformer'"):
-        StableAudio.from_pretrained(bundles["text"])
-    with pytest.raises(UserError, match="a LoRA is for a model of kind stable_audio"):
-        load_pipeline(bundles["text"], lora="some/lora")
+def test_a_lora_is_refused(bundles: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="a LoRA changes models of kind stable_audio, .* is spectrogram_transformer"):
+        StableAudio.from_pretrained(bundles["text"], lora="some/lora")
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "conditioner"])
-def test_a_missing_part_is_named(text: SpectralAudio, tmp_path: Path, part: str) -> None:
+def test_a_missing_part_is_named(text: StableAudio, tmp_path: Path, part: str) -> None:
     folder = text.save_pretrained(tmp_path / "copy")
     (folder / f"{part}.safetensors").unlink()
     with pytest.raises(UserError, match=f"{part}.safetensors: missing"):
-        load_pipeline(folder)
+        StableAudio.from_pretrained(folder)
 
 
 # The command line
@@ -226,7 +215,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_needs_no_prompt(
-    bundles: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str], plain: SpectralAudio
+    bundles: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str], plain: StableAudio
 ) -> None:
     assert run(bundles["plain"], "--seed", 7, "--count", 3, "--batch", 2, "--plot") == 0
     names = [f"sound-{seed}" for seed in (7, 8, 9)]
@@ -239,7 +228,7 @@ def test_the_command_needs_no_prompt(
     assert "prompt" not in read_metadata(here / "a.flac").settings
 
 
-def test_the_command_reads_prompts(bundles: dict[str, Path], here: Path, text: SpectralAudio) -> None:
+def test_the_command_reads_prompts(bundles: dict[str, Path], here: Path, text: StableAudio) -> None:
     assert run(bundles["text"], "warm piano", "--seed", 7, "--cfg", 2, "--sampler", "ddpm", "--seconds", 0.05) == 0
     stored = read_metadata(here / "warm-piano-7.wav")
     assert stored.title == "warm piano"
@@ -252,7 +241,7 @@ def test_the_command_reads_prompts(bundles: dict[str, Path], here: Path, text: S
     [
         ("plain", ["piano"], "this model reads no text; leave out the prompt"),
         ("plain", ["--negative", "piano"], "leave out negative"),
-        ("plain", ["--lora", "x"], "x: a LoRA is for a model of kind stable_audio"),
+        ("plain", ["--lora", "x"], "x: a LoRA changes models of kind stable_audio"),
         ("text", ["--cfg", 3], "cfg says something about a prompt"),
         ("text", ["--count", 0], "--count"),
         ("text", ["piano", "--prompts", "x"], "PROMPT or --prompts"),
@@ -282,23 +271,23 @@ def test_info_counts_the_transformer_exactly(capsys: pytest.CaptureFixture[str])
 
 
 def test_info_counts_the_unet_as_its_paper_does(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """31.3 M with plain resampling; the other says what it is, too."""
     path = CONFIGS / "complex_stft" / "paper.yaml"
     facts = info(capsys, path)
     assert 31_290_000 <= facts["parameters"]["unet"] <= 31_320_000
-    assert facts["resampling"] == "plain" and facts["predicts"] == "eps"
+    assert facts["predicts"] == "eps"
     assert facts["spectrogram_shape"] == [2, 512, 512] and facts["window_seconds"] == pytest.approx(2.972)
     assert cli.main(["info", str(path)]) == 0
     assert "(31.3 M)" in capsys.readouterr().out
-    data = yaml.safe_load(path.read_text())
-    data["unet"]["resample"] = "residual"
-    (other := tmp_path / "other.yaml").write_text(yaml.safe_dump(data))
-    facts = info(capsys, other)
-    assert facts["resampling"] == "residual" and facts["parameters"]["unet"] > 34_000_000
+    for value in ("plain", "residual"):  # an option of earlier versions
+        data = yaml.safe_load(path.read_text())
+        data["unet"]["resample"] = value
+        (other := tmp_path / "other.yaml").write_text(yaml.safe_dump(data))
+        assert cli.main(["info", str(other)]) == (0 if value == "plain" else 2)
+    assert "'unet.resample' is 'residual', which this version no longer has" in capsys.readouterr().err
 
 
 def test_info_on_a_bundle_counts_its_parts(
-    bundles: dict[str, Path], text: SpectralAudio, capsys: pytest.CaptureFixture[str]
+    bundles: dict[str, Path], text: StableAudio, capsys: pytest.CaptureFixture[str]
 ) -> None:
     facts = info(capsys, bundles["text"])
     assert facts["parts"] == ["text_encoder", "conditioner", "transformer"] and facts["model"] == text.hash

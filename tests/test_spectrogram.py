@@ -15,19 +15,19 @@ from stable_audio_lite.audio.stft import istft, stft
 @pytest.mark.parametrize(("window", "hop"), [(64, 16), (64, 32), (128, 32)])
 def test_istft_returns_what_every_frame_has_seen(window: int, hop: int) -> None:
     audio = torch.randn(2, 20 * hop + window, dtype=torch.float64)
-    taper = torch.hann_window(window, dtype=torch.float64)
-    back = istft(stft(audio, taper, hop, centred=False), taper, hop)
+    hann = torch.hann_window(window, dtype=torch.float64)
+    back = istft(stft(audio, hann, hop, centred=False), hann, hop)
     assert back.shape == audio.shape
     torch.testing.assert_close(back[:, 1:], audio[:, 1:], rtol=0, atol=1e-9)  # a Hann window's first sample is 0
 
 
 def test_stft_keeps_leading_axes_and_is_what_the_sum_says() -> None:
     audio = torch.randn(2, 3, 100, dtype=torch.float64)
-    taper = torch.hann_window(16, dtype=torch.float64)
-    got = stft(audio, taper, 4, centred=False)
+    hann = torch.hann_window(16, dtype=torch.float64)
+    got = stft(audio, hann, 4, centred=False)
     assert got.shape == (2, 3, 9, 22)
     n = torch.arange(16, dtype=torch.float64)
-    wanted = (audio[1, 2, 20:36] * taper * torch.exp(-2j * math.pi * 3 * n / 16)).sum()
+    wanted = (audio[1, 2, 20:36] * hann * torch.exp(-2j * math.pi * 3 * n / 16)).sum()
     torch.testing.assert_close(got[1, 2, 3, 5], wanted)
 
 
@@ -42,10 +42,10 @@ def test_a_round_trip_loses_the_row_of_dc_and_nothing_else(
     audio = 0.3 * torch.randn(2, 64 * hop, dtype=dtype) + 0.1
     x = spectrogram.encode(audio)
     assert x.shape == (2, *spectrogram.config.shape)
-    taper, margin = torch.hann_window(window, dtype=dtype), (window - hop) // 2
-    spectrum = stft(F.pad(audio, (margin, margin)), taper, hop, centred=False)
+    hann, margin = torch.hann_window(window, dtype=dtype), (window - hop) // 2
+    spectrum = stft(F.pad(audio, (margin, margin)), hann, hop, centred=False)
     spectrum[:, 1:] = 0
-    lowest = istft(spectrum, taper, hop)[:, margin : margin + 64 * hop]
+    lowest = istft(spectrum, hann, hop)[:, margin : margin + 64 * hop]
     assert float(lowest.abs().max()) > 0.05
     torch.testing.assert_close(spectrogram.decode(x) + lowest, audio, rtol=0, atol=1e-5)
 
@@ -74,5 +74,5 @@ def test_mistakes_are_named() -> None:
         Spectrogram(SpectrogramConfig()).decode(torch.zeros(1, 2, 100, 4))
     with pytest.raises(ValueError, match="scale must be above 0, got 0"):
         SpectrogramConfig(scale=0)
-    with pytest.raises(ValueError, match="half a window at most, got 1024 and 600"):
+    with pytest.raises(ValueError, match="at most half of window, got 1024 and 600"):
         SpectrogramConfig(hop=600)

@@ -27,24 +27,25 @@ from training_runs import (
 )
 
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.data.latents import encoder_hash, read_cache
+from stable_audio_lite.data.latents import read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.representation import encoder_hash
 from training import denoising, pre_encode, train_clap, train_diffusion, train_vae
 
 
-def test_stratified_times_cover_every_part() -> None:
-    times = denoising.stratified_times(8, torch.Generator().manual_seed(0))
+def test_stratified_shares_cover_every_part() -> None:
+    times = denoising.stratified_shares(8, torch.Generator().manual_seed(0))
     assert sorted((times * 8).long().tolist()) == list(range(8))
-    late = denoising.stratified_times(8, torch.Generator().manual_seed(0), lowest=0.2)
+    late = denoising.stratified_shares(8, torch.Generator().manual_seed(0), lowest=0.2)
     assert sorted(((late - 0.2) * 10).long().tolist()) == list(range(8))
 
 
 def test_a_shift_moves_times_towards_noise() -> None:
     draws = torch.Generator().manual_seed(0)
-    times = denoising.stratified_times(1000, draws, shift=4.0)
+    times = denoising.stratified_shares(1000, draws, shift=4.0)
     assert float(times.median()) == pytest.approx(0.8, abs=0.01)
-    late = denoising.stratified_times(1000, draws, lowest=0.2, shift=4.0)
+    late = denoising.stratified_shares(1000, draws, lowest=0.2, shift=4.0)
     assert 0.2 <= float(late.min()) < 0.21 and 0.99 < float(late.max()) <= 1
     share = float((late > 0.9).float().mean())  # of u = t / (4 - 3 t), which is uniform from 1/17 on
     assert share == pytest.approx((1 - 0.9 / 1.3) / (1 - 1 / 17), abs=0.01)
@@ -55,7 +56,7 @@ def test_a_run_trains_at_its_shifted_times(bundles: dict[str, Path], tmp_path: P
     for shift in (1.0, 20.0):
         settings = diffusion_settings(bundles, tmp_path / "run", 1) | {"time_shift": shift}
         task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
-        times[shift] = task.batch(0, 0, 1)["t"]
+        times[shift] = task.batch(0, 0, 1)["shares"]
     assert torch.allclose(times[20.0], 20 * times[1.0] / (1 + 19 * times[1.0]))
 
 
@@ -74,25 +75,6 @@ def test_levels_without_items_are_logged_as_nan() -> None:
     """Every process names every level, or those that log together wait for each other."""
     figures = denoising.loss_by_level(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0.3, 0.4, 1.0]), "v")
     assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
-
-
-def test_padding_counts_only_if_it_should(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Without it, what is predicted behind an item's end changes nothing; with it, it does."""
-    settings = diffusion_settings(bundles, tmp_path / "run", 1)
-    losses = {}
-    for padding in (True, False):
-        task = train_diffusion.DiffusionTask(
-            load(train_diffusion.TrainDiffusionConfig, settings | {"padding": padding}, tmp_path)
-        )
-        batch = task.batch(0, 0, 1)
-        assert 0 < int(batch["frames"].min()) < batch["x0"].shape[2]
-        for wrong in (0.0, 100.0):
-            own = torch.arange(batch["x0"].shape[2]) < batch["frames"][:, None]
-            task.modules["model"] = lambda x, *_, own=own, wrong=wrong: torch.where(own[:, None], 0.0, wrong).expand_as(
-                x
-            )
-            losses[padding, wrong] = float(task.errors(batch).mean())
-    assert losses[False, 0.0] == losses[False, 100.0] and losses[True, 100.0] > 10 * losses[True, 0.0]
 
 
 def test_demos_sound_like_the_bundle_and_leave_training_alone(bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -137,7 +119,7 @@ def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tm
     trained = load_file(first / "unet.safetensors")
     for key, value in task.modules["model"].network.state_dict().items():
         assert torch.equal(value, trained[key]), key
-    assert torch.equal(task.windows.mean, trained["latent_mean"])
+    assert torch.equal(task.representation.mean[:, 0], trained["latent_mean"])
     other = tmp_path / "other"
     for part, words in (("vae", "another VAE"), ("text_encoder", "another text encoder")):
         shutil.copytree(first, other, dirs_exist_ok=True)
@@ -155,14 +137,6 @@ def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path]
     config = pre_encode.PreEncodeConfig(vae=str(other), data=str(data), output=str(bundles["latents"]))
     with pytest.raises(UserError, match="another VAE"):
         pre_encode.run(config)
-
-
-def test_smoothing_is_part_of_the_latent_space(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
-    """The same weights with slow channels make other latents, so the cache is another."""
-    state = load_file(bundles["vae"] / "vae.safetensors")
-    assert len({encoder_hash(state, slow) for slow in (0, 8, 16)}) == 3
-    decoder = {k: v + 1 if k.startswith("decoder.") else v for k, v in state.items()}
-    assert encoder_hash(decoder, 8) == encoder_hash(state, 8)
 
 
 def test_items_without_caption_are_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
@@ -187,7 +161,7 @@ def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], 
     assert (index["items"], index["missing"]) == (6, [3])
     settings = diffusion_settings(bundles | {"latents": tmp_path / "latents"}, tmp_path / "run", 2)
     task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
-    assert [entry.number for entry in task.windows.entries] == [0, 1, 2, 4, 5]
+    assert [entry.number for entry in task.examples.entries] == [0, 1, 2, 4, 5]
     clap = clap_settings(folder, tmp_path / "clap", 4) | {"max_unreadable": 0.2, "held_out": str(folder)}
     clap["run"] |= {"evaluate_every": 2}
     train_clap.run(load(train_clap.TrainClapConfig, clap, tmp_path))
@@ -253,7 +227,7 @@ def assert_same_shards(one: Path, other: Path, count: int) -> None:
 
 def test_cached_items_say_what_they_are(data: Path, bundles: dict[str, Path]) -> None:
     """Length to the sample, the file's own hash, captions and metadata."""
-    encoder = encoder_hash(load_file(bundles["vae"] / "vae.safetensors"), 0)
+    encoder = encoder_hash(load_file(bundles["vae"] / "vae.safetensors"))
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for entry, row in zip(read_cache(bundles["latents"], encoder)[1], rows, strict=True):
         assert entry.about.name == row["file_name"] and list(entry.about.captions) == row["captions"]

@@ -17,11 +17,11 @@ from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.bundle import load_part
 from stable_audio_lite.config import load_config, save_config
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.pipeline import load_pipeline
+from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import SystemConfig, load_system
-from training import train_spectrogram
+from training import train_diffusion
 from training.plan import plan
-from training.train_spectrogram import SpectrogramTask, TrainSpectrogramConfig
+from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 
 KINDS = ("complex_stft", "spectrogram_transformer")
 
@@ -40,9 +40,9 @@ def spectral_settings(
     return settings | ({"clap": str(bundles["clap"])} if kind == "spectrogram_transformer" else {})
 
 
-def config_of(settings: dict, folder: Path) -> TrainSpectrogramConfig:
-    config = load(TrainSpectrogramConfig, settings, folder)
-    assert isinstance(config, TrainSpectrogramConfig)
+def config_of(settings: dict, folder: Path) -> TrainDiffusionConfig:
+    config = load(TrainDiffusionConfig, settings, folder)
+    assert isinstance(config, TrainDiffusionConfig)
     return config
 
 
@@ -55,9 +55,9 @@ def test_an_interrupted_run_repeats_an_uninterrupted_one(
     whole, broken = (
         config_of(spectral_settings(kind, data, bundles, tmp_path / name, 7, **more), tmp_path) for name in ("a", "b")
     )
-    one = train_spectrogram.run(whole)
-    stop_after(broken, train_spectrogram, 4)
-    other = train_spectrogram.run(broken)
+    one = train_diffusion.run(whole)
+    stop_after(broken, train_diffusion, 4)
+    other = train_diffusion.run(broken)
     assert_same_curve(tmp_path / "a", tmp_path / "b", 0, 7)
     assert_same_weights(one, other)
     assert load_system(one) == load_system(whole.model)
@@ -93,23 +93,22 @@ def test_one_clip_is_learned(kind: str, data: Path, bundles: dict[str, Path], tm
     more = {"evaluate_every": 0, "log_every": 100, "ema_decay": 0.9}
     settings = spectral_settings(kind, clip, bundles, tmp_path / "run", steps, **more)
     config = config_of(settings | {"held_out": None}, tmp_path)
-    bundle = train_spectrogram.run(config)
-    task = SpectrogramTask(config)
+    bundle = train_diffusion.run(config)
+    task = DiffusionTask(config)
     assert task.model.spectrogram.seconds == window
     task.modules["model"].load_state_dict(_whole(bundle, task))
     torch.manual_seed(0)
-    batch = task.examples(range(8), 5) | {"dropped": torch.zeros(8, dtype=torch.bool)}
+    batch = task.examples.draw(range(8), 5) | {"dropped": torch.zeros(8, dtype=torch.bool)}
     x0, eps = batch["x0"], torch.randn_like(batch["x0"])
     middle = torch.full((8,), 0.5)
     with torch.no_grad():
-        errors = task.errors(batch | {"eps": eps, "t": middle}).mean()
-    half = torch.full((8,), task.schedule.steps // 2)
-    sigma = float(task.schedule.sigma(half.float())[0])
-    spectrogram_error = errors * sigma**2 if task.objective == "eps" else errors
+        errors = task.errors(batch | {"eps": eps, "shares": middle}).mean()
+    alpha, sigma = (float(w[0]) for w in task.process.alpha_sigma(task.process.at(middle)))
+    spectrogram_error = errors * (sigma / alpha) ** 2 if task.process.objective == "eps" else errors
     assert float(spectrogram_error / x0.var()) < 0.05
 
 
-def _whole(bundle: Path, task: SpectrogramTask) -> dict[str, torch.Tensor]:
+def _whole(bundle: Path, task: DiffusionTask) -> dict[str, torch.Tensor]:
     state = load_file(bundle / f"{task.model.part}.safetensors")
     if task.clap is None:
         return state
@@ -120,8 +119,8 @@ def _whole(bundle: Path, task: SpectrogramTask) -> dict[str, torch.Tensor]:
 def test_examples_are_what_the_files_hold(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """A crop's spectrogram turns back into the mono mix of the stretch that it names, with a caption of its file."""
     settings = spectral_settings("spectrogram_transformer", data, bundles, tmp_path / "run", 1)
-    task = SpectrogramTask(config_of(settings, tmp_path))
-    batch = task.examples(range(6), 0)
+    task = DiffusionTask(config_of(settings, tmp_path))
+    batch = task.examples.draw(range(6), 0)
     shape = task.model.spectrogram
     for row in range(6):
         number = int(batch["captions"][row].split()[-1]) if "number" in batch["captions"][row] else None
@@ -129,7 +128,7 @@ def test_examples_are_what_the_files_hold(data: Path, bundles: dict[str, Path], 
         path = data / f"{hertz // 110 - 1}.wav"
         start = float(batch["seconds_start"][row])
         audio = read_audio(path, shape.sample_rate, start, shape.seconds).mean(0)[: shape.samples]
-        back = task.spectrogram.decode(batch["x0"][row : row + 1])[0]
+        back = task.representation.decode(batch["x0"][row : row + 1], shape.samples)[0, 0]
         inner = slice(shape.window, len(audio) - shape.window)
         # What lies below the lowest row's middle is lost in part.
         assert float((back[inner] - audio[inner]).square().mean() / audio[inner].square().mean()) < 0.1
@@ -144,26 +143,26 @@ def test_mistakes_are_one_line(data: Path, bundles: dict[str, Path], tmp_path: P
     for change, words in (
         ({"clap": None}, "clap: .* reads text; name the CLAP"),
         ({"data": str(mute)}, "0.wav: has no caption"),
-        ({"initial": str(bundles["vae"])}, "is of kind stable_audio"),
+        ({"initial": str(bundles["vae"])}, "is of kind stable_audio with other data"),
     ):
         with pytest.raises(UserError, match=words):
-            SpectrogramTask(config_of(settings | change, tmp_path))
+            DiffusionTask(config_of(settings | change, tmp_path))
     plain = spectral_settings("complex_stft", data, bundles, tmp_path / "run", 1)
     with pytest.raises(UserError, match="reads no text"):
-        SpectrogramTask(config_of(plain | {"clap": str(bundles["clap"])}, tmp_path))
+        DiffusionTask(config_of(plain | {"clap": str(bundles["clap"])}, tmp_path))
 
 
 def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     settings = spectral_settings("complex_stft", data, bundles, tmp_path / "first", 2)
-    first = train_spectrogram.run(config_of(settings, tmp_path))
-    task = SpectrogramTask(config_of(settings | {"initial": str(first)}, tmp_path))
+    first = train_diffusion.run(config_of(settings, tmp_path))
+    task = DiffusionTask(config_of(settings | {"initial": str(first)}, tmp_path))
     for key, value in load_file(first / "unet.safetensors").items():
         assert torch.equal(task.modules["model"].state_dict()[key], value), key
     other = tmp_path / "other.yaml"
     model: SystemConfig = load_system(settings["model"])
     save_config(replace(model, spectrogram=replace(model.spectrogram, scale=9.0)), other)
-    with pytest.raises(UserError, match="another system"):
-        SpectrogramTask(config_of(settings | {"initial": str(first), "model": str(other)}, tmp_path))
+    with pytest.raises(UserError, match="with other data than"):
+        DiffusionTask(config_of(settings | {"initial": str(first), "model": str(other)}, tmp_path))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +173,7 @@ def test_plan_knows_these(kind: str, data: Path, bundles: dict[str, Path], tmp_p
     config = load_system(ROOT / f"configs/{kind}/tiny.yaml")
     conditioner = 2 * 17 * 32 if kind == "spectrogram_transformer" else 0  # two tables of seconds 0 to 16
     assert found.trained == {"model": sum(p.numel() for p in config.network().parameters()) + conditioner}
-    assert "training.train_diffusion on spectrograms" in found.as_text()
+    assert "training.train_diffusion" in found.as_text()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,10 +181,10 @@ def test_demos_are_what_the_bundle_makes(kind: str, data: Path, bundles: dict[st
     prompts = ["a tone"] if kind == "spectrogram_transformer" else []
     demos = {"every": 2, "prompts": prompts, "cfg": [2.0], "steps": 2}
     settings = spectral_settings(kind, data, bundles, tmp_path / "run", 2) | {"demos": demos}
-    bundle = train_spectrogram.run(config_of(settings, tmp_path))
+    bundle = train_diffusion.run(config_of(settings, tmp_path))
     names = {f.stem for f in (tmp_path / "run/demos/step_00000002").glob("*.wav")}
     assert names == ({"prompt1-cfg2"} if prompts else {"sound1", "sound2", "sound3"})
-    model = load_pipeline(bundle, device="cpu")
+    model = StableAudio.from_pretrained(bundle, device="cpu")
     made = model.generate(prompts, cfg=2.0, steps=2, seed=0) if prompts else model.generate(count=3, steps=2, seed=0)
     heard = read_audio(tmp_path / f"run/demos/step_00000002/{min(names)}.wav", 8000).mean(0)
     expected = made.audio[0, 0] / made.audio[0].abs().max().clamp_min(1.0)
@@ -198,7 +197,7 @@ def test_demos_are_what_the_bundle_makes(kind: str, data: Path, bundles: dict[st
 def test_shipped_configs_are_right(path: Path) -> None:
     """Every key and value of models and of training on spectrograms; tests of the trainers read the others."""
     if path.parent.name in KINDS and path.stem.startswith("train"):
-        config = load_config(path, TrainSpectrogramConfig)
+        config = load_config(path, TrainDiffusionConfig)
         assert load_system(ROOT / config.model).kind == path.parent.name
     elif path.parent.name in KINDS:
         assert load_system(path).kind == path.parent.name

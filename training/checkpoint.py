@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +25,6 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder
 from training.shard import sharded_like, whole
 
-if TYPE_CHECKING:
-    from training.zero import Zero
-
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -36,7 +33,7 @@ class Resumable:
     """All that a resumed run needs besides its configuration; each optimizer has the name of the module it updates."""
 
     modules: dict[str, nn.Module]
-    optimizers: dict[str, Optimizer | Zero]
+    optimizers: dict[str, Optimizer]
     averages: dict[str, dict[str, Tensor]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -150,13 +147,13 @@ def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     module.load_state_dict({k: sharded_like(v, own.get(k)) for k, v in tensors.items()})
 
 
-def _optimizer_tensors(optimizer: Optimizer | Zero, module: nn.Module) -> dict[str, Tensor]:
+def _optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """State as `parameter/name` tensors; learning rates are functions of the step and need no saving."""
     state, names = optimizer.state_dict()["state"], _parameters(optimizer, module)
     return {f"{names[i]}/{k}": torch.as_tensor(v) for i, entry in state.items() for k, v in entry.items()}
 
 
-def _load_optimizer(optimizer: Optimizer | Zero, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Take what is there of the parameters that the optimizer has."""
     own, entries = module.state_dict(), dict[str, dict[str, Tensor]]()
     for key, value in tensors.items():
@@ -174,7 +171,7 @@ def _load_optimizer(optimizer: Optimizer | Zero, module: nn.Module, tensors: dic
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _parameters(optimizer: Optimizer | Zero, module: nn.Module) -> list[str]:
+def _parameters(optimizer: Optimizer, module: nn.Module) -> list[str]:
     """Names of the optimizer's parameters in its own order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]

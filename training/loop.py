@@ -29,7 +29,6 @@ from training.monitor import Monitor
 from training.shard import shard, sharding
 from training.task import RunConfig, Task
 from training.update import Health, Update
-from training.zero import Zero
 
 
 def fit(run: RunConfig, task: Task, config: Any) -> Path:
@@ -41,14 +40,12 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
         UserError: the output can't be written, its newest checkpoint doesn't fit, or losses stay not finite.
     """
     output = Path(run.output)
-    kind = sharding(task.parts)
-    accelerator = _accelerator(run, output, kind)
-    kind = kind if accelerator.num_processes > 1 else ""
+    sharded = sharding(task.parts)
+    accelerator = _accelerator(run, output, sharded)
+    sharded = sharded and accelerator.num_processes > 1
     plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
-    gather = shard(plain, task.parts if kind == "FSDP" else {}, accelerator)
-    optimizers: dict[str, Optimizer | Zero] = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
-    if kind == "DEEPSPEED":
-        optimizers = {n: Zero(plain[n], o, run, task.batch_size) for n, o in optimizers.items()}
+    gather = shard(plain, task.parts if sharded else {}, accelerator)
+    optimizers: dict[str, Optimizer] = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
     state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
     new = not checkpoints(output / "checkpoints")
@@ -59,10 +56,8 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
     if run.compile:
         for module in plain.values():
             module.compile(dynamic=False)
-    if kind == "DEEPSPEED":
-        task.modules = {n: o.engine for n, o in optimizers.items()}
-    else:  # sharded weights need no DDP around them
-        task.modules = {n: accelerator.prepare_model(m, evaluation_mode=bool(kind)) for n, m in plain.items()}
+    # Sharded weights need no DDP around them.
+    task.modules = {n: accelerator.prepare_model(m, evaluation_mode=sharded) for n, m in plain.items()}
     update = Update(accelerator, run, task, optimizers)
     if new:
         task.begin(state)
@@ -127,7 +122,7 @@ def _due(every: int, step: int, steps: int) -> bool:
     return every > 0 and ((step + 1) % every == 0 or step + 1 == steps)
 
 
-def _accelerator(run: RunConfig, output: Path, kind: str) -> Accelerator:
+def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
     trackers = [] if run.tracker == "none" else [run.tracker]
     if trackers and importlib.util.find_spec(run.tracker) is None:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
@@ -136,7 +131,7 @@ def _accelerator(run: RunConfig, output: Path, kind: str) -> Accelerator:
     except OSError as error:
         raise UserError(f"output: {output} can't be made ({error.strerror})") from error
     # Autocast would keep a copy of every weight that was whole for a while.
-    handlers = [AutocastKwargs(cache_enabled=False)] if kind else []
+    handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
     accelerator = Accelerator(
         mixed_precision=run.precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
     )

@@ -32,8 +32,7 @@ from training.loop import one_step
 from training.profile import Profile, profile
 from training.task import RunConfig, Task
 from training.train_clap import ClapTask, TrainClapConfig
-from training.train_diffusion import DiffusionTask, TrainDiffusionConfig, on_spectrograms
-from training.train_spectrogram import SpectrogramTask, TrainSpectrogramConfig
+from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 from training.train_vae import TrainVAEConfig, VAETask
 from training.update import Update
 
@@ -42,7 +41,6 @@ TRAINERS: dict[str, tuple[type, type[Task]]] = {
     "train_vae": (TrainVAEConfig, VAETask),
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
 }
-_ON_SPECTROGRAMS = "train_diffusion on spectrograms"
 _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 
 
@@ -174,8 +172,6 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
 
 def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
     """The trainer that has most of the file's keys: the strict reading of the file then names what is wrong."""
-    if on_spectrograms(path):
-        return _ON_SPECTROGRAMS, TrainSpectrogramConfig, SpectrogramTask
     keys = set(read_yaml(path))
     shared = {name: len(keys & {f.name for f in dataclasses.fields(c)}) for name, (c, _) in TRAINERS.items()}
     best = max(shared, key=lambda name: shared[name])

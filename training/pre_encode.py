@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.bundle import load_part, read_part
-from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, encoder_hash
+from stable_audio_lite.data.latents import About, CachedLatent, LatentCache
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.vae import VAE
-from stable_audio_lite.systems import build_vae, load_model_config
+from stable_audio_lite.representation import load_latents
+from stable_audio_lite.systems import load_model_config
 from training.command import main
 
 if TYPE_CHECKING:
@@ -67,12 +67,9 @@ def run(config: PreEncodeConfig) -> Path:
     if bare := next((item for item in items if not item.captions), None):
         raise UserError(f"{bare.path}: has no caption; list it in metadata.jsonl with a 'text'")
     accelerator = Accelerator()
-    model = load_model_config(config.vae)
-    vae = build_vae(model.vae)
-    load_part(config.vae, "vae", vae)
-    vae.prepare_for_inference().to(accelerator.device, getattr(torch, config.dtype))
-    encoder = encoder_hash(read_part(config.vae, "vae"))
-    cache = LatentCache(Path(config.output), encoder, len(items), config.shard_items)
+    latents = load_latents(config.vae, load_model_config(config.vae))
+    vae = latents.to(accelerator.device, getattr(torch, config.dtype)).vae
+    cache = LatentCache(Path(config.output), latents.hash, len(items), config.shard_items)
     # Shards belong to a process by number, not by what is left: another one may already be writing.
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     names = [item.name for item in items]
@@ -81,7 +78,7 @@ def run(config: PreEncodeConfig) -> Path:
     count = sum(len(cache.shards[shard]) for shard in todo)
     with tqdm(total=count, unit="item", disable=not accelerator.is_main_process) as bar:
         for shard in todo:
-            cache.write(shard, _encoded(cache.shards[shard], items, vae, model.sample_rate, unreadable, bar))
+            cache.write(shard, _encoded(cache.shards[shard], items, vae, latents.sample_rate, unreadable, bar))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         cache.finish()

@@ -20,18 +20,11 @@ from stable_audio_lite.errors import UserError
 Parts = Mapping[type[nn.Module], tuple[str, ...]]
 """Classes of the parts that are made whole one at a time, and their methods besides `forward` that use weights."""
 
-_SUPPORTED = {
-    "FSDP": {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"},
-    "DEEPSPEED": {
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
-    },
-}
+_SUPPORTED = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 
 
-def sharding(parts: Parts) -> str:
-    """FSDP, DEEPSPEED or "": what the configuration given to `accelerate launch` asks for.
+def sharding(parts: Parts) -> bool:
+    """Read from the environment if the configuration given to `accelerate launch` asks for FSDP.
 
     Accelerate itself is then not told. What it would do needs GPUs, takes network and optimizer at once, and takes
     updates and checkpoints out of the loop's hands.
@@ -39,17 +32,16 @@ def sharding(parts: Parts) -> str:
     Raises:
         UserError: the configuration asks for what is not supported, or the trainer has no `parts` to shard.
     """
-    for kind, supported in _SUPPORTED.items():
-        if os.environ.pop(f"ACCELERATE_USE_{kind}", "false").lower() != "true":
-            continue
-        for key, value in supported.items():
-            if (given := os.environ.get(key, value).lower()) != value:
-                name = key.removeprefix("ACCELERATE_DEEPSPEED_").lower()
-                raise UserError(f"{name}: must be {value}, got {given}; see configs/accelerate/{kind.lower()}.yaml")
-        if not parts:
-            raise UserError(f"distributed_type: {kind} is for train_diffusion; launch this trainer with --multi_gpu")
-        return kind
-    return ""
+    if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise UserError("distributed_type: DEEPSPEED is not supported; see configs/accelerate/fsdp.yaml")
+    if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    for key, value in _SUPPORTED.items():
+        if (given := os.environ.get(key, value).lower()) != value:
+            raise UserError(f"{key.lower()}: must be {value}, got {given}; see configs/accelerate/fsdp.yaml")
+    if not parts:
+        raise UserError("distributed_type: FSDP is for the U-Net of train_diffusion; launch this with --multi_gpu")
+    return True
 
 
 def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator) -> Callable[[], dict[str, nn.Module]]:

@@ -66,7 +66,7 @@ class RunConfig:
 class OptimizerConfig:
     """AdamW, or Muon where `muon_lr` is given, with linear warm-up, then a decay or none.
 
-    Exponential: `gamma`^step. Inverse: (1 + step / `inverse_gamma`)^-`inverse_power`. Cosine: to a hundredth.
+    Exponential: `gamma`^step. Inverse: (1 + step / 10^6)^-1/2. Cosine: to a hundredth.
     """
 
     lr: float
@@ -75,8 +75,6 @@ class OptimizerConfig:
     warmup_steps: int = 0
     decay: Literal["none", "exponential", "inverse", "cosine"] = "none"
     gamma: float = 0.999996
-    inverse_gamma: float = 1e6
-    inverse_power: float = 0.5
     muon_lr: float | None = None
 
     def __post_init__(self) -> None:
@@ -97,7 +95,7 @@ class OptimizerConfig:
         if self.decay == "exponential":
             return rate * self.gamma**step
         if self.decay == "inverse":
-            return rate * (1 + step / self.inverse_gamma) ** -self.inverse_power
+            return rate * (1 + step / 1e6) ** -0.5
         if self.decay == "cosine":
             return rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         return rate

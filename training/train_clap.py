@@ -7,29 +7,29 @@ Besides the bundle it writes `transformers/`, which `transformers.ClapModel.from
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.bundle import resolve, save_bundle
-from stable_audio_lite.clap.mel import CLIP_FRAMES, SAMPLE_RATE
-from stable_audio_lite.clap.model import UNKNOWN_TOKEN, Clap, ClapConfig, clap_mel, clap_views, retrieval, tokenize
-from stable_audio_lite.clap.text import in_text_encoder, load_whole_clap, split_clap
-from stable_audio_lite.clap.tokenizer import train_tokenizer
+from stable_audio_lite.bundle import save_bundle
+from stable_audio_lite.clap.checkpoints import load_clap, save_transformers, split_clap, text_encoder_name
+from stable_audio_lite.clap.config import ClapConfig
+from stable_audio_lite.clap.mel import CLIP_FRAMES, SAMPLE_RATE, log_mel, mel_views, repeat_pad
+from stable_audio_lite.clap.model import Clap, retrieval
+from stable_audio_lite.clap.tokenizer import UNKNOWN_TOKEN, tokenize, train_tokenizer
 from stable_audio_lite.config import load_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.systems import StableAudioConfig, load_model_config
+from stable_audio_lite.systems import StableAudioConfig
 from training.command import main
-from training.frozen import compare_claps
 from training.loop import fit
 from training.noise import generator
 from training.task import OptimizerConfig, RunConfig, Task
@@ -98,16 +98,20 @@ class TrainClapConfig:
 class Mels:
     """Log-mel spectrograms of items, computed once and kept in memory in half precision (128 kB for 10 s)."""
 
-    def __init__(self, items: list[Item], clap: ClapConfig):
-        self.pieces, self.clap = items, clap
-        self.kept: dict[int, Tensor] = {}
+    def __init__(self, items: Sequence[Item], config: ClapConfig):
+        self.items, self.config = items, config
+        self._cache: dict[int, Tensor] = {}
 
     def __call__(self, index: int) -> Tensor:
-        """Of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated."""
-        if index not in self.kept:
-            mono = read_audio(self.pieces[index].path, SAMPLE_RATE).mean(0)
-            self.kept[index] = clap_mel(self.clap, mono).half()
-        return self.kept[index].float()
+        """Of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated.
+
+        Raises:
+            UserError: it can't be read.
+        """
+        if index not in self._cache:
+            mono = read_audio(self.items[index].path, SAMPLE_RATE).mean(0)
+            self._cache[index] = log_mel(self.config, repeat_pad(mono)).half()
+        return self._cache[index].float()
 
 
 class ClapTask(Task):
@@ -124,28 +128,18 @@ class ClapTask(Task):
         self.mels = Mels(self.pieces, self.model.clap)
         self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
         torch.manual_seed(config.run.seed)
-        clap = self._go_on_from(config.initial) if config.initial else self._new()
+        clap = load_clap(config.initial, self.model.clap, config.dropout) if config.initial else self._new()
         self.tokenizer = clap.tokenizer
         if config.freeze_text:
             for name, parameter in clap.model.named_parameters():
-                parameter.requires_grad_(not in_text_encoder(name, clap.config))
-        self.modules: dict[str, nn.Module] = {"clap": clap}
+                parameter.requires_grad_(text_encoder_name(name, clap.config) is None)
+        self.modules: dict[str, nn.Module] = {"clap": clap.train()}
         self.optimizers = {"clap": config.optimizer}
 
     def _new(self) -> Clap:
         captions = (caption for item in self.pieces for caption in item.captions)
         clap = Clap(self.model.clap, train_tokenizer(captions, self.model.clap.vocab_size), self.config.dropout)
-        _unshrink(clap.model.text_model, self.model.clap.text_layers)
-        return clap
-
-    def _go_on_from(self, bundle: str) -> Clap:
-        folder = resolve(bundle)
-        compare_claps(load_model_config(folder).clap, self.model.clap, bundle)
-        whole = load_whole_clap(folder)
-        if whole is None:
-            raise UserError(f"initial: {bundle} has no audio_encoder.safetensors; give a bundle with both CLAP towers")
-        clap = Clap(self.model.clap, whole.tokenizer, self.config.dropout)
-        clap.load_state_dict(whole.state_dict())
+        _enlarge_weights(clap.model.text_model, self.model.clap.text_layers)
         return clap
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
@@ -157,20 +151,19 @@ class ClapTask(Task):
         # One permutation for all processes, so that no item meets itself as a negative.
         seed = self.config.run.seed
         order = torch.randperm(len(self.pieces), generator=generator(seed, number)).tolist()
-        own_places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
-        chosen, mels = zip(*(self._readable(order, place, world) for place in own_places), strict=True)
-        own = [generator(seed, number, index) for index in chosen]
-        main = self.config.main_caption
-        captions = [_pick(self.pieces[i].captions, main, g) for i, g in zip(chosen, own, strict=True)]
-        views = torch.stack([self._augment(self._views(mel, g), g) for mel, g in zip(mels, own, strict=True)])
-        ids, mask = _tokens(self.tokenizer, captions, self.model.clap.max_tokens)
-        longer = self._longer(list(mels))
-        if self.model.clap.audio_fusion and longer.sum() < 2:
-            longer[:2] = True  # the fusion weights need a gradient in every batch, and their batch norm two items
-        batch = {"ids": ids, "mask": mask, "mels": views, "longer": longer}
+        places = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        chosen, mels = zip(*(self._readable(order, place, world) for place in places), strict=True)
+        draws = [generator(seed, number, index) for index in chosen]
+        captions = [self._caption(self.pieces[i], draw) for i, draw in zip(chosen, draws, strict=True)]
+        views = [self._augment(self._crop(mel, draw), draw) for mel, draw in zip(mels, draws, strict=True)]
+        batch = self._collate(captions, mels, views)
+        if self.model.clap.audio_fusion and batch["longer"].sum() < 2:
+            # The fusion weights need a gradient in every batch, and their batch norm two items.
+            batch["longer"][:2] = True
         if self.config.language:
+            ids = batch["ids"]
             guessed = torch.rand(ids.shape, generator=generator(seed, number, rank)) < self.config.corrupted
-            batch["corrupted"] = torch.where(guessed & mask, UNKNOWN_TOKEN, ids)
+            batch["corrupted"] = torch.where(guessed & batch["mask"], UNKNOWN_TOKEN, ids)
         return batch
 
     def _readable(self, order: list[int], place: int, world: int) -> tuple[int, Tensor]:
@@ -186,97 +179,94 @@ class ClapTask(Task):
             f"{self.pieces[order[place]].path}"
         )
 
+    def _collate(self, captions: Sequence[str], mels: Sequence[Tensor], views: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Stack what belongs to B whole spectrograms into arguments of `Clap.forward`."""
+        ids, mask = tokenize(self.tokenizer, captions, self.model.clap.max_tokens)
+        longer = torch.tensor([len(mel) > CLIP_FRAMES for mel in mels])
+        return {"ids": ids, "mask": mask, "mels": torch.stack(list(views)), "longer": longer}
+
+    def _caption(self, item: Item, draw: torch.Generator) -> str:
+        main = self.config.main_caption
+        if main and float(torch.rand((), generator=draw)) < main:
+            return item.captions[0]
+        return item.captions[_integer(len(item.captions), draw)]
+
+    def _crop(self, mel: Tensor, draw: torch.Generator) -> Tensor:
+        """Random 10 s of (frames, bins), or for a fusion model one crop from each third -> (1 or 4, frames, bins)."""
+        spare = len(mel) - CLIP_FRAMES
+        if not self.model.clap.audio_fusion:
+            start = _integer(spare + 1, draw)
+            return mel[None, start : start + CLIP_FRAMES]
+        edges = [third * spare // 3 for third in range(4)]
+        first, middle, last = (a + _integer(b - a + 1, draw) for a, b in pairwise(edges))
+        return mel_views(self.model.clap, mel, (first, middle, last))
+
+    def _augment(self, views: Tensor, draw: torch.Generator) -> Tensor:
+        """The views (V, frames, bins) at another level, with stripes in time and frequency silenced."""
+        views = views + (2 * float(torch.rand((), generator=draw)) - 1) * self.config.gain_db
+        floor = views.min()
+        for axis in (1, 1, 2, 2):
+            size = views.shape[axis]
+            width = _integer(int(self.config.masked * size) + 1, draw)
+            views.narrow(axis, _integer(size - width + 1, draw), width).fill_(floor)
+        return views
+
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         text, audio, language = self.modules["clap"](**batch)
         text, audio = _gather(text), _gather(audio)
-        clap = self._plain
+        clap = self._unwrapped
         losses = {"loss/contrastive": clap.loss(text, audio)}
         if language is not None:
             losses["loss/language"] = language
         update("clap", losses["loss/contrastive"] + self.config.language * losses.get("loss/language", 0.0))
         matched = (audio.float() @ text.float().T).argmax(1) == torch.arange(len(text), device=text.device)
-        return losses | {"batch/accuracy": matched.float().mean(), "temperature/inverse": clap.scales[0].exp()}
+        return losses | {"batch/accuracy": matched.float().mean(), "temperature/inverse": clap.logit_scales[0].exp()}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Recall at 1 and 10 among the held-out items, both ways, as percentages."""
         if self.config.held_out is None:
             return {}
-        clap = self._plain
+        clap = self._unwrapped
         clap.eval()
-        text, audio = [], []
-        for part in self._held_out:
-            on_device = {k: v.to(clap.device) for k, v in part.items()}
-            t, a, _ = clap(**on_device)
-            text.append(t.float())
-            audio.append(a.float())
+        embeddings = [clap(**{k: v.to(clap.device) for k, v in batch.items()})[:2] for batch in self._held_out]
         clap.train()
-        figures = retrieval(torch.cat(text), torch.cat(audio))
-        print(f"\nstep {step + 1}: " + ", ".join(f"{k} {v:.1f} %" for k, v in figures.items()), flush=True)
-        return {f"held_out/{k}": v for k, v in figures.items()}
+        text, audio = (torch.cat(parts).float() for parts in zip(*embeddings, strict=True))
+        recalls = retrieval(text, audio)
+        print(f"\nstep {step + 1}: " + ", ".join(f"{k} {v:.1f} %" for k, v in recalls.items()), flush=True)
+        return {f"held_out/{k}": v for k, v in recalls.items()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         clap = modules["clap"]
         assert isinstance(clap, Clap)
         save_bundle(folder, self.model, split_clap(clap), self.tokenizer.to_str())
-        clap.save(folder.parent / "transformers")
+        save_transformers(clap, folder.parent / "transformers")
 
     @property
-    def _plain(self) -> Clap:
+    def _unwrapped(self) -> Clap:
         return cast("Clap", unwrap(self.modules["clap"]))
 
     @cached_property
     def _held_out(self) -> list[dict[str, Tensor]]:
+        """Batches of the held-out items that can be read, each with its main caption."""
         assert self.config.held_out is not None
         items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
-        mels = Mels(items, self.model.clap)
-
-        def read(index: int) -> Tensor | None:
+        mels, found = Mels(items, self.model.clap), []
+        for index, item in enumerate(items):
             try:
-                return mels(index)
+                found.append((item.captions[0], mels(index)))
             except UserError as error:
                 print(f"left out: {error}", file=sys.stderr)
-                return None
-
-        with ThreadPoolExecutor(2) as pool:
-            found = [
-                (i, mel) for i, mel in zip(items, pool.map(read, range(len(items))), strict=True) if mel is not None
-            ]
         if not found:
             raise UserError(f"{self.config.held_out}: none of the {len(items)} items can be read")
-        items, whole_mels = [item for item, _ in found], [mel for _, mel in found]
-        views = torch.stack([clap_views(self.model.clap, mel) for mel in whole_mels])
-        ids, mask = _tokens(self.tokenizer, [i.captions[0] for i in items], self.model.clap.max_tokens)
-        whole = {"ids": ids, "mask": mask, "mels": views, "longer": self._longer(whole_mels)}
-        parts = range(0, len(items), self.batch_size)
-        return [{k: v[i : i + self.batch_size] for k, v in whole.items()} for i in parts]
-
-    def _longer(self, mels: list[Tensor]) -> Tensor:
-        """Which of B spectrograms a fusion model takes in several views: (B,) bool."""
-        return torch.tensor([self.model.clap.audio_fusion and len(mel) > CLIP_FRAMES for mel in mels])
-
-    def _views(self, mel: Tensor, own: torch.Generator) -> Tensor:
-        """Random 10 s of (frames, bins), or for a fusion model one crop from each third -> (1 or 4, frames, bins)."""
-        spare = len(mel) - CLIP_FRAMES
-        if not self.model.clap.audio_fusion:
-            start = _integer(spare + 1, own)
-            return mel[None, start : start + CLIP_FRAMES]
-        edges = [third * spare // 3 for third in range(4)]
-        first, middle, last = (a + _integer(b - a + 1, own) for a, b in pairwise(edges))
-        return clap_views(self.model.clap, mel, (first, middle, last))
-
-    def _augment(self, views: Tensor, own: torch.Generator) -> Tensor:
-        """The views (V, frames, bins) at another level, with stripes in time and frequency silenced."""
-        views = views + (2 * float(torch.rand((), generator=own)) - 1) * self.config.gain_db
-        floor = views.min()
-        for axis in (1, 1, 2, 2):
-            size = views.shape[axis]
-            width = _integer(int(self.config.masked * size) + 1, own)
-            views.narrow(axis, _integer(size - width + 1, own), width).fill_(floor)
-        return views
+        batches = []
+        for start in range(0, len(found), self.batch_size):
+            captions, whole = zip(*found[start : start + self.batch_size], strict=True)
+            batches.append(self._collate(captions, whole, [mel_views(self.model.clap, mel) for mel in whole]))
+        return batches
 
 
 @torch.no_grad()
-def _unshrink(text_model: nn.Module, layers: int) -> None:
+def _enlarge_weights(text_model: nn.Module, layers: int) -> None:
     """Give a new text tower's matrices a standard deviation of width^-1/2.
 
     transformers draws them sqrt(2 layers) times smaller. The pooled first token then sees so little of the text that
@@ -294,21 +284,8 @@ def _captioned(folder: str) -> list[Item]:
     return items
 
 
-def _pick(captions: tuple[str, ...], main: float, own: torch.Generator) -> str:
-    if main and float(torch.rand((), generator=own)) < main:
-        return captions[0]
-    return captions[_integer(len(captions), own)]
-
-
-def _integer(below: int, own: torch.Generator) -> int:
-    return int(torch.randint(below, (), generator=own))
-
-
-def _tokens(tokenizer: Any, captions: list[str], max_tokens: int) -> tuple[Tensor, Tensor]:
-    """As `tokenize`, without columns that are padding in all captions."""
-    ids, mask = tokenize(tokenizer, captions, max_tokens)
-    used = int(mask.sum(1).max())
-    return ids[:, :used], mask[:, :used]
+def _integer(below: int, draw: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=draw))
 
 
 def _gather(vectors: Tensor) -> Tensor:

@@ -1,87 +1,100 @@
 """Train a diffusion model: python -m training.train_diffusion --config configs/stable_audio/train_diffusion.yaml.
 
-The kind of the config's `model` says of which system: training.train_spectrogram trains those on spectrograms. Here is
-the latent one, whose U-Net learns from cached latents. The objective is v on the cosine schedule, x_t = cos(pi t/2) x +
-sin(pi t/2) eps, with t uniform in [0, 1] and stratified over the batch (Salimans & Ho 2022, arXiv 2202.00512; Evans et
-al. 2024, arXiv 2402.04825). Exports a complete bundle.
+The model of the config may be of any system: its representation says what is denoised, its process how data become
+noise and what the network predicts of them. The latent system learns from cached latents, the others from sound as it
+is. Noise levels are stratified over the batch (Evans et al. 2024, arXiv 2402.04825: v-prediction on the cosine
+schedule). Exports a complete bundle.
 """
 
 from __future__ import annotations
 
-import random
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import load_part, read_config, read_part, save_bundle
-from stable_audio_lite.config import load_config, read_yaml
-from stable_audio_lite.data.crops import epoch_index
-from stable_audio_lite.data.latents import encoder_hash
-from stable_audio_lite.data.windows import LatentWindows, stack
-from stable_audio_lite.diffusion.schedule import add_noise, v_target
+from stable_audio_lite.bundle import load_part, read_part, save_bundle
+from stable_audio_lite.data.crops import Crops, item_numbers
+from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
 from stable_audio_lite.models.conditioner import Conditioner
-from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, Up
+from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
 from stable_audio_lite.pipeline import StableAudio
-from stable_audio_lite.systems import SPECTRAL, build_unet, build_vae, load_model_config
-from training import train_spectrogram
-from training.command import main_of
-from training.denoising import Conditioned, DemosConfig, DenoisingTask
+from stable_audio_lite.representation import (
+    LatentRepresentation,
+    Representation,
+    load_latents,
+    load_representation,
+)
+from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, load_model_config, load_system
+from training.command import main
+from training.denoising import Conditioned, DemosConfig, loss_by_level, stratified_shares
+from training.examples import Examples, LatentWindows, SoundExamples, latent_statistics
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
-from training.task import OptimizerConfig, RunConfig, Sound
-from training.train_spectrogram import TrainSpectrogramConfig
+from training.noise import generator, item_noise
+from training.task import OptimizerConfig, RunConfig, Sound, Task
+from training.update import Update
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDiffusionConfig:
-    """Training of the U-Net and the timing embeddings.
+    """Training of a network, and of timing embeddings where it reads text.
 
     Attributes:
         model: path of the model's YAML file.
-        latents: folders written by training.pre_encode, whose items are trained on alike.
-        held_out: another such folder for the validation loss, or null.
-        vae: bundle with the VAE that made the latents.
-        clap: bundle with the text encoder, or a pretrained CLAP: transformers folder, hub id or LAION `.pt`.
-        initial: bundle whose U-Net and timing embeddings to go on from, or null; its VAE's encoder and its text encoder
-            have to be those of `vae` and `clap`.
-        lora: size of a LoRA to train in the place of all weights, or null; it is what the run exports.
+        latents: for the latent system, folders written by training.pre_encode, whose items are trained on alike.
+        vae: for the latent system, the bundle with the VAE that made the latents.
+        data: for the other systems, a folder of audio, captioned if the model reads text; stereo is mixed to mono.
+        held_out: another such folder, of latents or of audio, for the validation loss, or null.
+        clap: for a model that reads text, the bundle with the text encoder, or a pretrained CLAP: transformers folder,
+            hub id or LAION `.pt`.
+        initial: bundle whose network and timing embeddings to go on from, or null; it has to have the same
+            representation and text encoder.
+        lora: for the latent system, size of a LoRA to train in the place of all weights, or null; it is what the run
+            exports.
         condition_dropout: share of items trained without their condition.
-        lowest_time: smallest t that is trained. A generator that ends above that noise level (generation.sigma_min of
-            the model, tan(pi t / 2)) has no use for what is below, where most of the loss is.
-        time_shift: above 1, more of the times lie near 1, where it is decided what plays; half of them above
+        lowest_time: smallest share of the noise levels that is trained. A generator that ends above that level
+            (generation.sigma_min of the model) has no use for those below, where most of the loss is.
+        time_shift: above 1, more of the noise levels lie near 1, where it is decided what plays; half of them above
             time_shift / (1 + time_shift) where lowest_time is 0.
-        padding: whether the silence after an item's end is part of the loss, and so learned.
+        gain_db: for sound, the level of each crop is changed by up to this many dB either way.
+        max_unreadable: for sound, share of the files that may be unreadable; others take their place, and
+            `unreadable.jsonl` beside the checkpoints lists them.
         demos: sounds to make while training, or null.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: for the latent system, recompute activations in the backward pass: less memory, about a
+            third more time.
     """
 
     model: str
-    latents: tuple[str, ...]
+    latents: tuple[str, ...] = ()
+    vae: str | None = None
+    data: str | None = None
     held_out: str | None = None
-    vae: str
-    clap: str
+    clap: str | None = None
     initial: str | None = None
     lora: LoraConfig | None = None
     batch_size: int = 16
     condition_dropout: float = 0.1
     lowest_time: float = 0.0
     time_shift: float = 1.0
-    padding: bool = True
+    gain_db: float = 0.0
+    max_unreadable: float = 0.01
     demos: DemosConfig | None = None
     gradient_checkpointing: bool = False
     run: RunConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
-        if not self.latents:
-            raise ValueError("latents is empty; list the folders that training.pre_encode wrote")
+        if bool(self.latents) == (self.data is not None):
+            raise ValueError("give either latents, folders that training.pre_encode wrote, or data, a folder of audio")
+        if bool(self.latents) != (self.vae is not None):
+            raise ValueError("latents and vae go together: the bundle with the VAE that made them")
         if self.lora and not self.initial:
             raise ValueError("lora needs `initial`, the bundle that it changes")
         if self.batch_size < 1:
@@ -92,57 +105,107 @@ class TrainDiffusionConfig:
             raise ValueError(f"lowest_time must be at least 0 and below 1, got {self.lowest_time}")
         if not self.time_shift > 0:
             raise ValueError(f"time_shift must be above 0, got {self.time_shift}")
+        if self.gain_db < 0:
+            raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
 
 
-class DiffusionTask(DenoisingTask):
-    """v-prediction on windows of cached latents."""
+class DiffusionTask(Task):
+    """A network learns to predict clean data, noise or v from noisy data."""
 
-    objective = "v"
-    criterion = "held_out/v"
-    parts = {Down: (), Up: (), ResidualBlock: (), Transformer: ("keys_values",)}
+    averaged = ("model",)
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
-        self.model = load_model_config(config.model)
-        self.batch_size, self.seed = config.batch_size, config.run.seed
-        self.condition_dropout = config.condition_dropout
-        self.lowest_time, self.time_shift = config.lowest_time, config.time_shift
+        self.model = load_system(config.model)
+        self.process, self.batch_size = self.model.process, config.batch_size
+        self.criterion = f"held_out/{self.process.objective}"
         self.demonstrate_every = config.demos.every if config.demos else 0
-        self.silence = silence_latent(config.vae)
+        self.clap = self._load_clap()
+        self.representation = self._load_representation()
         torch.manual_seed(config.run.seed)
-        conditioner = Conditioner(self.model.timing, self.model.context_width)
-        model = Conditioned(conditioner, unet := build_unet(self.model))
-        self.clap: FrozenClap = load_frozen_clap(config.clap, self.model.clap)
-        statistics = self._go_on_from(config.initial, model) if config.initial else None
-        self.frozen = {"text_encoder": self.clap.text}
-        self.windows = self._windows(config.latents, statistics)
-        self.items = len(self.windows)
-        shared = (self.windows.mean, self.windows.std)
-        self.validation = self._windows((config.held_out,), shared) if config.held_out else None
-        self.held_out_items = len(self.validation) if self.validation else 0
-        unet.gradient_checkpointing = config.gradient_checkpointing
-        unet.latent_mean.copy_(self.windows.mean)
-        unet.latent_std.copy_(self.windows.std)
+        model: nn.Module = self.model.network()
+        if self.clap is not None:
+            assert not isinstance(self.model, ComplexSTFTConfig) and self.model.context_width is not None
+            model = Conditioned(Conditioner(self.model.timing, self.model.context_width), model)
+            self.frozen = {"text_encoder": self.clap.text}
+        if config.initial:
+            self._go_on_from(config.initial, model)
+        self.examples, self.validation = self._examples()
+        self.items = len(self.examples)
+        self._prepare(network_of(model))
         if config.lora:
             model.requires_grad_(False)
-            add_lora(unet, config.lora)
+            add_lora(network_of(model), config.lora)
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
+
+    def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
+        seed, size = self.config.run.seed, self.batch_size
+        numbers = item_numbers(number, rank, world, size)
+        batch = self.examples.draw(numbers, seed)
+        own, draws = slice(rank * size, (rank + 1) * size), generator(seed, number)
+        shares = stratified_shares(world * size, draws, self.config.lowest_time, self.config.time_shift)
+        return batch | {
+            "eps": item_noise(seed, numbers, tuple(batch["x0"].shape[1:])),
+            "shares": shares[own],
+            "dropped": (torch.rand(world * size, generator=draws) < self.config.condition_dropout)[own],
+        }
+
+    def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
+        errors, objective = self.errors(batch), self.process.objective
+        loss = errors.mean()
+        update("model", loss)
+        return {f"loss/{objective}": loss.detach()} | loss_by_level(errors.detach(), batch["shares"], objective)
+
+    def errors(self, batch: dict[str, Any]) -> Tensor:
+        """Mean squared error (B,) of the prediction for data x0, noise eps and noise levels `shares`."""
+        x0, eps, t = batch["x0"], batch["eps"], self.process.at(batch["shares"])
+        x_t, model = self.process.add_noise(x0, eps, t), self.modules["model"]
+        if self.clap is None:
+            prediction = model(x_t, t)
+        else:
+            text = self.clap.text.to(x0.device).encode(batch["captions"])
+            prediction = model(x_t, t, text, (batch["seconds_start"], batch["seconds_total"]), batch["dropped"])
+        return (prediction.float() - self.process.target(x0, eps, t)).square().flatten(1).mean(1)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The loss on held-out examples, in all and by level; fixed noise at levels spread over those trained on."""
+        if self.validation is None:
+            return {}
+        count = min(len(self.validation), 4 * self.batch_size)
+        device = next(self.modules["model"].parameters()).device
+        errors, shares = [], []
+        for first in range(0, count, self.batch_size):
+            numbers = range(first, min(first + self.batch_size, count))
+            batch = self.validation.draw(numbers, 0)
+            batch["eps"] = item_noise(0, numbers, tuple(batch["x0"].shape[1:]))
+            lowest = self.config.lowest_time
+            batch["shares"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
+            batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
+            shares.append(batch["shares"])
+            errors.append(self.errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
+        whole, objective = torch.cat(errors).cpu(), self.process.objective
+        figures = {f"loss/{objective}": whole.mean()} | loss_by_level(whole, torch.cat(shares), objective)
+        return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]
         if self.config.lora:
-            save_lora(folder, model.network, self.config.lora, self._encoder)  # type: ignore[arg-type]
+            save_lora(folder, network_of(model), self.config.lora, self.representation.hash)
             return
-        parts = self.clap.parts | {"vae": read_part(self.config.vae, "vae")}
-        parts["conditioner"] = model.conditioner.state_dict()  # type: ignore[operator, union-attr]
-        parts["unet"] = model.network.state_dict()  # type: ignore[operator, union-attr]
+        parts = {self.model.part: network_of(model).state_dict()}
+        if self.config.vae:
+            parts["vae"] = read_part(self.config.vae, "vae")
+        if self.clap is None:
+            save_bundle(folder, self.model, parts)
+            return
+        assert isinstance(model, Conditioned)
+        parts |= self.clap.parts | {"conditioner": model.conditioner.state_dict()}
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
     def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
         """Each prompt at each guidance scale, by the bundle that the run would export now."""
-        demos = self.config.demos
-        assert demos is not None
+        assert self.config.demos is not None
         with tempfile.TemporaryDirectory() as folder:
             self.export(exported := Path(folder) / "bundle", modules)
             device = str(next(self.modules["model"].parameters()).device)
@@ -150,52 +213,87 @@ class DiffusionTask(DenoisingTask):
                 model = StableAudio.from_pretrained(self.config.initial or "", device=device, lora=exported)
             else:
                 model = StableAudio.from_pretrained(exported, device=device)
-            return demos.sounds(model)
+            return self.config.demos.sounds(model)
 
-    def examples(self, numbers: range, seed: int, held_out: bool = False) -> dict[str, Any]:
-        windows = self.validation if held_out else self.windows
-        assert windows is not None
-        drawn = [windows.window(epoch_index(n, len(windows), seed), random.Random(f"{seed}/{n}")) for n in numbers]
-        return stack(drawn)
+    def _load_clap(self) -> FrozenClap | None:
+        name = self.config.model
+        if self.model.clap is None:
+            if self.config.clap:
+                raise UserError(f"clap: {name} reads no text; leave it out, or give the model a clap")
+            return None
+        if not self.config.clap:
+            raise UserError(f"clap: {name} reads text; name the CLAP whose text encoder it is to use")
+        return load_frozen_clap(self.config.clap, self.model.clap)
 
-    def errors(self, batch: dict[str, Any]) -> Tensor:
-        x0, eps, t = batch["x0"], batch["eps"], batch["t"]
-        text = self.clap.text.to(x0.device).encode(batch["captions"])
-        timing = (batch["seconds_start"], batch["seconds_total"])
-        v = self.modules["model"](add_noise(x0, eps, t), t, text, timing, batch["dropped"])
-        errors = (v.float() - v_target(x0, eps, t)).square().mean(1)  # B, T
-        if self.config.padding:
-            return errors.mean(1)
-        own = torch.arange(errors.shape[1], device=errors.device) < batch["frames"][:, None]
-        return (errors * own).sum(1) / own.sum(1)
+    def _load_representation(self) -> Representation:
+        config, latent = self.config, isinstance(self.model, StableAudioConfig)
+        if latent != bool(config.latents):
+            wanted = "latents and vae" if latent else "data"
+            raise UserError(f"{config.model}: is of kind {self.model.kind}; give {wanted} to train it on")
+        if config.lora and not latent:
+            raise UserError(f"lora: changes models of kind stable_audio, {config.model} is {self.model.kind}")
+        if not isinstance(self.model, StableAudioConfig):
+            return load_representation("", self.model)
+        if config.initial:
+            return self._latents_of(config.initial)
+        latents = load_latents(config.vae or "", load_model_config(config.vae or ""))
+        return self._with_statistics(latents, *latent_statistics(config.latents, latents.hash))
 
-    def _go_on_from(self, bundle: str, model: Conditioned) -> tuple[Tensor, Tensor]:
-        """Load the bundle's U-Net and timing embeddings; returns the statistics that it normalises latents by."""
-        if encoder_hash(read_part(bundle, "vae")) != self._encoder:
-            raise UserError(f"initial: the U-Net of {bundle} knows the latents of another VAE than {self.config.vae}")
-        self.clap.check_same(read_part(bundle, "text_encoder"), bundle, self.config.clap)
-        load_part(bundle, "unet", model.network)
-        load_part(bundle, "conditioner", model.conditioner)
-        mean, std = (model.network.get_buffer(name).float().clone() for name in ("latent_mean", "latent_std"))
-        return mean, std
+    def _latents_of(self, initial: str) -> LatentRepresentation:
+        """The latents, normalised as the U-Net of the bundle `initial` knows them."""
+        ours = load_latents(self.config.vae or "", load_model_config(self.config.vae or ""))
+        theirs = load_latents(initial, load_model_config(initial))
+        if theirs.hash != ours.hash:
+            raise UserError(f"initial: the U-Net of {initial} knows the latents of another VAE than {self.config.vae}")
+        return self._with_statistics(ours, theirs.mean[:, 0], theirs.std[:, 0])
 
-    def _windows(self, folders: tuple[str, ...], statistics: tuple[Tensor, Tensor] | None) -> LatentWindows:
-        seconds = self.model.hop / self.model.sample_rate
-        return LatentWindows(folders, self.model.latent_frames, self.silence, self._encoder, seconds, statistics)
+    def _with_statistics(self, latents: LatentRepresentation, mean: Tensor, std: Tensor) -> LatentRepresentation:
+        assert isinstance(self.model, StableAudioConfig)
+        return LatentRepresentation(latents.vae, self.model, latents.hash, mean, std)
 
-    @cached_property
-    def _encoder(self) -> str:
-        return encoder_hash(read_part(self.config.vae, "vae"))
+    def _examples(self) -> tuple[Examples, Examples | None]:
+        """To train on, and held-out ones."""
+        config, held_out = self.config, self.config.held_out
+        if isinstance(latents := self.representation, LatentRepresentation):
+            windows = LatentWindows(config.latents, latents)
+            return windows, LatentWindows((held_out,), latents) if held_out else None
+        crops = self._crops(config.data or "", config.run.seed, config.gain_db, config.max_unreadable)
+        return crops, self._crops(held_out, 0, 0.0, 0.0) if held_out else None
+
+    def _crops(self, folder: str, seed: int, gain_db: float, max_unreadable: float) -> SoundExamples:
+        items, captioned = read_items(folder), self.clap is not None
+        if captioned and (mute := [item for item in items if not item.captions]):
+            raise UserError(
+                f"{mute[0].path}: has no caption, and {self.config.model} reads text; caption it or leave it out"
+            )
+        unreadable = Unreadable(len(items), max_unreadable, self.config.run.output if max_unreadable else None)
+        rate, samples = self.representation.sample_rate, self.representation.window_samples
+        crops = Crops(items, rate, samples, seed, gain_db=gain_db, unreadable=unreadable)
+        return SoundExamples(crops, self.representation, captioned)
+
+    def _go_on_from(self, initial: str, model: nn.Module) -> None:
+        """Load the network and timing embeddings of a bundle."""
+        theirs = load_system(initial)
+        if theirs.kind != self.model.kind or load_representation(initial, theirs).hash != self.representation.hash:
+            raise UserError(f"initial: {initial} is of kind {theirs.kind} with other data than {self.config.model}")
+        if isinstance(model, Conditioned):
+            assert self.clap is not None
+            self.clap.check_same(read_part(initial, "text_encoder"), initial, self.config.clap or "")
+            load_part(initial, "conditioner", model.conditioner)
+        load_part(initial, self.model.part, network_of(model))
+
+    def _prepare(self, network: nn.Module) -> None:
+        """Give a U-Net of latents the statistics that it stores, and what it needs to be shared out."""
+        if isinstance(network, UNet) and isinstance(latents := self.representation, LatentRepresentation):
+            network.gradient_checkpointing = self.config.gradient_checkpointing
+            network.latent_mean.copy_(latents.mean[:, 0])
+            network.latent_std.copy_(latents.std[:, 0])
+            self.parts = {Down: (), Up: (), ResidualBlock: (), Transformer: ("keys_values",)}
 
 
-@torch.no_grad()
-def silence_latent(bundle: str) -> Tensor:
-    """Latent (C, window) that a bundle's VAE gives for digital silence."""
-    model = load_model_config(bundle)
-    vae = build_vae(model.vae)
-    load_part(bundle, "vae", vae)
-    vae.prepare_for_inference()
-    return vae.encode_chunked(torch.zeros(1, model.vae.audio_channels, model.window_samples)).mean[0]
+def network_of(model: nn.Module) -> nn.Module:
+    """The network without its timing embeddings."""
+    return model.network if isinstance(model, Conditioned) else model
 
 
 def run(config: TrainDiffusionConfig) -> Path:
@@ -203,18 +301,5 @@ def run(config: TrainDiffusionConfig) -> Path:
     return fit(config.run, DiffusionTask(config), config)
 
 
-def on_spectrograms(path: str | Path) -> bool:
-    """Whether the config at `path` names a model that works on spectrograms."""
-    model = read_yaml(path).get("model")
-    return isinstance(model, str) and Path(model).exists() and read_config(model)[1].get("kind") in SPECTRAL
-
-
-def run_file(path: Path) -> Path:
-    """Train the system that the config at `path` names by its model; returns the bundle's folder."""
-    if on_spectrograms(path):
-        return train_spectrogram.run(load_config(path, TrainSpectrogramConfig))
-    return run(load_config(path, TrainDiffusionConfig))
-
-
 if __name__ == "__main__":
-    main_of(__doc__, run_file)
+    main(__doc__, TrainDiffusionConfig, run)

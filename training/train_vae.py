@@ -62,6 +62,7 @@ class TrainVAEConfig:
         endings: share of the crops that lie across the end of their item: a decoder has to know silence, with which
             the U-Net's windows end.
         gain_db: the level of each crop is changed by up to this many dB either way.
+        panned: share of the crops whose stereo image is changed: mixed to mono and placed anywhere, or sides exchanged.
         max_unreadable: share of the data's files that may be unreadable; they are skipped and listed in
             `unreadable.jsonl` beside the checkpoints.
         weights: of each loss in the generator's sum, by name; those that are not given are left out.
@@ -82,6 +83,7 @@ class TrainVAEConfig:
     crop_frames: int = 64
     endings: float = 0.0
     gain_db: float = 0.0
+    panned: float = 0.0
     max_unreadable: float = 0.01
     batch_size: int = 8
     run: RunConfig
@@ -108,8 +110,9 @@ class TrainVAEConfig:
             raise ValueError("crop_frames, batch_size and held_out_crops must be at least 1")
         if not self.stft_windows or min(self.stft_windows) < 4:
             raise ValueError(f"stft_windows must be one length of at least 4 or several, got {self.stft_windows}")
-        if not 0 <= self.endings <= 1:
-            raise ValueError(f"endings must lie in 0..1, got {self.endings}")
+        for name in ("endings", "panned"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         if self.stft_floor <= 0 or self.gain_db < 0:
             raise ValueError("stft_floor must be above 0, gain_db at least 0")
 
@@ -139,6 +142,7 @@ class VAETask(Task):
             config.run.seed,
             endings=config.endings,
             gain_db=config.gain_db,
+            panned=config.panned,
             unreadable=self.unreadable,
         )
         self.validation = self._validation(samples)

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from training.shard import full
 from training.task import RunConfig, Task
-from training.zero import Zero
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Health:
 class Update:
     """Backward passes as losses come, then clipping and the optimizers' steps at the step's end."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer | Zero]):
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
         self.scaler = accelerator.scaler  # of the loss, in fp16 alone
         self.health = Health()
@@ -58,10 +57,8 @@ class Update:
         """Add the gradient of `loss` (a scalar) for module `name`, which `end` will update."""
         finite = bool(torch.isfinite(self.accelerator.gather(loss.detach())).all())
         self.finite[name] = self.finite.get(name, True) and finite
-        loss, optimizer = loss / self.run.accumulate, self.optimizers[name]
-        if isinstance(optimizer, Zero):
-            optimizer.backward(loss, finite)
-        elif finite:
+        loss = loss / self.run.accumulate
+        if finite:
             self.accelerator.backward(loss)
 
     def gradient(self, loss: Tensor, at: Tensor) -> Tensor:
@@ -111,11 +108,8 @@ class Update:
         """Bring the gradient down to the largest norm; whether it can be used."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)  # and notes what is not finite, for its own step
-        if isinstance(optimizer, Zero):
-            norm = optimizer.norm()
-        else:
-            parameters = self.task.modules[name].parameters()
-            norm = full(nn.utils.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf))
+        parameters = self.task.modules[name].parameters()
+        norm = full(nn.utils.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf))
         self.grad_norms[f"grad_norm/{name}"] = norm
         return self.scaler is not None or bool(torch.isfinite(norm))
 

@@ -41,6 +41,4 @@ def load_embedder(
         return passt.PaSSTEmbedder(passt.load_passt(path).to(device), level, batch)
     from evaluation.embedders import clap
 
-    file = source is None or Path(source).suffix in {".pt", ".pth", ".ckpt"}
-    found = str(clap.PUBLISHED.find(source, folder)) if file else str(source)
-    return clap.ClapEmbedder(clap.load_any_clap(found).to(device), level)
+    return clap.load_clap_embedder(source, folder, device, level)

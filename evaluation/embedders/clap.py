@@ -1,4 +1,4 @@
-"""CLAP, any of the project: LAION's `.pt`, a transformers folder or hub id, or a bundle with a whole CLAP."""
+"""CLAP as an embedder, from any source that `stable_audio_lite.clap.checkpoints` reads."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from evaluation.embedders.streams import TargetLevel, mono_at
 from evaluation.embedders.weights import Published, state_hash
-from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource
-from stable_audio_lite.clap.mel import CLIP_SAMPLES, HOP, SAMPLE_RATE, log_mel
-from stable_audio_lite.clap.model import Clap, ClapConfig, clap_mel
-from stable_audio_lite.clap.text import load_clap, load_whole_clap
-from stable_audio_lite.errors import UserError
+from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
+from stable_audio_lite.clap.config import ClapConfig
+from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
+from stable_audio_lite.clap.model import Clap
 
 PUBLISHED = Published(
     file="630k-audioset-fusion-best.pt",
@@ -54,8 +53,8 @@ class ClapEmbedder:
         Raises:
             UserError: it can't be read.
         """
-        mel, longer = whole_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
-        return {"embedding": self.clap.embed_mel(mel, longer).cpu()}
+        mel = streamed_log_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
+        return {"embedding": self.clap.embed_mels([mel]).cpu()}
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B, D)."""
@@ -63,40 +62,31 @@ class ClapEmbedder:
         return torch.cat(parts).cpu()
 
 
-def whole_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> tuple[Tensor, bool]:
-    """What `clap_mel` gives of all 48 kHz (1, T) blocks together, (frames, mel_bins), and whether they are over 10 s.
+def streamed_log_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> Tensor:
+    """`log_mel` (frames, mel_bins) of consecutive 48 kHz blocks (1, T), repeated to fill 10 s.
 
     The audio is not held: a frame takes 256 bytes, 25 kB for a second of sound.
     """
-    held, lead, total = torch.zeros(0), 0, 0
+    held, lead = torch.zeros(0), 0
     frames: list[Tensor] = []
     for block in blocks:
-        held, total = torch.cat((held, block[0])), total + block.shape[1]
+        held = torch.cat((held, block[0]))
         while len(held) >= (lead + _PIECE + _MARGIN) * HOP:
-            piece = _log_mel(config, held[: (lead + _PIECE + _MARGIN) * HOP])
+            piece = log_mel(config, held[: (lead + _PIECE + _MARGIN) * HOP])
             frames.append(piece[lead : lead + _PIECE])
             held, lead = held[(lead + _PIECE - _MARGIN) * HOP :], _MARGIN
     if not frames:
-        return clap_mel(config, held if total else torch.zeros(1)), total > CLIP_SAMPLES
-    return torch.cat([*frames, _log_mel(config, held)[lead:]]), total > CLIP_SAMPLES
+        return log_mel(config, repeat_pad(held if len(held) else torch.zeros(1)))
+    return torch.cat([*frames, log_mel(config, held)[lead:]])
 
 
-def _log_mel(config: ClapConfig, waveform: Tensor) -> Tensor:
-    return log_mel(waveform, config.mel_bins, config.mel_lowest, config.audio_fusion)
-
-
-def load_any_clap(source: str | Path) -> Clap:
-    """A CLAP: a shipped model, a bundle's folder, or what `load_clap` reads.
-
-    A LAION `.pt` takes the `tokenizer.json` beside it; where there is none, RoBERTa's from the hub.
+def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: TargetLevel) -> ClapEmbedder:
+    """The embedder at `source`; None, or a LAION file that isn't here, is found as `PUBLISHED` says.
 
     Raises:
+        Missing: none is given, and `folder` has no LAION file.
         UserError: there is no such thing, it is damaged, or the bundle has no audio tower.
     """
-    path = Path(source)
-    if str(source) in bundle.SHIPPED or (path / bundle.CONFIG_FILE).is_file():
-        if (clap := load_whole_clap(bundle.resolve(source))) is None:
-            raise UserError(f"{source}: has no audio_encoder.safetensors; give a bundle with both CLAP towers")
-        return clap
-    tokenizer = path.with_name(bundle.TOKENIZER_FILE)
-    return Clap.from_weights(load_clap(source, tokenizer if path.is_file() and tokenizer.is_file() else None))
+    if source is None or source.endswith(LAION_SUFFIXES):
+        source = str(PUBLISHED.find(source, folder))
+    return ClapEmbedder(load_clap(source).to(device), level)

@@ -246,7 +246,7 @@ def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int
 def _finite(path: Path, samples: Any) -> np.ndarray:
     values = np.asarray(samples, dtype=np.float32)
     if not np.isfinite(values).all():
-        raise UserError(f"{path}: not written, the audio holds NaN or infinite samples (try --dtype float32)")
+        raise UserError(f"{path}: not written, the audio holds NaN or infinite samples (try dtype float32)")
     return values
 
 

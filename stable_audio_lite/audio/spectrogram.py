@@ -2,7 +2,7 @@
 
 spectrogram = Spectrogram(SpectrogramConfig())
 x = spectrogram.encode(audio)  # (B, T) -> (B, 2, 512, T / 256)
-spectrogram.decode(x)          # (B, T) again, to rounding, but for what the dropped DC row held
+spectrogram.decode(x)          # (B, T), the same to rounding except for the dropped DC row
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class SpectrogramConfig:
 
     Attributes:
         sample_rate: Hz.
-        window: samples of the Hann window; half of them is the number of frequency rows, for that of DC is dropped.
-        hop: samples between frames.
-        frames: how many a network sees at once.
-        exponent: of the magnitudes; below 1 it brings quiet partials nearer to loud ones.
-        scale: factor on the result, which brings data to a network's range. Unscaled, a full-scale sine peaks at 1.
+        window: samples of the Hann window; there are half as many frequency rows, since the DC row is dropped.
+        hop: samples from frame to frame.
+        frames: frames that a network sees at once.
+        exponent: applied to magnitudes; below 1 it brings quiet partials nearer to loud ones.
+        scale: factor that brings data to a network's range; without it, a full-scale sine peaks at 1.
     """
 
     sample_rate: int = 44100
@@ -46,7 +46,7 @@ class SpectrogramConfig:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.window % 2 or self.hop % 2 or 2 * self.hop > self.window:
             raise ValueError(
-                f"window and hop must be even and a hop half a window at most, got {self.window} and {self.hop}"
+                f"window and hop must be even, and hop at most half of window, got {self.window} and {self.hop}"
             )
 
     @property
@@ -71,17 +71,17 @@ class SpectrogramConfig:
 
 
 class Spectrogram:
-    """Turns sound into spectrograms and back, as `config` says. Frame k is centred on sample (k + 1/2) * hop."""
+    """The transform between sound and spectrograms of one config; frame k is centred on sample (k + 1/2) * hop."""
 
     def __init__(self, config: SpectrogramConfig):
         self.config = config
 
     @cached_property
-    def _taper(self) -> Tensor:
+    def _window(self) -> Tensor:
         return torch.hann_window(self.config.window, dtype=torch.float64)
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Mono (B, T) -> (B, 2, bins, T / hop); beyond its ends there is silence.
+        """Transform mono (B, T) to (B, 2, bins, T / hop), with silence assumed beyond the ends.
 
         Raises:
             ValueError: T is no multiple of the hop.
@@ -89,16 +89,16 @@ class Spectrogram:
         config = self.config
         if audio.ndim != 2 or not audio.shape[1] or audio.shape[1] % config.hop:
             raise ValueError(f"expected mono (B, T) with T a multiple of {config.hop}, got {tuple(audio.shape)}")
-        taper = self._taper.to(audio)
+        window = self._window.to(audio)
         margin = (config.window - config.hop) // 2
-        spectrum = stft(F.pad(audio, (margin, margin)), taper, config.hop, centred=False)[:, 1:]
-        spectrum = spectrum * (2 / taper.sum())
+        spectrum = stft(F.pad(audio, (margin, margin)), window, config.hop, centred=False)[:, 1:]
+        spectrum = spectrum * (2 / window.sum())
         if config.exponent != 1:
             spectrum = spectrum * spectrum.abs().clamp_min(_TINY) ** (config.exponent - 1)
         return torch.view_as_real(spectrum).movedim(-1, 1) * config.scale
 
     def decode(self, x: Tensor) -> Tensor:
-        """Back from (B, 2, bins, frames) to mono (B, frames * hop); a frequency of 0 is left out.
+        """Transform (B, 2, bins, frames) back to mono (B, frames * hop), without a DC component.
 
         Raises:
             ValueError: x has another shape.
@@ -106,14 +106,14 @@ class Spectrogram:
         config = self.config
         if x.ndim != 4 or x.shape[1:3] != config.shape[:2]:
             raise ValueError(f"expected (B, 2, {config.bins}, frames), got {tuple(x.shape)}")
-        taper = self._taper.to(x)
+        window = self._window.to(x)
         spectrum = torch.view_as_complex((x / config.scale).movedim(1, -1).contiguous())
         if config.exponent != 1:
             spectrum = spectrum * spectrum.abs().clamp_min(_TINY) ** (1 / config.exponent - 1)
-        spectrum = F.pad(spectrum, (0, 0, 1, 0)) * (taper.sum() / 2)
+        spectrum = F.pad(spectrum, (0, 0, 1, 0)) * (window.sum() / 2)
         margin = (config.window - config.hop) // 2
-        return istft(spectrum, taper, config.hop)[:, margin : margin + x.shape[3] * config.hop]
+        return istft(spectrum, window, config.hop)[:, margin : margin + x.shape[3] * config.hop]
 
     def frames_of(self, samples: int) -> int:
-        """Frames that hold `samples` samples, the last perhaps in part."""
+        """Return the number of frames that cover `samples` samples, the last perhaps in part."""
         return math.ceil(samples / self.config.hop)

@@ -7,41 +7,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def stft(audio: Tensor, taper: Tensor, hop: int, *, centred: bool = True) -> Tensor:
-    """Spectra of tapered frames, one every `hop` samples.
+def stft(audio: Tensor, window: Tensor, hop: int, *, centred: bool = True) -> Tensor:
+    """Compute the spectra of windowed frames, one every `hop` samples.
 
     Args:
         audio: (..., T) real.
-        taper: (N,) analysis window, for instance `torch.hann_window(N)`.
+        window: (N,) analysis window, for instance `torch.hann_window(N)`.
         hop: samples from frame to frame.
-        centred: frame k is centred on sample k * hop, the sound mirrored beyond its ends (T > N / 2); otherwise it
-            begins there, and only whole frames count (T >= N).
+        centred: frame k is centred on sample k * hop, and the sound is mirrored beyond its ends (T > N / 2); otherwise
+            frame k begins there, and only whole frames count (T >= N).
 
     Returns:
         complex (..., N / 2 + 1, frames).
     """
     flat = audio.reshape(-1, audio.shape[-1])
-    spectrum = torch.stft(flat, len(taper), hop, window=taper, center=centred, return_complex=True)
+    spectrum = torch.stft(flat, len(window), hop, window=window, center=centred, return_complex=True)
     return spectrum.reshape(*audio.shape[:-1], *spectrum.shape[1:])
 
 
-def istft(spectrum: Tensor, taper: Tensor, hop: int) -> Tensor:
-    """The sound whose uncentred `stft` is nearest to `spectrum` (Griffin & Lim 1984, equation 6).
+def istft(spectrum: Tensor, window: Tensor, hop: int) -> Tensor:
+    """Find the sound whose uncentred `stft` is nearest to `spectrum` (Griffin & Lim 1984, equation 6).
 
     Args:
         spectrum: complex (B, N / 2 + 1, frames).
-        taper: (N,) the analysis window.
+        window: (N,) the analysis window.
         hop: samples from frame to frame, at most N / 2 for a Hann window.
 
     Returns:
-        real (B, (frames - 1) * hop + N); samples that no frame sees (a Hann window's first) are 0.
+        real (B, (frames - 1) * hop + N); samples that no frame covers (a Hann window's first) are 0.
     """
-    size, frames = len(taper), spectrum.shape[-1]
+    size, frames = len(window), spectrum.shape[-1]
     total = (frames - 1) * hop + size
-    pieces = torch.fft.irfft(spectrum, size, dim=1) * taper[:, None]  # B, N, frames
-    weights = (taper.square()[:, None]).expand(1, size, frames)
-    summed, seen = (_overlap_add(x, total, size, hop) for x in (pieces, weights))
-    return torch.where(seen > 1e-10, summed / seen.clamp_min(1e-10), 0.0)
+    pieces = torch.fft.irfft(spectrum, size, dim=1) * window[:, None]  # B, N, frames
+    weights = (window.square()[:, None]).expand(1, size, frames)
+    summed, weight = (_overlap_add(x, total, size, hop) for x in (pieces, weights))
+    return torch.where(weight > 1e-10, summed / weight.clamp_min(1e-10), 0.0)
 
 
 def _overlap_add(pieces: Tensor, total: int, size: int, hop: int) -> Tensor:

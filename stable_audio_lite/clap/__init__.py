@@ -1,1 +1,1 @@
-"""CLAP: one space for texts and sounds; its features are what generators read. The one place that knows CLAPs."""
+"""CLAP: one space for texts and sounds, and the text features that generators read; `checkpoints` loads any source."""

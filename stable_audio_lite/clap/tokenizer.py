@@ -1,21 +1,60 @@
-"""Trains the byte-level BPE tokenizer of our own CLAP: all bytes are tokens, so no word is unknown."""
+"""Byte-level BPE tokenizers with RoBERTa's special tokens: read from a file, trained, and applied to texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# RoBERTa's order, so that padding is token 1 as its position table expects.
-_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+# In RoBERTa's order, whose position table counts from PAD_TOKEN + 1.
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+PAD_TOKEN = _SPECIAL.index("<pad>")
+UNKNOWN_TOKEN = _SPECIAL.index("<unk>")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a `tokenizer.json`.
+
+    Raises:
+        UserError: the file is missing or no tokenizer, or its padding token isn't RoBERTa's.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); a tokenizer.json is needed") from error
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: not a tokenizer.json ({' '.join(str(error).split())[:120]})") from error
+    if tokenizer.token_to_id("<pad>") != PAD_TOKEN:
+        raise UserError(f"{path}: its <pad> must be token {PAD_TOKEN}, as RoBERTa's is; give the CLAP's own tokenizer")
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Texts -> token ids (B, N) and their mask (B, N), True where a token is real; N is that of the longest text.
+
+    A text of more than `max_tokens` tokens is cut; its end token stays.
+    """
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN)
+    return padded, padded != PAD_TOKEN
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     """Learn at most `vocab_size` tokens from `texts`; a text becomes `<s> tokens </s>`, lower-cased.
+
+    All bytes are tokens, so no word is unknown.
 
     Raises:
         UserError: vocab_size can't hold the 256 bytes and the four special tokens.
@@ -31,7 +70,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_SPECIAL,
+        special_tokens=list(_SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,4 +1,4 @@
-"""Writes a corpus to disk: sound, metadata in the Hugging Face AudioFolder convention, and every item's notes.
+"""Write a corpus to disk: sound, metadata in the Hugging Face AudioFolder convention, and every item's notes.
 
     OUT/corpus.json               the settings; another run must match them
     OUT/train/000000.flac         stereo, 44.1 kHz, 16 bits
@@ -6,8 +6,8 @@
     OUT/train/notes/000000.json   parts, chords and notes
     OUT/held_out/...              the same, of pieces that the other split never sees
 
-Items are pure functions of (seed, split, number): a larger corpus starts with the smaller one, and a run that was
-interrupted goes on where it stopped.
+Items are pure functions of (seed, split, index): a larger corpus starts with the smaller one, and a run that was
+interrupted resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
 SHORTEST, LONGEST = 2.0, 60.0
-"""Lengths that can be asked for, in seconds."""
+"""Range of lengths, in seconds."""
 _VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusReport:
-    """What a run did: items rendered now, items found finished, and seconds of sound in the whole corpus."""
+    """Result of a run: items rendered now, items kept from before, and seconds of sound in the whole corpus."""
 
     rendered: int
     kept: int
@@ -46,10 +46,17 @@ class CorpusReport:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What a corpus holds; checked here.
+    """Contents of a corpus, checked on construction.
 
-    Lengths are in seconds, `max_parts` counts instruments besides drums, who plays is drawn from `instruments`, what is
-    played from `styles`, and without `drums` no piece has any.
+    Attributes:
+        items, held_out: numbers of pieces to train on and of further ones.
+        min_seconds, max_seconds: range of their lengths.
+        max_parts: largest number of instruments in a piece, not counting drums.
+        instruments, styles: names to draw from.
+        drums: allow drums.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     items: int
@@ -64,27 +71,26 @@ class CorpusConfig:
     audio_format: Literal["flac", "wav"] = "flac"
 
     def __post_init__(self) -> None:
-        """Raises UserError where a value is out of range."""
         if self.items < 1:
-            raise UserError(f"--items must be at least 1, got {self.items}")
+            raise UserError(f"items must be at least 1, got {self.items}")
         if self.held_out < 0:
-            raise UserError(f"--held-out can't be negative, got {self.held_out}")
+            raise UserError(f"held_out can't be negative, got {self.held_out}")
         if not SHORTEST <= self.min_seconds <= LONGEST:
-            raise UserError(f"--min-seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.min_seconds:g}")
+            raise UserError(f"min_seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.min_seconds:g}")
         if not SHORTEST <= self.max_seconds <= LONGEST:
-            raise UserError(f"--max-seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.max_seconds:g}")
+            raise UserError(f"max_seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.max_seconds:g}")
         if self.min_seconds > self.max_seconds:
-            raise UserError(f"--min-seconds ({self.min_seconds:g}) is more than --max-seconds ({self.max_seconds:g})")
+            raise UserError(f"min_seconds ({self.min_seconds:g}) is more than max_seconds ({self.max_seconds:g})")
         if not 1 <= self.max_parts <= MOST_PARTS:
-            raise UserError(f"--max-parts must lie in 1..{MOST_PARTS}, got {self.max_parts}")
+            raise UserError(f"max_parts must lie in 1..{MOST_PARTS}, got {self.max_parts}")
         for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
-                raise UserError(f"--{name} must name one or several, each once, got {', '.join(chosen) or 'none'}")
+                raise UserError(f"{name} must name one or several, each once, got {', '.join(chosen) or 'none'}")
             if unknown := next((word for word in chosen if word not in known), None):
-                raise UserError(f"--{name}: {unknown!r} is not known; choose from {', '.join(known)}")
+                raise UserError(f"{name}: {unknown!r} is not known; choose from {', '.join(known)}")
         if self.audio_format not in ("flac", "wav"):
-            raise UserError(f"audio format must be flac or wav, got {self.audio_format!r}")
+            raise UserError(f"audio_format must be flac or wav, got {self.audio_format!r}")
 
 
 def build_corpus(
@@ -103,10 +109,10 @@ def build_corpus(
     soundfont: str | None = None,
     progress: bool = True,
 ) -> CorpusReport:
-    """Compose and render `items` training pieces and `held_out` others into folder `out`; finished files are kept.
+    """Compose and render `items` training pieces and `held_out` others into folder `out`; keep files already there.
 
-    `workers` synthesizers run at once (all cores by default); the other settings are those of `CorpusConfig`, where
-    None stands for all instruments or styles.
+    `workers` synthesizers run at once (one per core by default). The other settings are those of `CorpusConfig`; None
+    stands for all instruments or styles.
 
     Raises:
         UserError: an argument is out of range, `out` can't be written or holds a corpus with other settings, or
@@ -125,7 +131,7 @@ def build_corpus(
         audio_format=audio_format,
     )
     if workers is not None and workers < 1:
-        raise UserError(f"--workers must be at least 1, got {workers}")
+        raise UserError(f"workers must be at least 1, got {workers}")
     find_synth()
     font = find_soundfont(soundfont)
     out = Path(out)
@@ -142,7 +148,7 @@ def build_corpus(
 
 
 def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
-    """Item `index` of a split, whatever the number of items."""
+    """Compose item `index` of a split, which does not depend on the number of items."""
     return compose(
         config.seed,
         split,
@@ -157,7 +163,7 @@ def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
 
 
 def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
-    """The piece's line of metadata.jsonl: captions and truth (`instruments` has the lead first, drums apart)."""
+    """Return the piece's row of metadata.jsonl: captions and labels (`instruments`: lead first, without drums)."""
     texts = captions(piece)
     return {
         "file_name": f"{piece.index:06d}.{audio_format}",
@@ -185,7 +191,7 @@ def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
 
 
 def _claim(out: Path, config: CorpusConfig) -> None:
-    """Notes the settings in the folder, or checks that they are those of the corpus that it holds."""
+    """Record the settings in the folder, or check them against those of the corpus already there."""
     path = out / "corpus.json"
     settings = {
         "version": _VERSION,
@@ -229,7 +235,7 @@ def _render_all(
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that drops what it has not begun when something fails or the user interrupts."""
+    """Yield a pool that drops jobs not yet begun when something fails or the user interrupts."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield pool
@@ -241,7 +247,7 @@ def _write_item(out: Path, config: CorpusConfig, piece: Piece, font: Path) -> No
     import soundfile
 
     sound = render(piece, font)
-    # The sound goes last: where it stands, the item is complete.
+    # The sound is written last: once it is there, the item is complete.
     with replacing(out / piece.split / "notes" / f"{piece.index:06d}.json") as temporary:
         temporary.write_text(json.dumps(piece.events(), separators=(",", ":")), encoding="utf-8")
     path = _audio_path(out, config, piece)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from functools import lru_cache
@@ -35,6 +36,7 @@ class Crops:
     Args:
         endings: share of the crops that lie across an item's end, where half a crop on average is silence.
         gain_db: the level of each crop is changed by up to this many dB either way.
+        panned: share of the crops whose stereo image is changed: mixed to mono and placed anywhere, or sides exchanged.
         unreadable: takes note of what can't be read; None allows nothing of that.
     """
 
@@ -47,10 +49,11 @@ class Crops:
         *,
         endings: float = 0.0,
         gain_db: float = 0.0,
+        panned: float = 0.0,
         unreadable: Unreadable | None = None,
     ):
         self.items, self.sample_rate, self.samples, self.seed = items, sample_rate, samples, seed
-        self.endings, self.gain_db = endings, gain_db
+        self.endings, self.gain_db, self.panned = endings, gain_db, panned
         self.unreadable = Unreadable(len(items), 0.0) if unreadable is None else unreadable
 
     def batch(self, number: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
@@ -81,8 +84,18 @@ class Crops:
             first, last = last, max(total - seconds / 16, 0.0)  # some of the item is left
         start = rng.uniform(first, last)
         audio = read_audio(item.path, self.sample_rate, start, seconds)[:, : self.samples]
+        if self.panned and rng.random() < self.panned:
+            audio = _pan(audio, rng)
         gain = 10 ** (rng.uniform(-self.gain_db, self.gain_db) / 20) if self.gain_db else 1.0
         return Crop(F.pad(gain * audio, (0, self.samples - audio.shape[1])), start, total, item.captions)
+
+
+def _pan(audio: Tensor, rng: random.Random) -> Tensor:
+    """(2, T) sound mixed to mono and panned with constant power, often to the middle or a side; or sides exchanged."""
+    if rng.random() < 0.4:
+        return audio.flip(0)
+    place = rng.choice((0.0, 0.5, 1.0, rng.random(), rng.random(), rng.random())) * math.pi / 2
+    return audio.mean(0) * torch.tensor([[math.cos(place)], [math.sin(place)]]) * math.sqrt(2)
 
 
 @lru_cache(maxsize=4)

@@ -6,7 +6,6 @@ and SHA-256, captions, metadata, and the second of the file at which the latent 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -23,16 +22,6 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
 _INDEX, _MARK = "latents.json", "cache.json"
-
-
-def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
-    """Name of a latent space: SHA-256 over the encoder's weights, since a decoder may be trained on."""
-    digest = hashlib.sha256()
-    for key in sorted(k for k in vae_state if k.startswith("encoder.")):
-        value = vae_state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,11 +188,11 @@ class CacheIndex:
     std: tuple[float, ...]
 
 
-def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
-    """Everything in a finished folder.
+def read_index(folder: str | Path, encoder: str) -> CacheIndex:
+    """The index of a finished folder.
 
     Raises:
-        UserError: the folder is unfinished, of another VAE, or damaged.
+        UserError: the folder is unfinished or of another VAE than that with the hash `encoder`.
     """
     path = Path(folder) / _INDEX
     if not path.exists():
@@ -214,5 +203,14 @@ def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[Cache
     if "shards" not in row:
         raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
     sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
-    index = CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
+    return CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
+
+
+def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
+    """Everything in a finished folder.
+
+    Raises:
+        UserError: the folder is unfinished, of another VAE, or damaged.
+    """
+    index = read_index(folder, encoder)
     return index, [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]

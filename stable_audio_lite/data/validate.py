@@ -104,7 +104,7 @@ class DatasetReport:
             shown = self.errors if fault == "broken" else [str(p) for p in paths]
             lines += [f"  {text}" for text in shown[:_LISTED]]
             if len(paths) > _LISTED:
-                lines.append(f"  and {len(paths) - _LISTED} more (--json lists all)")
+                lines.append(f"  and {len(paths) - _LISTED} more (all are in the report as JSON)")
         return "\n".join(lines)
 
 

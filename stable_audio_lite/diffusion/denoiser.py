@@ -1,25 +1,21 @@
 """From a trained network to a denoiser, and classifier-free guidance.
 
 A denoiser is a callable (x, sigma) -> x0 with x (B, ...) = x0 + sigma * eps and sigma (B,), all that a sampler knows.
-Whatever the network predicts becomes x0 in one place, `to_x0`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.schedule import like, sigma_to_t
+from stable_audio_lite.diffusion.process import Process, like
 from stable_audio_lite.nn.attention import Condition
-
-Objective = Literal["v", "eps", "x0"]
 
 
 class Network(Protocol):
-    """What a denoiser asks of a network: a prediction for data, times and a ready context."""
+    """A prediction for data, times and a ready context."""
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
 
@@ -28,7 +24,7 @@ class Conditional(Network, Protocol):
     """A network that can be guided: it prepares conditions and has learned one that says nothing."""
 
     def context(self, condition: Condition) -> Any:
-        """What its forward takes for `condition`."""
+        """`condition` as its forward takes it."""
         ...
 
     def null_condition(self, batch: int) -> Condition:
@@ -36,55 +32,22 @@ class Conditional(Network, Protocol):
         ...
 
 
-def to_x0(objective: Objective, prediction: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
-    """The clean signal that a prediction stands for.
-
-    Args:
-        objective: what was predicted.
-        prediction: (B, ...).
-        x_t: (B, ...) variance-preserving noisy input, alpha x0 + alpha sigma eps with alpha = 1/sqrt(1 + sigma^2).
-        sigma: (B,) noise-to-signal ratios.
-
-    Raises:
-        ValueError: the objective is none of v, eps, x0.
-    """
-    sigma = like(sigma, x_t)
-    # From sigma itself: by way of t, cos(pi t/2) would lose its digits where t is near 1.
-    alpha = (1 + sigma**2).rsqrt()
-    if objective == "v":
-        return alpha * x_t - alpha * sigma * prediction
-    if objective == "eps":
-        return x_t / alpha - sigma * prediction
-    if objective == "x0":
-        return prediction
-    raise ValueError(f"objective must be v, eps or x0, got {objective!r}")
-
-
 class NetworkDenoiser:
     """A network under one context, as a denoiser.
 
     Args:
-        network: what predicts.
+        network: the predictor.
+        process: that it was trained with.
         context: the network's condition, ready for it.
-        objective: what it predicts.
-        time: from sigma (B,) to the times that it was trained with.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        context: Any = None,
-        objective: Objective = "v",
-        time: Callable[[Tensor], Tensor] = sigma_to_t,
-    ) -> None:
-        self.network, self.context = network, context
-        self.objective: Objective = objective
-        self.time = time
+    def __init__(self, network: Network, process: Process, context: Any = None) -> None:
+        self.network, self.process, self.context = network, process, context
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
         x_t = x * like((1 + sigma**2).rsqrt(), x)
-        return to_x0(self.objective, self.network(x_t, self.time(sigma), self.context), x_t, sigma)
+        return self.process.to_x0(self.network(x_t, self.process.time(sigma), self.context), x_t, sigma)
 
 
 class Guidance:
@@ -93,13 +56,12 @@ class Guidance:
     Both conditions go through the network as one batch, and are projected to keys and values once, here.
 
     Args:
-        network: what predicts.
+        network: the predictor.
+        process: that it was trained with.
         cond: what is asked for, of B items.
         negative: what to move away from, of B items; the learned null where None.
         scale: 1 is no guidance (and one plain forward).
         rescale: phi in 0..1, how far each item's standard deviation returns to the unguided one.
-        objective: what the network predicts.
-        time: from sigma to the times that it was trained with.
 
     Raises:
         ValueError: rescale is outside 0..1, or cond and negative differ in shape.
@@ -108,13 +70,12 @@ class Guidance:
     def __init__(
         self,
         network: Conditional,
+        process: Process,
         cond: Condition,
         negative: Condition | None = None,
         *,
         scale: float,
         rescale: float = 0.0,
-        objective: Objective = "v",
-        time: Callable[[Tensor], Tensor] = sigma_to_t,
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
@@ -125,7 +86,7 @@ class Guidance:
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(other.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")
             cond = Condition.concatenate([cond, other])
-        self.denoiser = NetworkDenoiser(network, network.context(cond), objective, time)
+        self.denoiser = NetworkDenoiser(network, process, network.context(cond))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...), guided."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -96,6 +97,29 @@ def _solve(
         # unit normal noise per step has the same law.
         options["noise_sampler"] = lambda sigma, sigma_next: noise().to(x)
     return getattr(_k_sampling(), name)(denoiser, x, sigmas.to(x), **options)
+
+
+def polyexponential_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 1.0) -> Tensor:
+    """Noise levels for `steps` sampler steps: sigma_max down to sigma_min, then 0.
+
+    Equal steps in log sigma for rho = 1; a larger rho spends more of them at low noise.
+
+    Returns:
+        (steps + 1,) float32 on the CPU.
+
+    Raises:
+        ValueError: steps < 1, rho <= 0, or not 0 < sigma_min < sigma_max.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    if rho <= 0:
+        raise ValueError(f"rho must be above 0, got {rho}")
+    ramp = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
+    low, high = math.log(sigma_min), math.log(sigma_max)
+    sigmas = torch.exp(low + ramp * (high - low))
+    return torch.cat((sigmas, sigmas.new_zeros(1))).float()
 
 
 @functools.cache

@@ -8,13 +8,11 @@ block also cross-attends to a condition, which at first changes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import (
     Attention,
@@ -128,7 +126,6 @@ class SpectrogramTransformer(nn.Module):
 
     Attributes:
         null: (context_tokens, context_width), the learned "no condition", or None without text.
-        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
 
     Raises:
         ValueError: sizes don't fit the patch, or the context's are missing or given in vain.
@@ -153,7 +150,6 @@ class SpectrogramTransformer(nn.Module):
                 f"got {context_width} and {context_tokens} with text = {str(config.text).lower()}"
             )
         self.config, self.shape = config, (channels, bins, frames)
-        self.gradient_checkpointing = False
         width, patch, hidden = config.width, config.patch, TIME_MULTIPLIER * config.width
         grid = (bins // patch, frames // patch)
         self.patch_in = nn.Conv2d(channels, width, patch, stride=patch)
@@ -217,11 +213,6 @@ class SpectrogramTransformer(nn.Module):
         time = self.time(step_features(t, self.config.width, self.config.time_base).to(self.positions.dtype))
         tokens = patches.flatten(2).transpose(1, 2) + self.positions + time[:, None]  # B, N, C
         for block, keys_values in zip(self.blocks, layers, strict=True):
-            tokens = self._run(block, tokens, keys_values, mask)
+            tokens = block(tokens, keys_values, mask)
         out = self.patch_out(tokens.transpose(1, 2).unflatten(2, patches.shape[2:]))
         return out.to(x.dtype)
-
-    def _run(self, block: Callable[..., Tensor], *inputs: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)

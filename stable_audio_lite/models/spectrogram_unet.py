@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import merge_heads, split_heads
 from stable_audio_lite.nn.steps import step_features
@@ -35,8 +32,6 @@ class SpectrogramUNetConfig:
         blocks: residual blocks of each level on the way down; on the way up there is one more.
         attention: the levels with self-attention, named by their number of bins.
         heads: attention heads.
-        resample: between levels, a strided convolution down and an interpolation with a convolution up ("plain"), or
-            residual blocks that resample both of their branches ("residual").
         tdf: by how much a TDF narrows frequency, never to less than 16 bins; None: no TDF.
         dropout: before the last convolution of a residual block.
         groups: groups of the norms; fewer where a group would have less than two channels.
@@ -47,7 +42,6 @@ class SpectrogramUNetConfig:
     blocks: int = 2
     attention: tuple[int, ...] = (32, 16)
     heads: int = 2
-    resample: Literal["plain", "residual"] = "plain"
     tdf: int | None = 16
     dropout: float = 0.0
     groups: int = 32
@@ -60,8 +54,6 @@ class SpectrogramUNetConfig:
             raise ValueError(f"width must be even, got {self.width}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers needs entries of at least 1, got {self.multipliers}")
-        if self.resample not in ("plain", "residual"):
-            raise ValueError(f"resample must be plain or residual, got {self.resample!r}")
         if self.tdf is not None and self.tdf < 1:
             raise ValueError(f"tdf must be at least 1, or null for none, got {self.tdf}")
         if not 0 <= self.dropout < 1:
@@ -177,17 +169,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
         """(B, C, T, F) -> (B, C, 2 T, 2 F)."""
-        return self.conv(repeat(x))
-
-
-def repeat(x: Tensor) -> Tensor:
-    """Each bin and frame of (B, C, T, F) twice."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-def halve(x: Tensor) -> Tensor:
-    """The means of 2 x 2 bins and frames of (B, C, T, F)."""
-    return F.avg_pool2d(x, 2)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -203,19 +185,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip; then a TDF.
 
-    `bins` is the number of bins that it gives; `resample`, if any, acts on both branches.
+    `bins` is the number of bins that it gives.
     """
 
-    def __init__(
-        self,
-        config: SpectrogramUNetConfig,
-        channels: int,
-        out_channels: int,
-        bins: int,
-        resample: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, config: SpectrogramUNetConfig, channels: int, out_channels: int, bins: int) -> None:
         super().__init__()
-        self.resample = resample
         self.norm_in = GroupNorm(config.groups, channels)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.film = nn.Linear(TIME_MULTIPLIER * config.width, 2 * out_channels)
@@ -227,10 +201,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
         """Transform x (B, C, T, F) given the time mapping (B, M)."""
-        hidden = F.silu(self.norm_in(x))
-        if self.resample is not None:
-            x, hidden = self.resample(x), self.resample(hidden)
-        hidden = F.silu(self.norm_out(self.conv_in(hidden), self.film(F.silu(mapping))))
+        hidden = self.conv_in(F.silu(self.norm_in(x)))
+        hidden = F.silu(self.norm_out(hidden, self.film(F.silu(mapping))))
         return self.tdf(self.skip(x) + self.conv_out(self.dropout(hidden)))
 
 
@@ -257,20 +229,6 @@ class Stage(nn.Module):
         return x if self.resample is None else self.resample(x, mapping)
 
 
-def down_step(config: SpectrogramUNetConfig, channels: int, bins: int) -> nn.Module:
-    """From `bins` to half of them."""
-    if config.resample == "plain":
-        return Downsample(channels)
-    return ResidualBlock(config, channels, channels, bins // 2, halve)
-
-
-def up_step(config: SpectrogramUNetConfig, channels: int, bins: int) -> nn.Module:
-    """From `bins` to twice as many."""
-    if config.resample == "plain":
-        return Upsample(channels)
-    return ResidualBlock(config, channels, channels, 2 * bins, repeat)
-
-
 # Model
 
 
@@ -282,9 +240,6 @@ class SpectrogramUNet(nn.Module):
         bins: frequency bins of the spectrograms; the TDFs fix them, frames are free.
         channels: 2, the real and the imaginary part.
 
-    Attributes:
-        gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
-
     Raises:
         ValueError: the config doesn't fit `bins`.
     """
@@ -292,7 +247,6 @@ class SpectrogramUNet(nn.Module):
     def __init__(self, config: SpectrogramUNetConfig, bins: int = 512, channels: int = 2) -> None:
         super().__init__()
         self.config, self.bins, self.channels = config, bins, channels
-        self.gradient_checkpointing = False
         mapping = TIME_MULTIPLIER * config.width
         self.mapping = nn.Sequential(nn.Linear(config.width, mapping), nn.SiLU(), nn.Linear(mapping, mapping))
         levels = list(zip(config.level_bins(bins), (config.width * m for m in config.multipliers), strict=True))
@@ -306,14 +260,14 @@ class SpectrogramUNet(nn.Module):
                 width = level_width
                 skips.append(width)
             if level_bins > levels[-1][0]:
-                self.down.append(down_step(config, width, level_bins))
+                self.down.append(Downsample(width))
                 skips.append(width)
         middle = Stage(config, width, width, level_bins), ResidualBlock(config, width, width, level_bins)
         self.middle = nn.ModuleList(middle)
         for level_bins, level_width in reversed(levels):
             for left in reversed(range(config.blocks + 1)):
                 step = left == 0 and level_bins < bins
-                resample = up_step(config, level_width, level_bins) if step else None
+                resample = Upsample(level_width) if step else None
                 self.up.append(Stage(config, width + skips.pop(), level_width, level_bins, resample))
                 width = level_width
         self.norm_out = GroupNorm(config.groups, width)
@@ -339,12 +293,12 @@ class SpectrogramUNet(nn.Module):
         hidden = self.conv_in(x.to(dtype).transpose(2, 3).contiguous())
         skips = [hidden]
         for layer in self.down:
-            hidden = self._run(layer, hidden, mapping)
+            hidden = layer(hidden, mapping)
             skips.append(hidden)
         for layer in self.middle:
-            hidden = self._run(layer, hidden, mapping)
+            hidden = layer(hidden, mapping)
         for layer in self.up:
-            hidden = self._run(layer, torch.cat((hidden, skips.pop()), dim=1), mapping)
+            hidden = layer(torch.cat((hidden, skips.pop()), dim=1), mapping)
         out = self.conv_out(F.silu(self.norm_out(hidden)))
         return out.transpose(2, 3).contiguous().to(x.dtype)
 
@@ -355,8 +309,3 @@ class SpectrogramUNet(nn.Module):
             raise ValueError(f"spectrograms must be (B, {self.channels}, {self.bins}, T), got {tuple(x.shape)}")
         if x.shape[3] < 1 or x.shape[3] % self.config.factor:
             raise ValueError(f"frames must be a multiple of {self.config.factor}, got {x.shape[3]}")
-
-    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)

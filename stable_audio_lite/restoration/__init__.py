@@ -1,1 +1,1 @@
-"""Repair of recordings by DDRM: what went wrong, as operators, and the sampler."""
+"""Restoration of recordings by DDRM: degradations, their linear operators, the sampler and the restorer."""

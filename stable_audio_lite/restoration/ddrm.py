@@ -1,8 +1,8 @@
 """Denoising diffusion restoration models (Kawar et al. 2022, arXiv 2201.11793).
 
-A sample of what may have been before a linear operator and noise spoiled it, given only a denoiser of clean signals.
-In the operator's spectral coordinates each step knows, of every coordinate, whether the diffusion's noise or that of
-the observation is the larger, and weighs denoiser and observation accordingly.
+DDRM samples signals that a linear operator and noise may have turned into an observation, given only a denoiser of
+clean signals. In the operator's spectral coordinates, each step compares the diffusion's noise with that of the
+observation, coordinate by coordinate, and weighs the denoiser and the observation accordingly.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def ddrm(
 ) -> Tensor:
     """Sample x0 given y = A x0 + sigma_y * noise.
 
-    The settings of Saito et al. 2022 (arXiv 2211.04124) are the defaults, with 50 steps and sigma_y = 1e-3.
+    The defaults are those of Saito et al. 2022 (arXiv 2211.04124), who take 50 steps and sigma_y = 1e-3.
 
     Args:
-        denoiser: what estimates x0, as `samplers.SAMPLERS` take it.
+        denoiser: estimates x0, as for `samplers.SAMPLERS`.
         operator: A.
-        y: (B, 2, F, T), what is observed.
+        y: (B, 2, F, T), the observation.
         sigmas: (steps + 1,) falling noise levels; end in 0 for a clean result.
         sigma_y: standard deviation of the noise in each real coordinate of y.
-        eta: share of fresh noise where the observation says nothing or is the noisier, 0..1.
-        eta_b: weight of the observation where it is the cleaner, 0..1.
-        noise: gives fresh standard normal noise like y at each call.
-        refine: given each step's estimate of x0, a better operator to go on with.
-        on_step: called as each step is done.
+        eta: share of fresh noise in coordinates that are lost or noisier in the observation, 0..1.
+        eta_b: weight of the observation in coordinates where it is cleaner, 0..1.
+        noise: returns fresh standard normal noise of y's shape at each call.
+        refine: turns each step's estimate of x0 into a better operator for the rest.
+        on_step: called after each step.
 
     Returns:
         (B, 2, F, T).
@@ -57,45 +57,49 @@ def ddrm(
     if not (0 <= eta <= 1 and 0 <= eta_b <= 1 and sigma_y >= 0):
         raise ValueError(f"expected eta and eta_b in 0..1 and sigma_y >= 0, got {eta}, {eta_b} and {sigma_y}")
     levels = sigmas.tolist()
-    x = operator.v(_start(operator.singular, operator.ut(y), levels[0], sigma_y, noise().to(y)))
-    for level, below in zip(levels, levels[1:], strict=False):
-        x0 = denoiser(x, x.new_full((len(x),), level))
+    x = operator.v(_start(operator, y, levels[0], sigma_y, noise().to(y)))
+    for sigma, next_sigma in zip(levels, levels[1:], strict=False):
+        x0 = denoiser(x, x.new_full((len(x),), sigma))
         if refine is not None:
             operator = refine(x0)
-        x = operator.v(_step(operator, operator.ut(y), x, x0, level, below, sigma_y, eta, eta_b, noise().to(y)))
+        x = operator.v(_step(operator, y, x, x0, sigma, next_sigma, noise().to(y), sigma_y, eta, eta_b))
         if on_step is not None:
             on_step()
     return x
 
 
-def _start(singular: Tensor, seen: Tensor, level: float, sigma_y: float, z: Tensor) -> Tensor:
-    """Spectral coordinates at the first noise level, p(x_T | y) of Kawar et al.; `seen` is U^T y."""
-    cleaner = (singular * level > sigma_y) & (singular > 0)
+def _start(operator: Operator, y: Tensor, sigma: float, sigma_y: float, z: Tensor) -> Tensor:
+    """Spectral coordinates at the first noise level, p(x_T | y) of Kawar et al., with fresh noise z."""
+    singular = operator.singular
+    cleaner = (singular * sigma > sigma_y) & (singular > 0)
     divisor = torch.where(cleaner, singular, 1)
-    spread = (level**2 - (sigma_y / divisor) ** 2).clamp_min(0).sqrt()
-    return torch.where(cleaner, seen / divisor + spread * z, level * z)
+    std = (sigma**2 - (sigma_y / divisor) ** 2).clamp_min(0).sqrt()
+    return torch.where(cleaner, operator.ut(y) / divisor + std * z, sigma * z)
 
 
 def _step(
     operator: Operator,
-    seen: Tensor,
+    y: Tensor,
     x: Tensor,
     x0: Tensor,
-    level: float,
-    below: float,
+    sigma: float,
+    next_sigma: float,
+    z: Tensor,
     sigma_y: float,
     eta: float,
     eta_b: float,
-    z: Tensor,
 ) -> Tensor:
-    """Spectral coordinates at the noise level `below`, p(x_t | x_t+1, y), from x at `level` and its denoised x0."""
-    singular, clean = operator.singular, operator.vt(x0)
-    kept = (1 - eta**2) ** 0.5 * below
-    lost = clean + kept * (operator.vt(x) - clean) / level + eta * below * z
-    # Undivided by S, which may be tiny: (s / sigma_y) (ybar - x0) = (U^T y - s x0) / sigma_y.
-    noisier = clean + kept * (seen - singular * clean) / (sigma_y or 1.0) + eta * below * z
-    cleaner = (singular * below >= sigma_y) & (singular > 0)
-    divisor = torch.where(cleaner, singular, 1)
-    spread = (below**2 - (eta_b * sigma_y / divisor) ** 2).clamp_min(0).sqrt()
-    known = (1 - eta_b) * clean + eta_b * seen / divisor + spread * z
-    return torch.where(cleaner, known, torch.where(singular > 0, noisier, lost))
+    """Spectral coordinates at the next noise level, p(x_t | x_t+1, y) of Kawar et al., from x at sigma and its x0.
+
+    Each coordinate is one of three: lost (S is 0), noisier in y than in x at the next level, or cleaner.
+    """
+    singular, clean, observed = operator.singular, operator.vt(x0), operator.ut(y)
+    kept = (1 - eta**2) ** 0.5 * next_sigma
+    lost = clean + kept * (operator.vt(x) - clean) / sigma + eta * next_sigma * z
+    # Undivided by S, which may be tiny: (s / sigma_y) (U^T y / s - x0) = (U^T y - s x0) / sigma_y.
+    noisier = clean + kept * (observed - singular * clean) / (sigma_y or 1.0) + eta * next_sigma * z
+    is_cleaner = (singular * next_sigma >= sigma_y) & (singular > 0)
+    divisor = torch.where(is_cleaner, singular, 1)
+    std = (next_sigma**2 - (eta_b * sigma_y / divisor) ** 2).clamp_min(0).sqrt()
+    cleaner = (1 - eta_b) * clean + eta_b * observed / divisor + std * z
+    return torch.where(is_cleaner, cleaner, torch.where(singular > 0, noisier, lost))

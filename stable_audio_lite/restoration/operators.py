@@ -1,11 +1,11 @@
-"""Linear operators that spoil a complex spectrogram, each with its singular value decomposition, for DDRM.
+"""Linear operators that degrade a complex spectrogram, with the singular value decompositions that DDRM needs.
 
 A spectrogram x (B, 2, F, T) holds real and imaginary parts as real coordinates. An operator is A = U S V^T between
 such spaces; its spectral coordinates have the same shape, S is diagonal on them, and U and V are orthonormal as maps
-of real vectors, so that white noise stays white. A complex factor of unit size is a rotation of (real, imaginary).
+of real vectors, so that white noise stays white. A complex factor of modulus 1 is a rotation of (real, imaginary).
 
-Declipping is left out: known samples of the waveform are orthogonal coordinates only of a tight frame, and the
-spectrogram without its DC row is none.
+There is no operator for declipping: known samples of the waveform are orthogonal coordinates only in a tight frame,
+and a spectrogram without its DC row is not one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_NOTHING = 1e-6
+_RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest count as 0: their coordinates can't be told from rounding."""
 
 
@@ -38,24 +38,24 @@ class Operator(Protocol):
         ...
 
     def u(self, coordinates: Tensor) -> Tensor:
-        """U c: spectral coordinates to an observation."""
+        """U c: from spectral coordinates to an observation."""
         ...
 
     def ut(self, y: Tensor) -> Tensor:
-        """U^T y: an observation to spectral coordinates."""
+        """U^T y: from an observation to spectral coordinates."""
         ...
 
     def v(self, coordinates: Tensor) -> Tensor:
-        """V c: spectral coordinates to a spectrogram."""
+        """V c: from spectral coordinates to a spectrogram."""
         ...
 
     def vt(self, x: Tensor) -> Tensor:
-        """V^T x: a spectrogram to spectral coordinates."""
+        """V^T x: from a spectrogram to spectral coordinates."""
         ...
 
 
 class Mask:
-    """Keeps the cells that are known and sets the others to 0: U = V = 1, S is 1 where known.
+    """A mask that keeps known cells and sets the others to 0: U = V = 1, and S is 1 where known.
 
     Args:
         known: boolean, broadcastable to (F, T) or to (B, 1, F, T).
@@ -71,23 +71,23 @@ class Mask:
     adjoint = forward
 
     def to(self, device: torch.device) -> Mask:
-        """The same on another device."""
+        """Return the same mask on another device."""
         return Mask(self.singular.to(device) > 0)
 
     def u(self, coordinates: Tensor) -> Tensor:
-        """The coordinates themselves, as are those of `ut`, `v` and `vt`."""
+        """The coordinates themselves; likewise `ut`, `v` and `vt`."""
         return coordinates
 
     ut = v = vt = u
 
 
 def identity() -> Mask:
-    """Nothing is lost: what is left to restore from is the noise."""
+    """The identity, for observations that only have noise."""
     return Mask(torch.ones(1, 1, dtype=torch.bool))
 
 
 def band_mask(bins: int, low: int, high: int) -> Mask:
-    """Frequency bins low <= k < high are known, of `bins`.
+    """A mask of `bins` frequency bins, of which low <= k < high are known.
 
     Raises:
         ValueError: not 0 <= low < high <= bins.
@@ -99,13 +99,13 @@ def band_mask(bins: int, low: int, high: int) -> Mask:
 
 
 def gap_mask(frames: int, gaps: list[tuple[int, int]], hop: int, window: int) -> Mask:
-    """Frames that overlap a gap are unknown; frame k spans `window` samples around sample k * hop + hop / 2.
+    """A mask without the frames that overlap a gap; frame k covers `window` samples around (k + 1/2) * hop.
 
     Args:
-        frames: of the spectrogram.
+        frames: number of frames.
         gaps: (start, stop) in samples, stop excluded.
         hop: samples from frame to frame.
-        window: samples that a frame sees.
+        window: samples that a frame covers.
 
     Raises:
         ValueError: a gap is empty or starts before the spectrogram.
@@ -120,60 +120,60 @@ def gap_mask(frames: int, gaps: list[tuple[int, int]], hop: int, window: int) ->
 
 
 class Convolution:
-    """Each frequency's frames convolved with a filter of its own, circularly: reverberation (Saito et al. 2022).
+    """Reverberation: circular convolution of each frequency's frames with a filter of its own (Saito et al. 2022).
 
-    y[f, t] = sum_l filters[f, l] x[f, t - l + lead], indices modulo T: a circulant matrix for each frequency, which
-    the Fourier transform over the frames makes diagonal. With h its complex eigenvalues, V^T is that (unitary)
+    y[f, t] = sum_l filters[f, l] x[f, t - l + lookahead], indices modulo T: a circulant matrix for each frequency,
+    which the Fourier transform over the frames makes diagonal. With h its complex eigenvalues, V^T is that (unitary)
     transform, S = |h|, and U carries the phase of h.
 
     Args:
         filters: complex (F, L).
-        frames: T >= L of the spectrograms; pad with L - 1 frames of silence where the end must not meet the start.
-        lead: how many of the L taps look ahead, as a window that overlaps the next one does.
+        frames: T >= L of the spectrograms; pad with L - 1 frames of silence to keep the end out of the start.
+        lookahead: how many of the L taps act on later frames, since windows overlap.
 
     Raises:
-        ValueError: the filters are not complex (F, L), are longer than the frames, or `lead` is not in 0..L - 1.
+        ValueError: the filters are not complex (F, L), are longer than the frames, or `lookahead` is not in 0..L - 1.
     """
 
-    def __init__(self, filters: Tensor, frames: int, lead: int = 0) -> None:
+    def __init__(self, filters: Tensor, frames: int, lookahead: int = 0) -> None:
         if filters.ndim != 2 or not filters.is_complex() or filters.shape[1] > frames:
             raise ValueError(
                 f"filters must be complex (F, L) with L <= {frames} frames, got {filters.dtype} {tuple(filters.shape)}"
             )
-        if not 0 <= lead < filters.shape[1]:
-            raise ValueError(f"lead must lie in 0..{filters.shape[1] - 1}, got {lead}")
-        self.filters, self.frames, self.lead = filters, frames, lead
-        response = torch.fft.fft(F.pad(filters, (0, frames - filters.shape[1])).roll(-lead, 1))  # F, T
-        size = response.abs()
-        lost = size <= _NOTHING * size.max()
-        self.singular = torch.where(lost, 0, size)
-        self.phase = torch.where(lost, 1, response / size.clamp_min(torch.finfo(size.dtype).tiny))
+        if not 0 <= lookahead < filters.shape[1]:
+            raise ValueError(f"lookahead must lie in 0..{filters.shape[1] - 1}, got {lookahead}")
+        self.filters, self.frames, self.lookahead = filters, frames, lookahead
+        response = torch.fft.fft(F.pad(filters, (0, frames - filters.shape[1])).roll(-lookahead, 1))  # F, T
+        magnitude = response.abs()
+        lost = magnitude <= _RANK_TOLERANCE * magnitude.max()
+        self.singular = torch.where(lost, 0, magnitude)
+        self.phase = torch.where(lost, 1, response / magnitude.clamp_min(torch.finfo(magnitude.dtype).tiny))
 
     def forward(self, x: Tensor) -> Tensor:
         """A x, tap by tap."""
-        return self._taps(x, self.filters.flip(1), self.filters.shape[1] - 1 - self.lead)
+        return self._correlate(x, self.filters.flip(1), self.filters.shape[1] - 1 - self.lookahead)
 
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y: correlation with the filters."""
-        return self._taps(y, self.filters.conj(), self.lead)
+        return self._correlate(y, self.filters.conj(), self.lookahead)
 
     def u(self, coordinates: Tensor) -> Tensor:
         """U c: the phase of each eigenvalue, then the inverse transform."""
-        return _parts(torch.fft.ifft(_complex(coordinates) * self.phase, norm="ortho"))
+        return _to_real(torch.fft.ifft(_to_complex(coordinates) * self.phase, norm="ortho"))
 
     def ut(self, y: Tensor) -> Tensor:
         """U^T y."""
-        return _parts(torch.fft.fft(_complex(y), norm="ortho") * self.phase.conj())
+        return _to_real(torch.fft.fft(_to_complex(y), norm="ortho") * self.phase.conj())
 
     def v(self, coordinates: Tensor) -> Tensor:
         """V c: the inverse Fourier transform over the frames."""
-        return _parts(torch.fft.ifft(_complex(coordinates), norm="ortho"))
+        return _to_real(torch.fft.ifft(_to_complex(coordinates), norm="ortho"))
 
     def vt(self, x: Tensor) -> Tensor:
         """V^T x."""
-        return _parts(torch.fft.fft(_complex(x), norm="ortho"))
+        return _to_real(torch.fft.fft(_to_complex(x), norm="ortho"))
 
-    def _taps(self, x: Tensor, kernel: Tensor, before: int) -> Tensor:
+    def _correlate(self, x: Tensor, kernel: Tensor, before: int) -> Tensor:
         """out[t] = sum_l kernel[l] x[t + l - before], circularly, as a grouped convolution of real numbers."""
         bins, length = kernel.shape
         after = length - 1 - before
@@ -185,14 +185,9 @@ class Convolution:
         return out.unflatten(1, (bins, 2)).transpose(1, 2)
 
 
-def project_null(operator: Operator, x: Tensor) -> Tensor:
-    """The part of x that the operator loses: its projection onto the coordinates where S is 0."""
-    return operator.v(torch.where(operator.singular > 0, 0, operator.vt(x)))
-
-
-def _complex(x: Tensor) -> Tensor:
+def _to_complex(x: Tensor) -> Tensor:
     return torch.complex(x[:, 0], x[:, 1])
 
 
-def _parts(z: Tensor) -> Tensor:
+def _to_real(z: Tensor) -> Tensor:
     return torch.stack((z.real, z.imag), 1)

@@ -1,14 +1,19 @@
-"""Repairs sound with a diffusion model of clean spectrograms, by DDRM.
+"""Repair of sound by DDRM with a diffusion model of clean spectrograms.
 
-    restorer = Restorer.from_pretrained("runs/complex_stft/bundle")
-    restorer.restore_file("old.wav", "new.wav", Inpaint(((1.5, 1.8),)), seed=1)
+    from stable_audio_lite.restoration.degradations import Inpaint
+    from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 
-A sound of any length is one spectrogram, which the model denoises by overlapping windows at each step; it takes about
-6 MB of memory a second. Channels are repaired one by one with the same noise, so what is alike in them stays alike.
+    restorer = Restorer.from_pretrained("restorer")
+    restorer.restore_file("old.wav", "new.wav", Inpaint(((1.5, 1.8),)), RestoreSettings(seed=1))
+
+A sound of any length is one spectrogram, which the model denoises by overlapping windows at each step; this takes about
+6 MB of memory per second of sound. Channels are repaired one by one with the same noise, so that what is alike in them
+stays alike.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,34 +22,36 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import audio_blocks, audio_info, check_writable, resample, write_audio
 from stable_audio_lite.audio.spectrogram import Spectrogram
 from stable_audio_lite.devices import choose_device, choose_dtype
-from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise
-from stable_audio_lite.diffusion.schedule import polyexponential_sigmas
+from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
+from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.restoration.ddrm import ddrm
-from stable_audio_lite.restoration.degradations import Bandwidth, Inpaint, Task
-from stable_audio_lite.restoration.windows import WindowedDenoiser
-from stable_audio_lite.systems import SpectralConfig, denoiser, load_spectral
+from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Inpaint, encode_padded
+from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser
+from stable_audio_lite.systems import SpectralConfig, StableAudioConfig, load_system
 
-_OVERLAP = 0.25  # of a window that its neighbour shares at least
+_OVERLAP = 0.25  # share of a window that its neighbour overlaps at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreSettings:
-    """How DDRM samples; the defaults are those of Saito et al. 2022 (arXiv 2211.04124).
+    """Settings of DDRM; the defaults are those of Saito et al. 2022 (arXiv 2211.04124).
 
     Attributes:
         steps: sampling steps.
-        eta: share of fresh noise where the observation says nothing or is the noisier.
-        eta_b: weight of the observation where it is the cleaner.
+        eta: share of fresh noise where the observation says nothing or is noisier.
+        eta_b: weight of the observation where it is cleaner.
         seed: of the noise; None draws one.
         batch: windows denoised at once; more need more memory.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     steps: int = 50
@@ -57,14 +64,18 @@ class RestoreSettings:
         if self.steps < 1 or self.batch < 1:
             raise UserError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
         if not (0 <= self.eta <= 1 and 0 <= self.eta_b <= 1):
-            raise UserError(f"eta and eta-b must lie in 0..1, got {self.eta:g} and {self.eta_b:g}")
+            raise UserError(f"eta and eta_b must lie in 0..1, got {self.eta:g} and {self.eta_b:g}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"seed must lie in 0..2^63, got {self.seed}")
+
+    def draw_seed(self) -> int:
+        """Return the seed, or a random one if it is None."""
+        return secrets.randbelow(2**31) if self.seed is None else self.seed
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What `Restorer.restore_file` wrote: seconds of sound, settings, and the gain applied (1 unless it clipped)."""
+    """Result of `Restorer.restore_file`: seconds of sound, stored settings, and the gain applied (1 unless clipped)."""
 
     seconds: float
     settings: dict[str, Any]
@@ -77,7 +88,7 @@ class Restorer:
     def __init__(
         self, denoise: Denoiser, config: SpectralConfig, device: torch.device | str = "cpu", name: str | None = None
     ) -> None:
-        """Take what estimates clean spectrograms of the model `config`, and the model's hash as its `name`."""
+        """Take a denoiser of clean spectrograms, the config of its model, and the model's hash as `name`."""
         self.denoise, self.config, self.device, self.name = denoise, config, torch.device(device), name
         self.spectrogram = Spectrogram(config.spectrogram)
 
@@ -88,47 +99,42 @@ class Restorer:
         """Load a bundle; the arguments are those of `StableAudio.from_pretrained`.
 
         Raises:
-            UserError: there is no such bundle or device, it is no model of spectrograms or one that reads text, or a
-                file is damaged or doesn't fit its config.
+            UserError: there is no such bundle or device, it is not a model of spectrograms or reads text, or a file is
+                damaged or doesn't fit its config.
         """
         folder = bundle.resolve(name)
-        config = load_spectral(folder)
-        if config.clap is not None:
-            raise UserError(f"{name}: makes sound from text; to restore, give a model that reads none")
+        config = load_system(folder)
+        if isinstance(config, StableAudioConfig) or config.clap is not None:
+            raise UserError(f"{name}: makes sound from text; to restore, give a model of spectrograms that reads none")
         where = choose_device(device)
-        network = config.network()
-        bundle.load_part(folder, config.part, network)
-        network.eval().requires_grad_(False).to(where, choose_dtype(dtype, where))
-        return cls(denoiser(config, network), config, where, bundle.model_hash(folder))
+        network = bundle.load_module(folder, config.part, config.network).to(where, choose_dtype(dtype, where))
+        return cls(NetworkDenoiser(network, config.process), config, where, bundle.model_hash(folder))
 
     @property
     def sample_rate(self) -> int:
-        """Hz of what `restore` takes."""
+        """Hz of the sound that `restore` takes."""
         return self.config.spectrogram.sample_rate
 
     @torch.no_grad()
     def restore(
         self,
         audio: Tensor,
-        task: Task,
+        degradation: Degradation,
         settings: RestoreSettings,
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Repair (C, T) sound at the model's rate; `progress` is called with (steps done, steps in all).
 
         Raises:
-            UserError: the task doesn't fit the sound or the model.
+            UserError: the sound is empty, or the degradation doesn't fit it or the model.
         """
-        seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
-        rate, window = self.sample_rate, self.config.spectrogram
-        parts: list[tuple[int, int, Task]] = [(0, audio.shape[1], task)]
-        if isinstance(task, Inpaint):
-            _check_gaps(task, audio.shape[1] / rate)
-            stretches = task.parts(audio.shape[1] / rate, window.seconds)
-            parts = [(round(a * rate), round(b * rate), inner) for a, b, inner in stretches]
-        done, total = 0, len(audio) * len(parts) * settings.steps
+        if not audio.shape[1]:
+            raise UserError(f"the sound is too short: it has no samples at the model's {self.sample_rate} Hz")
+        seed = settings.draw_seed()
+        segments = self._segments(audio.shape[1], degradation)
+        done, total = 0, len(audio) * len(segments) * settings.steps
 
-        def step() -> None:
+        def on_step() -> None:
             nonlocal done
             done += 1
             if progress:
@@ -136,85 +142,107 @@ class Restorer:
 
         restored = audio.clone()
         for channel in range(len(audio)):
-            for number, (start, stop, inner) in enumerate(parts):
-                heard = audio[channel, start:stop].to(self.device)
-                found = self._restore(heard, inner, settings, seed + number, step)
-                if isinstance(inner, Inpaint):
-                    share = inner.share(stop - start, rate, window.hop).to(found)
-                    found = heard + share * (found - heard)
+            for number, (start, stop, local) in enumerate(segments):
+                segment = audio[channel, start:stop].to(self.device)
+                found = self._restore_segment(segment, local, settings, seed + number, on_step)
                 restored[channel, start:stop] = found.to(restored)
         return restored
 
-    def _restore(
-        self, audio: Tensor, task: Task, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
+    def _segments(self, samples: int, degradation: Degradation) -> list[tuple[int, int, Degradation]]:
+        """Samples start..stop to work on, each with its own degradation: all, or the surroundings of the gaps."""
+        if not isinstance(degradation, Inpaint):
+            return [(0, samples, degradation)]
+        rate = self.sample_rate
+        _check_gaps(degradation, samples / rate)
+        segments = degradation.segments(samples / rate, self.config.spectrogram.seconds)
+        return [(round(start * rate), round(stop * rate), local) for start, stop, local in segments]
+
+    def _restore_segment(
+        self,
+        audio: Tensor,
+        degradation: Degradation,
+        settings: RestoreSettings,
+        seed: int,
+        on_step: Callable[[], None],
     ) -> Tensor:
-        """One channel (T,)."""
-        shape, defaults = self.config.spectrogram, self.config.generation
-        seen = task.observe(self.spectrogram, audio, shape.frames)
-        overlap = max(1, round(_OVERLAP * shape.frames))
+        """Repair a segment of one channel, (T,)."""
+        found = self._sample(audio, degradation, settings, seed, on_step)
+        if isinstance(degradation, Inpaint):
+            weights = degradation.blend_weights(len(audio), self.sample_rate, self.config.spectrogram.hop).to(found)
+            return audio + weights * (found - audio)
+        # Spectrograms lack the lowest frequencies, which come from the sound itself.
+        held = self.spectrogram.decode(encode_padded(self.spectrogram, audio, min_frames=0))
+        return found + audio - held[0, : len(audio)]
+
+    def _sample(
+        self,
+        audio: Tensor,
+        degradation: Degradation,
+        settings: RestoreSettings,
+        seed: int,
+        on_step: Callable[[], None],
+    ) -> Tensor:
+        """Sample restored sound (T,), which lacks the lowest frequencies."""
+        frames, defaults = self.config.spectrogram.frames, self.config.generation
+        observation = degradation.observe(self.spectrogram, audio, frames)
+        overlap = max(1, round(_OVERLAP * frames))
         x = ddrm(
-            WindowedDenoiser(self.denoise, shape.frames, overlap, settings.batch),
-            seen.operator,
-            seen.y,
+            WindowedDenoiser(self.denoise, frames, overlap, settings.batch),
+            observation.operator,
+            observation.y,
             polyexponential_sigmas(settings.steps, defaults.sigma_min, defaults.sigma_max, defaults.rho),
-            sigma_y=seen.sigma_y,
+            sigma_y=observation.sigma_y,
             eta=settings.eta,
             eta_b=settings.eta_b,
-            noise=ItemNoise([seed], seen.y.shape[1:], self.device),
-            refine=seen.refine,
+            noise=ItemNoise([seed], observation.y.shape[1:], self.device),
+            refine=observation.refine,
             on_step=on_step,
         )
-        # What spectrograms can't hold, the lowest frequency, comes from the sound itself.
-        frames = self.spectrogram.frames_of(len(audio))
-        whole = F.pad(audio, (0, frames * shape.hop - len(audio)))[None]
-        rest = whole - self.spectrogram.decode(self.spectrogram.encode(whole))
-        if isinstance(task, Inpaint):
-            rest = torch.zeros_like(rest)
-        return (self.spectrogram.decode(x)[:, : rest.shape[1]] + rest)[0, : len(audio)]
+        return self.spectrogram.decode(x)[0, : len(audio)]
 
     def restore_file(
         self,
         path: str | Path,
         output: str | Path,
-        task: Task,
+        degradation: Degradation,
         settings: RestoreSettings,
         progress: Callable[[int, int], None] | None = None,
     ) -> Restored:
-        """Repair a file of any rate and channels, as 24-bit WAV or FLAC at its own rate, with the settings inside.
+        """Repair a file of any rate and channels; write 24-bit WAV or FLAC at its own rate, with the settings inside.
 
-        Restored frequencies may lie beyond a file's rate: then the rate becomes the model's. Around gaps, the file's
-        own samples stay as they are.
+        `Bandwidth` may restore frequencies that the file's rate can't hold: then the rate becomes the model's. Around
+        gaps, the file's own samples stay as they are.
 
         Raises:
-            UserError: the file can't be read or written, or the task doesn't fit it.
+            UserError: a file can't be read or written, or the degradation doesn't fit it.
         """
         check_writable(output)
         rate = audio_info(path).sample_rate
-        given = np.concatenate(list(audio_blocks(path)), 1)
-        seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
-        settings = RestoreSettings(**{**vars(settings), "seed": seed})
-        if isinstance(task, Inpaint):
-            _check_gaps(task, given.shape[1] / rate)
-        heard = torch.from_numpy(np.ascontiguousarray(resample(given, rate, self.sample_rate)))
-        restored = self.restore(heard, task, settings, progress).numpy()
-        new_rate = max(rate, self.sample_rate) if isinstance(task, Bandwidth) else rate
-        result = _length(resample(restored, self.sample_rate, new_rate), round(given.shape[1] * new_rate / rate))
-        if isinstance(task, Inpaint):
+        original = np.concatenate(list(audio_blocks(path)), 1)
+        if isinstance(degradation, Inpaint):
+            _check_gaps(degradation, original.shape[1] / rate)
+        settings = dataclasses.replace(settings, seed=settings.draw_seed())
+        audio = torch.from_numpy(np.ascontiguousarray(resample(original, rate, self.sample_rate)))
+        restored = self.restore(audio, degradation, settings, progress).numpy()
+        new_rate = max(rate, self.sample_rate) if isinstance(degradation, Bandwidth) else rate
+        samples = round(original.shape[1] * new_rate / rate)
+        result = _with_length(resample(restored, self.sample_rate, new_rate), samples)
+        if isinstance(degradation, Inpaint):
             fade = max(1, round(self.config.spectrogram.hop * rate / self.sample_rate))
-            share = task.share(given.shape[1], rate, fade).numpy()
-            # Clipped, for a peak in a gap is no reason to attenuate the rest.
-            result = given + share * (result.clip(-1, 1) - given)
-        about = {"task": task.name, "model": self.name, "steps": settings.steps, "eta": settings.eta}
-        about |= {"eta_b": settings.eta_b, "seed": seed, **task.settings()}
-        return Restored(result.shape[1] / new_rate, about, write_audio(output, result, new_rate, about))
+            weights = degradation.blend_weights(samples, rate, fade).numpy()
+            # Clipped, since a peak in a gap is no reason to attenuate the rest.
+            result = original + weights * (result.clip(-1, 1) - original)
+        stored = {"task": degradation.name, "model": self.name, "steps": settings.steps, "eta": settings.eta}
+        stored |= {"eta_b": settings.eta_b, "seed": settings.seed, **degradation.settings()}
+        return Restored(samples / new_rate, stored, write_audio(output, result, new_rate, stored))
 
 
-def _check_gaps(task: Inpaint, seconds: float) -> None:
-    for start, stop in task.gaps:
+def _check_gaps(degradation: Inpaint, seconds: float) -> None:
+    for start, stop in degradation.gaps:
         if stop > seconds + 1e-6:
-            raise UserError(f"--gap {start:g}-{stop:g}: the sound ends at {seconds:.2f} s")
+            raise UserError(f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {seconds:.2f} s")
 
 
-def _length(audio: np.ndarray, samples: int) -> np.ndarray:
-    """(C, T) -> (C, samples): rounding in resampling may miss by one."""
+def _with_length(audio: np.ndarray, samples: int) -> np.ndarray:
+    """Trim or pad (C, T) to (C, samples): resampling may miss by one."""
     return np.pad(audio[:, :samples], ((0, 0), (0, max(0, samples - audio.shape[1]))))

@@ -1,4 +1,4 @@
-"""Dereverberation by weighted prediction error (Nakatani et al. 2010); the one module that knows nara_wpe."""
+"""Dereverberation by weighted prediction error (Nakatani et al. 2010); the only module that uses nara_wpe."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from torch import Tensor
 
 
 def wpe(x: Tensor, taps: int = 150, delay: int = 4, iterations: int = 1) -> Tensor:
-    """Remove from each frequency what its own past predicts; the defaults are those of Saito et al. 2022.
+    """Subtract from each frequency the part that its own past predicts.
+
+    The defaults are those of Saito et al. 2022 (arXiv 2211.04124).
 
     Args:
         x: (B, 2, F, T) real and imaginary parts of a spectrogram.
-        taps: frames of the past that predict; at most a third of T are used, for more would predict anything.
-        delay: frames back at which that past begins, so that a sound's own onset stays.
-        iterations: estimates of the sound's power, the first from x.
+        taps: past frames that predict; at most a third of T are used, since more would predict anything.
+        delay: frames between a frame and the past that predicts it, so that a sound's own onset stays.
+        iterations: number of estimates of the sound's power; the first is taken from x.
 
     Returns:
         (B, 2, F, T).
@@ -28,9 +30,9 @@ def wpe(x: Tensor, taps: int = 150, delay: int = 4, iterations: int = 1) -> Tens
     used = max(1, min(taps, x.shape[3] // 3))
     spectrum = torch.complex(x[:, 0], x[:, 1]).to(torch.complex128).cpu()
     rows = spectrum.flatten(0, 1)[:, None].numpy()  # B * F, 1 microphone, T
-    heard = rows.any((1, 2))  # silent rows have no inverse
+    audible = rows.any((1, 2))  # silent rows have no inverse
     rows = rows.copy()
-    if heard.any():
-        rows[heard] = solve(rows[heard], taps=used, delay=delay, iterations=iterations)
+    if audible.any():
+        rows[audible] = solve(rows[audible], taps=used, delay=delay, iterations=iterations)
     dry = torch.from_numpy(rows).reshape(spectrum.shape)
     return torch.stack((dry.real, dry.imag), 1).to(x)

@@ -1,4 +1,4 @@
-"""A denoiser of any length from one of a fixed length, by windows that overlap."""
+"""A denoiser of any length, made from one of a fixed length by overlapping windows."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from stable_audio_lite.diffusion.samplers import Denoiser
 
 
 class WindowedDenoiser:
-    """Denoises (B, C, F, T) with T >= frames by windows of the last axis.
+    """A denoiser of (B, C, F, T), T >= frames, that works by windows along the last axis.
 
-    All windows are denoised at each step and their estimates cross-faded where they overlap, so that there is one
-    sound, which no window ends.
+    At each step all windows are denoised and their estimates cross-faded where they overlap, so the result is one
+    sound without seams.
 
     Args:
-        denoiser: of (N, C, F, frames).
-        frames: its length.
-        overlap: frames that neighbours share at least.
+        denoiser: takes (N, C, F, frames).
+        frames: length of a window.
+        overlap: smallest number of frames that neighbouring windows share.
         batch: windows denoised at once, which bounds the memory.
 
     Raises:
@@ -41,20 +41,21 @@ class WindowedDenoiser:
             weight[start : start + self.frames] += fade
         places = [(item, start) for start in starts for item in range(len(x))]
         for first in range(0, len(places), self.batch):
-            some = places[first : first + self.batch]
-            windows = torch.stack([x[item, ..., start : start + self.frames] for item, start in some])
-            clean = self.denoiser(windows, sigma[[item for item, _ in some]]).to(x) * fade
-            for (item, start), window in zip(some, clean, strict=True):
+            chunk = places[first : first + self.batch]
+            windows = torch.stack([x[item, ..., start : start + self.frames] for item, start in chunk])
+            denoised = self.denoiser(windows, sigma[[item for item, _ in chunk]]).to(x) * fade
+            for (item, start), window in zip(chunk, denoised, strict=True):
                 total[item, ..., start : start + self.frames] += window
         return total / weight
 
     def _fade(self, x: Tensor) -> Tensor:
+        """Weights (frames,) of a window: a trapezoid that rises and falls over `overlap` frames."""
         ramp = torch.arange(1, self.frames + 1, device=x.device, dtype=x.dtype)
         return torch.minimum(ramp, ramp.flip(0)).clamp(max=self.overlap) / self.overlap
 
 
 def window_starts(total: int, frames: int, overlap: int) -> list[int]:
-    """First frames of evenly spaced windows that cover 0..total and overlap by `overlap` at least.
+    """Return the first frames of evenly spaced windows that cover 0..total and share at least `overlap` frames.
 
     Raises:
         ValueError: total < frames.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stable_audio_lite.restoration.windows import WindowedDenoiser, window_starts
+from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser, window_starts
 
 
 @pytest.mark.parametrize("total", [8, 9, 13, 14, 20, 100])

@@ -1,0 +1,49 @@
+"""The `stable-audio-lite` command, one file per subcommand.
+
+Packages that stand on top of this one add subcommands of their own (`plan`, `evaluate`) through entry points of the
+group `stable_audio_lite.commands`: each names a function that takes the subparsers and adds its parser.
+
+Nothing heavy is imported before the arguments are known to be good, so that mistakes and `--help` answer at once.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from stable_audio_lite import __version__
+from stable_audio_lite.cli import codec, corpus, doctor, generate, info, restore, validate_dataset
+from stable_audio_lite.command import Parser, guarded
+
+ENTRY_POINTS = "stable_audio_lite.commands"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's) and return its exit status."""
+    args = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt that the terminal's encoding lacks is printed with escapes, rather than stopping a batch.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return guarded(lambda: args.run(args))
+
+
+def build_parser() -> Parser:
+    """Build the parser of all commands, those of other installed packages included."""
+    parser = Parser(prog="stable-audio-lite", description="Text to music and sound.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    generate.add_command(commands)
+    restore.add_command(commands)
+    codec.add_encode(commands)
+    codec.add_decode(commands)
+    info.add_command(commands)
+    corpus.add_command(commands)
+    validate_dataset.add_command(commands)
+    for entry_point in entry_points(group=ENTRY_POINTS):
+        entry_point.load()(commands)
+    doctor.add_command(commands)
+    return parser

@@ -1,0 +1,95 @@
+"""`stable-audio-lite restore`: repair of a sound file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stable_audio_lite.cli.options import add_model
+from stable_audio_lite.cli.progress import ProgressBar
+from stable_audio_lite.command import Commands
+from stable_audio_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from stable_audio_lite.restoration.degradations import Degradation
+
+_OPTION_OF = {"inpaint": "gap", "bandwidth": "cutoff", "denoise": "noise_db", "dereverb": "room"}
+"""The option that each task alone has."""
+
+
+def add_command(commands: Commands) -> None:
+    """Add `restore` to the command line."""
+    about = "Repair a sound file of any length: missing stretches or frequencies, noise, reverberation."
+    parser = commands.add_parser("restore", help="repair a sound file", description=about)
+    parser.set_defaults(run=_run)
+    add = parser.add_argument
+    add("file", metavar="IN", type=Path, help="the sound")
+    add("-o", "--output", type=Path, required=True, help="a .wav or .flac file")
+    add("--task", required=True, choices=tuple(_OPTION_OF), help="what is wrong with it")
+    add("--gap", nargs="+", metavar="START-END", help="inpaint: what is missing, in seconds, as in 1.5-1.8")
+    cutoff = "bandwidth: where the sound's frequencies end (default: by its rate)"
+    add("--cutoff", type=float, metavar="HZ", help=cutoff)
+    add("--noise-db", type=float, metavar="DB", help="denoise: level, full scale is 0 (default: estimated)")
+    add("--room", type=Path, metavar="FILE", help="dereverb: the room's impulse response (default: estimated)")
+    add("--steps", type=int, default=50, help="sampling steps (default: 50)")
+    add("--eta", type=float, default=0.8, help="share of fresh noise in what is unknown, 0..1 (default: 0.8)")
+    add("--eta-b", type=float, default=0.8, help="weight of what is known, 0..1 (default: 0.8)")
+    add("--seed", type=int, help="of the noise (default: random, printed)")
+    add("--batch", type=int, default=4, help="windows worked on at once (default: 4)")
+    add_model(parser, "restorer")
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check_options(args)
+    gaps = tuple(_gap(text) for text in args.gap or ())
+    from stable_audio_lite.audio.io import audio_info, check_writable
+
+    check_writable(args.output)
+    rate = audio_info(args.file).sample_rate
+    from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
+
+    settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed, batch=args.batch)
+    model = Restorer.from_pretrained(args.model, args.device, args.dtype)
+    started = time.perf_counter()
+    with ProgressBar(1) as progress:
+        degradation = _degradation(args, gaps, rate, model.sample_rate)
+        done = model.restore_file(args.file, args.output, degradation, settings, progress.within(0, 1))
+    rest = ", ".join(f"{key} {value}" for key, value in done.settings.items() if value is not None)
+    quieter = f", attenuated to {done.gain:.3f}" if done.gain < 1 else ""
+    working = time.perf_counter() - started
+    print(f"{args.output}: {rest}{quieter}\n{done.seconds:.1f} s of sound in {working:.1f} s on {model.device}")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for task, option in _OPTION_OF.items():
+        if task != args.task and getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')}: belongs to --task {task}, not to {args.task}")
+    if args.task == "inpaint" and not args.gap:
+        raise UserError("--task inpaint: say what is missing, as in --gap 1.5-1.8")
+
+
+def _gap(text: str) -> tuple[float, float]:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)-(\d+\.?\d*|\.\d+)", text)
+    if not match:
+        raise UserError(f"--gap: {text!r} is not START-END in seconds, as in 1.5-1.8")
+    return float(match[1]), float(match[2])
+
+
+def _degradation(
+    args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int
+) -> Degradation:
+    from stable_audio_lite.audio.io import read_audio
+    from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint
+
+    if args.task == "inpaint":
+        return Inpaint(gaps)
+    if args.task == "bandwidth":
+        if args.cutoff is None and rate >= model_rate:
+            raise UserError(f"--task bandwidth: give --cutoff, for {args.file} has a rate of {rate} Hz")
+        return Bandwidth(rate / 2 if args.cutoff is None else args.cutoff)
+    if args.task == "denoise":
+        return Denoise(args.noise_db)
+    return Dereverb(None if args.room is None else read_audio(args.room, model_rate).mean(0))

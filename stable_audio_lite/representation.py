@@ -1,0 +1,174 @@
+"""Sound as the data that a diffusion network denoises, and back: one interface for latents and spectrograms.
+
+Data are normalised here and nowhere else: a network, a sampler and a trainer see what `encode` gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from stable_audio_lite import bundle
+from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
+from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.systems import StableAudioConfig, SystemConfig, build_vae
+
+# Latent frames decoded beyond the wanted end, more than a decoder's reach, so that trimming changes no sample.
+_DECODE_MARGIN = 32
+
+
+class Representation(ABC):
+    """Sound as data, normalised for a network.
+
+    Attributes:
+        sample_rate: Hz.
+        audio_channels: of the sound.
+        shape: of one window's data: (channels, frames) or (2, bins, frames).
+        hop: samples per frame.
+        hash: names what data mean; a network knows those of one hash.
+    """
+
+    sample_rate: int
+    audio_channels: int
+    shape: tuple[int, ...]
+    hop: int
+    hash: str
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of one window."""
+        return self.shape[-1] * self.hop
+
+    @property
+    def window_seconds(self) -> float:
+        """Seconds of one window."""
+        return self.window_samples / self.sample_rate
+
+    @abstractmethod
+    def encode(self, audio: Tensor) -> Tensor:
+        """Data (B, ..., ceil(T / hop)) of sound (B, audio_channels, T); beyond its end there is silence."""
+
+    @abstractmethod
+    def decode(self, x: Tensor, samples: int) -> Tensor:
+        """The first `samples` of the sound (B, audio_channels, samples) of data (B, ..., frames), float32."""
+
+    @abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        """Move to `device`, networks in `dtype`; returns self."""
+
+
+class LatentRepresentation(Representation):
+    """The latents of a VAE, of unit variance per channel.
+
+    Args:
+        vae: prepared for inference.
+        config: of the system.
+        encoder: hash of the VAE's encoder, see `encoder_hash`.
+        mean, std: (C,), by which latents are normalised.
+    """
+
+    def __init__(
+        self, vae: VAE, config: StableAudioConfig, encoder: str, mean: Tensor | None = None, std: Tensor | None = None
+    ):
+        channels = config.vae.latent_channels
+        self.vae, self.hash = vae, encoder
+        self.sample_rate, self.hop, self.shape = config.sample_rate, vae.hop, (channels, config.latent_frames)
+        self.audio_channels = config.vae.audio_channels
+        self.mean = (torch.zeros(channels) if mean is None else mean.float())[:, None]
+        self.std = (torch.ones(channels) if std is None else std.float())[:, None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the VAE is."""
+        return next(self.vae.parameters()).device
+
+    def encode(self, audio: Tensor) -> Tensor:
+        """The posterior's mean, normalised, whatever the length."""
+        return self.normalise(self.vae.encode_chunked(audio).mean)
+
+    def decode(self, x: Tensor, samples: int) -> Tensor:
+        frames = math.ceil(samples / self.hop) + _DECODE_MARGIN
+        latents = x[..., :frames] * self.std + self.mean
+        return self.vae.decode_chunked(latents)[..., :samples].float()
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents (..., C, F) as the VAE gives them -> as a network sees them."""
+        return (latents - self.mean) / self.std
+
+    @cached_property
+    @torch.no_grad()
+    def silence(self) -> Tensor:
+        """Normalised latents (C, window) of digital silence, on the CPU."""
+        quiet = torch.zeros(1, self.audio_channels, self.window_samples, device=self.device)
+        return self.encode(quiet)[0].float().cpu()
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        self.vae.to(device, dtype)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+
+class SpectrogramRepresentation(Representation):
+    """Complex spectrograms of mono sound; see `stable_audio_lite.audio.spectrogram`."""
+
+    audio_channels = 1
+
+    def __init__(self, config: SpectrogramConfig):
+        self.spectrogram = Spectrogram(config)
+        self.sample_rate, self.hop, self.shape = config.sample_rate, config.hop, config.shape
+        self.hash = hashlib.sha256(repr(config).encode()).hexdigest()
+
+    def encode(self, audio: Tensor) -> Tensor:
+        if audio.ndim != 3 or audio.shape[1] != 1:
+            raise ValueError(f"expected mono (B, 1, T), got {tuple(audio.shape)}")
+        return self.spectrogram.encode(torch.nn.functional.pad(audio[:, 0], (0, -audio.shape[2] % self.hop)))
+
+    def decode(self, x: Tensor, samples: int) -> Tensor:
+        return self.spectrogram.decode(x.float())[:, None, :samples]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
+        return self
+
+
+def load_representation(folder: str | Path, config: SystemConfig) -> Representation:
+    """The representation of a bundle of any system, on the CPU, ready for inference.
+
+    Raises:
+        UserError: as `load_latents`.
+    """
+    if isinstance(config, StableAudioConfig):
+        return load_latents(folder, config)
+    return SpectrogramRepresentation(config.spectrogram)
+
+
+def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentRepresentation:
+    """The VAE of a bundle, with the statistics of its U-Net where it has one.
+
+    Raises:
+        UserError: the VAE's file is missing or damaged, or doesn't fit `config`.
+    """
+    state = bundle.read_part(folder, "vae")
+    with bundle.WithoutInitialisation():
+        vae = build_vae(config.vae)
+    bundle.fill(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
+    found = bundle.read_tensors(folder, "unet", ("latent_mean", "latent_std")) or {}
+    statistics = {"mean": found.get("latent_mean"), "std": found.get("latent_std")}
+    return LatentRepresentation(vae.float().prepare_for_inference(), config, encoder_hash(state), **statistics)
+
+
+def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
+    """Name a latent space: SHA-256 over the encoder's weights in a VAE's state, for a decoder may be trained on."""
+    digest = hashlib.sha256()
+    for key in sorted(k for k in vae_state if k.startswith("encoder.")):
+        value = vae_state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

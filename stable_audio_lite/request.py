@@ -1,0 +1,171 @@
+"""Requests for sound, checked: lengths, guidance, seeds; and the sound that answers them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stable_audio_lite.audio.io import write_audio
+from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.systems import GenerationDefaults
+
+OF_PROMPTS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
+"""Settings that say something about a prompt."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Sounds, and all that made them.
+
+    Attributes:
+        audio: (B, C, T) float32 on the CPU, C = 2 or 1; full scale is 1 and may be exceeded, `save` attenuates then.
+        sample_rate: Hz.
+        settings: per item, everything that made it: prompt, seed, seconds, steps, model hash, ...
+    """
+
+    audio: Tensor
+    sample_rate: int
+    settings: list[dict[str, Any]]
+
+    @property
+    def seconds(self) -> float:
+        """Length of each item."""
+        return self.audio.shape[-1] / self.sample_rate
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each item."""
+        return [settings["seed"] for settings in self.settings]
+
+    def save(self, path: str | Path, index: int = 0) -> float:
+        """Write item `index` as WAV or FLAC with its settings inside; returns the gain applied (1 unless it clipped).
+
+        Raises:
+            UserError: there is no such item, or as `stable_audio_lite.audio.io.write_audio`.
+        """
+        if not 0 <= index < len(self.audio):
+            raise UserError(f"index must lie in 0..{len(self.audio) - 1}, got {index}")
+        return write_audio(path, self.audio[index], self.sample_rate, self.settings[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The settings that the items of one call share, in range.
+
+    Attributes:
+        seconds: length of the sounds.
+        start: second of the described piece at which they begin.
+        total: seconds of the described piece.
+        steps, cfg, rescale, negative, sampler: as `StableAudio.generate` takes them.
+    """
+
+    seconds: float
+    start: float
+    total: float
+    steps: int
+    cfg: float
+    rescale: float
+    negative: str | None
+    sampler: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The bounds that a model sets to requests.
+
+    Attributes:
+        sample_rate: Hz.
+        window: seconds of the longest sound.
+        longest: seconds of the longest piece that timing embeddings know; infinite without them.
+    """
+
+    sample_rate: int
+    window: float
+    longest: float = math.inf
+
+
+def make_request(
+    defaults: GenerationDefaults,
+    limits: Limits,
+    *,
+    seconds: float | None,
+    seconds_start: float | None,
+    seconds_total: float | None,
+    steps: int | None,
+    cfg: float | None,
+    rescale: float | None,
+    negative: str | None,
+    sampler: str | None,
+) -> Request:
+    """Fill in a model's `defaults` where None is given.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+    length = limits.window if seconds is None else float(seconds)
+    start = 0.0 if seconds_start is None else float(seconds_start)
+    request = Request(
+        seconds=length,
+        start=start,
+        total=start + length if seconds_total is None else float(seconds_total),
+        steps=defaults.steps if steps is None else steps,
+        cfg=defaults.cfg if cfg is None else float(cfg),
+        rescale=defaults.rescale if rescale is None else float(rescale),
+        negative=negative,
+        sampler=sampler or defaults.sampler,
+    )
+    _check(request, limits)
+    return request
+
+
+def _check(request: Request, limits: Limits) -> None:
+    if request.steps < 1:
+        raise UserError(f"steps must be at least 1, got {request.steps}")
+    if request.sampler not in SAMPLERS:
+        raise UserError(f"unknown sampler '{request.sampler}'; choose one of {', '.join(SAMPLERS)}")
+    if not (math.isfinite(request.cfg) and 0 <= request.rescale <= 1):
+        raise UserError(f"cfg must be finite and rescale in 0..1, got {request.cfg} and {request.rescale}")
+    if not 0.5 / limits.sample_rate < request.seconds <= limits.window:
+        raise UserError(
+            f"seconds must lie above 0 and at most {math.floor(limits.window * 1000) / 1000}, the window of this "
+            f"model, got {request.seconds}"
+        )
+    if not 0 <= request.start <= request.total <= limits.longest:
+        raise UserError(
+            f"expected 0 <= seconds_start <= seconds_total <= {limits.longest}, got {request.start} and {request.total}"
+        )
+
+
+def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
+    """Refuse prompts that say nothing or are no text.
+
+    Raises:
+        UserError: a prompt is empty or not valid UTF-8.
+    """
+    if not texts or not all(text is None or text.strip() for text in texts):
+        raise UserError("a prompt is empty; say what you want to hear")
+    for text in (*texts, negative):
+        try:
+            (text or "").encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {text!r} is not valid UTF-8 text; type it again") from error
+
+
+def choose_seed(seed: int | None, items: int) -> int:
+    """The seed of the first of `items` items, each further one having the next; drawn where None.
+
+    Raises:
+        UserError: it is out of range.
+    """
+    if seed is None:
+        return secrets.randbelow(2**31)
+    if not 0 <= seed < 2**63 - items:
+        raise UserError(f"seed must lie in 0..2^63, got {seed}")
+    return seed
