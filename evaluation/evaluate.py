@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -19,17 +19,18 @@ from evaluation.metrics.inputs import MetricInputs
 from evaluation.metrics.registry import DEFAULTS, METRICS, calibrated, embedder_of
 from evaluation.metrics.similarity import Neighbours, diversity, training_neighbours
 from evaluation.metrics.summary import summarise
-from evaluation.provenance import set_hash, versions
 from evaluation.result import MetricValue, Missing, Result, SoundRecord, Table, partners
-from evaluation.run import Options
 from evaluation.sounds import Clip, VAERoundTrip, read_clip, white_noise
-from evaluation.store import Embedder, FeatureExtractor, Store, embed_all, in_parallel
+from evaluation.store import Embedder, FeatureExtractor, Store, embed_all, in_parallel, set_hash, versions
 from stable_audio_lite.audio.io import Stored
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, sha256
+
+if TYPE_CHECKING:
+    from evaluation.run import Options
 
 _PATIENCE = timedelta(days=7)  # that a process waits for the others, whose files may be longer, or not embedded yet
 _SIMILARITY = ("clap", "openl3", "passt")  # which embedder tells what is alike: the first that is there

@@ -87,6 +87,11 @@ class SoundRecord:
     measurements: dict[str, float] = field(default_factory=dict)
     nearest: tuple[Neighbour, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The file's name, without the folder that it lies in."""
+        return PurePath(self.path).name
+
 
 Table = tuple[dict[str, object], ...]
 """Rows of named values."""

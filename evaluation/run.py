@@ -135,10 +135,12 @@ def run(options: Options) -> None:
     from evaluation.evaluate import evaluate
     from evaluation.result import result_table, save_result
 
-    if (result := evaluate(options)) is not None:
-        save_result(result, options.output)
-        print(result_table(result))
-        print(options.output)
+    if (result := evaluate(options)) is None:
+        # Not the first process. Torch aborts now and then while it ends, and the launcher would stop the first one too.
+        os._exit(0)
+    save_result(result, options.output)
+    print(result_table(result))
+    print(options.output)
 
 
 def main_of(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Embeddings on disk, by file's hash, extractor's settings and versions, and the work of filling the store.
+"""Embeddings on disk, under the hash of all that they depend on, and the work of filling the store.
 
 What is on disk is not computed again, so a killed evaluation goes on where it stopped, and the next one with the same
 recordings begins with them. Files are split over processes and, within one, over threads; each goes through the
@@ -7,12 +7,16 @@ networks by itself, so what it gives depends on nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,7 +24,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from evaluation.provenance import versions
+import stable_audio_lite
 from evaluation.sounds import Clip
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
@@ -29,8 +33,34 @@ from stable_audio_lite.files import replacing, save_tensors
 FORMAT = 1
 """Version of what is stored; one more where the code changes what extractors give."""
 
+_PACKAGES = ("torch", "torchaudio", "transformers", "hear21passt", "soxr", "soundfile", "numpy", "pyloudnorm")
 _A = TypeVar("_A")
 _B = TypeVar("_B")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of this package, and of those whose code embeddings come from."""
+    found = {"stable-audio-lite": stable_audio_lite.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package).partition("+")[0]  # without what torch was built for
+    return found
+
+
+def set_hash(keys: Iterable[str]) -> dict[str, Any]:
+    """The number of "sounds", and a "hash" of their keys in whatever order they come."""
+    ordered = sorted(keys)
+    return {"sounds": len(ordered), "hash": _short("\n".join(ordered).encode("utf-8", "surrogatepass"))}
+
+
+def code_hash(*modules: ModuleType) -> str:
+    """A name of what modules compute, by their source."""
+    return _short(b"".join(Path(str(module.__file__)).read_bytes() for module in modules))
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
 
 
 class FeatureExtractor(Protocol):

@@ -23,7 +23,7 @@ from evaluation.embedders.clap import ClapEmbedder
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder
 from evaluation.embedders.streams import TargetLevel
 from evaluation.evaluate import evaluate
-from evaluation.metrics import description, levels, novelty
+from evaluation.metrics import description, levels
 from evaluation.metrics.frechet import Gaussian, frechet_distance
 from evaluation.metrics.scores import divergence, divergence_of_others
 from evaluation.result import Result, load_result, result_table
@@ -306,7 +306,7 @@ def test_what_another_version_made_is_not_used(run, music: Path, monkeypatch) ->
     done = []
     write = store.Store.write
     monkeypatch.setattr(store.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
-    for module in (description, levels, novelty):
+    for module in (description, levels):
         with monkeypatch.context() as other:
             other.setattr(module, "__file__", __file__)
             changed = run(music / "made", "--metrics", "clap_score").settings["description"]

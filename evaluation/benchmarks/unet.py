@@ -26,23 +26,20 @@ MATRIX = 4096
 CONTEXT_WIDTH, CONTEXT_TOKENS, LATENT_CHANNELS = 768, 79, 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ForwardSpeed:
     """FLOPs and times of a forward pass, and the matrix product's rate in FLOP/s."""
 
-    matrix_rate: float
     flops: int
     timing: Timing
+    matrix_rate: float
 
-    @property
-    def rate(self) -> float:
-        """FLOP/s of the forward pass."""
-        return self.flops / self.timing.minimum
-
-    @property
-    def ratio(self) -> float:
-        """The forward pass' rate as a share of the matrix product's."""
-        return self.rate / self.matrix_rate
+    def __str__(self) -> str:
+        rate = self.flops / self.timing.minimum
+        return (
+            f"matmul {self.matrix_rate / 1e9:.1f} GFLOP/s, forward {self.flops / 1e9:.1f} GFLOP in {self.timing} = "
+            f"{rate / 1e9:.1f} GFLOP/s, ratio {rate / self.matrix_rate:.2f}"
+        )
 
 
 def random_unet(config: UNetConfig, device: torch.device, dtype: torch.dtype) -> UNet:
@@ -69,8 +66,7 @@ def time_forward(unet: UNet, batch: int, frames: int, *, compiled: bool = False,
     forward = torch.compile(unet) if compiled else unet
     a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
     own, product = time_in_turns((lambda: forward(x, t, context), lambda: a @ b), repeats)
-    matrix_rate = 2 * MATRIX**3 / product.minimum
-    return ForwardSpeed(matrix_rate=matrix_rate, flops=counter.get_total_flops(), timing=own)
+    return ForwardSpeed(counter.get_total_flops(), own, 2 * MATRIX**3 / product.minimum)
 
 
 def main() -> int:
@@ -93,12 +89,7 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{count:,} parameters, {args.dtype} on {args.device}, {torch.get_num_threads()} threads")
     for compiled in (False, True) if args.compile else (False,):
         speed = time_forward(unet, args.batch, args.frames, compiled=compiled, repeats=args.repeats)
-        print(
-            f"{'compiled' if compiled else 'eager'}: matmul {speed.matrix_rate / 1e9:.1f} GFLOP/s, forward "
-            f"{speed.flops / 1e9:.1f} GFLOP in {speed.timing} = {speed.rate / 1e9:.1f} GFLOP/s, "
-            f"ratio {speed.ratio:.2f}",
-            flush=True,
-        )
+        print(f"{'compiled' if compiled else 'eager'}: {speed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.bootstrap import half_width
-from evaluation.metrics.frechet import Gaussian, frechet_distance, frechet_infinity
+from evaluation.metrics.frechet import EmbeddingRows, Gaussian, frechet_distance, frechet_infinity
 from evaluation.metrics.inputs import CalibratedMetric, MetricInputs, halves
-from evaluation.metrics.rows import EmbeddingRows
 from evaluation.result import MetricValue, Missing, different_settings
 from evaluation.sounds import Clip
 from evaluation.store import Embedder

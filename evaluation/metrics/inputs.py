@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.bootstrap import interval
-from evaluation.metrics.frechet import Gaussian
-from evaluation.metrics.rows import EmbeddingRows
+from evaluation.metrics.frechet import EmbeddingRows, Gaussian
 from evaluation.result import MetricValue, Missing, partners
 from evaluation.sounds import Clip
 from evaluation.store import Embedder, Store

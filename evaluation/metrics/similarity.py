@@ -19,7 +19,7 @@ from evaluation.result import MetricValue, Neighbour
 from evaluation.sounds import Clip
 from evaluation.store import Embedder
 
-_QUERIES, _BLOCK = 256, 16384  # rows of both sides that are compared at once: 16 MiB of cosines
+_QUERIES = 16  # sounds that are compared with all others at once: 64 MB of cosines for a million
 _RESAMPLES = 100
 
 Neighbours = tuple[Neighbour, ...]
@@ -45,13 +45,12 @@ def training_neighbours(
 
 
 def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Neighbours]:
-    """The `k` training sounds closest to each generated one, closest first.
+    """The `k` training sounds closest to each generated one, closest first, or all where there are fewer.
 
     Args:
         generated: embeddings (N, D).
-        training: embeddings (M, D); may lie on another device, or be mapped from a file.
+        training: embeddings (M, D).
         paths: (M,) where the training sounds lie.
-        k: how many, or all where M is less.
 
     Raises:
         ValueError: the shapes don't fit each other.
@@ -60,25 +59,12 @@ def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 
         raise ValueError(f"expected (N, D) and (M, D), got {tuple(generated.shape)} and {tuple(training.shape)}")
     if len(paths) != len(training) or k < 1:
         raise ValueError(f"expected a path for each of {len(training)} sounds and k >= 1, got {len(paths)} and {k}")
-    found = []
-    for queries in generated.split(_QUERIES):
-        cosines, rows = _closest(F.normalize(queries.float(), dim=1), training, k)
+    found, known = [], F.normalize(training.float(), dim=1)
+    for queries in F.normalize(generated.float(), dim=1).split(_QUERIES):
+        cosines, rows = (queries @ known.T).clamp(-1, 1).topk(min(k, len(known)), dim=1)
         for values, indices in zip(cosines.tolist(), rows.tolist(), strict=True):
             found.append(tuple(Neighbour(paths[i], value) for i, value in zip(indices, values, strict=True)))
     return found
-
-
-def _closest(queries: Tensor, training: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and rows, both (Q, k), of the training sounds closest to unit vectors (Q, D)."""
-    cosines = queries.new_zeros(len(queries), 0)
-    rows = cosines.long()
-    for start in range(0, len(training), _BLOCK):
-        block = F.normalize(training[start : start + _BLOCK].to(queries), dim=1)
-        here = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-        cosines, rows = torch.cat((cosines, queries @ block.T), 1), torch.cat((rows, here), 1)
-        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        rows = rows.gather(1, order)
-    return cosines.clamp(-1, 1), rows
 
 
 def vendi_score(embeddings: Tensor, weights: Tensor | None = None) -> float:

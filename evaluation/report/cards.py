@@ -30,8 +30,6 @@ class Card:
 
     Attributes:
         label: "generated" or "real".
-        name: of the file, without the folder that it lies in.
-        link: address of its file; None where that is not there.
         player: address of what plays: the file, or a copy inside the page; None where it can't be read.
         picture: address of its spectrogram; None where it can't be read.
         trouble: why it can't be read, or "".
@@ -39,12 +37,10 @@ class Card:
         times: (share of the picture's width, text) along its lower edge.
         marks: (share of the picture's width, "asked" or "ends").
         facts: what is known of it, pairs of texts.
-        nearest: (path, address or None, cosine) of training sounds.
     """
 
     label: str
-    name: str
-    link: str | None
+    sound: SoundRecord
     player: str | None
     picture: str | None
     trouble: str
@@ -52,7 +48,6 @@ class Card:
     times: tuple[tuple[float, str], ...]
     marks: tuple[tuple[float, str], ...]
     facts: tuple[tuple[str, str], ...]
-    nearest: tuple[tuple[str, str | None, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,40 +76,15 @@ class Places:
         return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class SimilarPair:
-    """A generated sound and the training sound that it is most like.
+def most_similar(result: Result, count: int = 20) -> list[tuple[SoundRecord, float | None]]:
+    """The `count` generated sounds that are most like a training sound, the closest first.
 
-    Attributes:
-        name, link: of the generated sound; the link is None where its file is not there.
-        training, training_link: of the training sound.
-        cosine: of their embeddings.
-        beyond: share of the recordings that are less like any training sound; None where no recording tells.
+    With each, the share of the recordings that are less like any training sound; None where no recording tells.
     """
-
-    name: str
-    link: str | None
-    training: str
-    training_link: str | None
-    cosine: float
-    beyond: float | None
-
-
-def most_similar(result: Result, places: Places, count: int = 20) -> list[SimilarPair]:
-    """The `count` generated sounds that are most like a training sound, the closest first."""
     usual = [sound.nearest[0].cosine for sound in result.reference if sound.nearest]
-    pairs = [(sound, sound.nearest[0]) for sound in result.generated if sound.nearest]
-    return [
-        SimilarPair(
-            name=PurePath(sound.path).name,
-            link=places.link(sound.path),
-            training=near.path,
-            training_link=places.link(near.path),
-            cosine=near.cosine,
-            beyond=sum(value < near.cosine for value in usual) / len(usual) if usual else None,
-        )
-        for sound, near in sorted(pairs, key=lambda pair: pair[1].cosine, reverse=True)[:count]
-    ]
+    cosines = [(sound.nearest[0].cosine, sound) for sound in result.generated if sound.nearest]
+    closest = sorted(cosines, key=lambda pair: pair[0], reverse=True)[:count]
+    return [(sound, sum(v < cosine for v in usual) / len(usual) if usual else None) for cosine, sound in closest]
 
 
 def prompt_groups(result: Result) -> list[tuple[str, list[tuple[str, SoundRecord]]]]:
@@ -146,8 +116,7 @@ def card(label: str, sound: SoundRecord, places: Places) -> Card:
     seconds = {"asked": sound.requested, "ends": sound.measurements.get("end")}
     return Card(
         label=label,
-        name=PurePath(sound.path).name,
-        link=places.link(sound.path),
+        sound=sound,
         player=player,
         picture=picture,
         trouble=trouble,
@@ -155,7 +124,6 @@ def card(label: str, sound: SoundRecord, places: Places) -> Card:
         times=_times(span),
         marks=tuple((second / span, name) for name, second in seconds.items() if second and 0 < second <= span),
         facts=_facts(sound),
-        nearest=tuple((near.path, places.link(near.path), near.cosine) for near in sound.nearest),
     )
 
 

@@ -39,7 +39,7 @@ def render_page(result: Result, places: Places, prompts: int) -> tuple[str, list
     Raises:
         UserError: jinja2 is not installed.
     """
-    template = _template()
+    template = _template(places)
     from tqdm import tqdm
 
     groups = prompt_groups(result)
@@ -57,7 +57,7 @@ def render_page(result: Result, places: Places, prompts: int) -> tuple[str, list
         weights={name: settings.get(f"{column.embedder}.weights") for name, column in COLUMNS.items()},
         published=TABLES if any(result.metric(name) for name in COLUMNS) else (),
         histogram=histogram(result.tables.get("timing_histogram", ())),
-        similar=most_similar(result, places),
+        similar=most_similar(result),
         closest_recording=max((sound.nearest[0].cosine for sound in result.reference if sound.nearest), default=None),
         treatments=_treatments(result),
         settings=settings,
@@ -68,7 +68,7 @@ def render_page(result: Result, places: Places, prompts: int) -> tuple[str, list
     return page, [one for _, cards in seen for one in cards]
 
 
-def _template() -> Any:
+def _template(places: Places) -> Any:
     try:
         import jinja2
     except ImportError as error:
@@ -80,7 +80,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(with_unit=_with_unit, bare=_bare, cell=_cell, columns=_columns)
+    environment.filters.update(with_unit=_with_unit, bare=_bare, cell=_cell, columns=_columns, link=places.link)
     return environment.get_template("report.html.jinja")
 
 
