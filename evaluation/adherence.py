@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from evaluation.output import print_result
-from evaluation.prompt_facts import Adherence, Analysis, Request, ShareRight, analyse, score_adherence
+from evaluation.prompt_facts import Adherence, Analysis, HeldOutPrompt, ShareRight, analyse, score_adherence
 from evaluation.tagger import load_tagger, train_on_corpus
 from stable_audio_lite.audio.io import audio_info, read_audio
 from stable_audio_lite.bundle import part_path, resolve
@@ -70,8 +70,8 @@ Analyser = Callable[..., Analysis]
 """`analyse` whose sample rate, tagger and CLAP are given."""
 
 
-def requests_of(corpus: Path, count: int, window: float) -> list[Request]:
-    """Requests for the first `count` held-out pieces, each as long as its piece but at most `window` s.
+def held_out_prompts(corpus: Path, count: int, window: float) -> list[HeldOutPrompt]:
+    """Prompts for the first `count` held-out pieces, each as long as its piece but at most `window` s.
 
     Raises:
         UserError: the corpus has fewer, or its pieces have no captions.
@@ -81,7 +81,7 @@ def requests_of(corpus: Path, count: int, window: float) -> list[Request]:
         raise UserError(f"{corpus / 'held_out'}: holds {len(items)} pieces, --items asks for {count}; render more")
     if mute := [item for item in items if not item.captions]:
         raise UserError(f"{mute[0].path}: has no caption; give a corpus that stable-audio-lite corpus rendered")
-    return [Request(item=i, prompt=i.captions[0], seconds=min(audio_info(i.path).seconds, window)) for i in items]
+    return [HeldOutPrompt(item=i, text=i.captions[0], seconds=min(audio_info(i.path).seconds, window)) for i in items]
 
 
 @torch.inference_mode()
@@ -91,14 +91,14 @@ def through_vae(latents: LatentRepresentation, audio: Tensor) -> Tensor:
 
 
 def analyse_recordings(
-    find: Analyser, requests: Sequence[Request], sample_rate: int, vae: LatentRepresentation | None = None
+    find: Analyser, prompts: Sequence[HeldOutPrompt], sample_rate: int, vae: LatentRepresentation | None = None
 ) -> tuple[list[Analysis], list[Analysis]]:
     """Analyses of the pieces' recordings, and of the same through a VAE; none of these without one."""
     from tqdm import tqdm
 
     plain, passed = [], []
-    for request in tqdm(requests, unit="recording"):
-        audio = read_audio(request.item.path, sample_rate)
+    for prompt in tqdm(prompts, unit="recording"):
+        audio = read_audio(prompt.item.path, sample_rate)
         plain.append(find(audio))
         if vae is not None:
             passed.append(find(through_vae(vae, audio)))
@@ -106,18 +106,18 @@ def analyse_recordings(
 
 
 def analyse_generated(
-    find: Analyser, requests: Sequence[Request], model: StableAudio, seed: int
+    find: Analyser, prompts: Sequence[HeldOutPrompt], model: StableAudio, seed: int
 ) -> tuple[list[Analysis], float]:
-    """Analyses of a sound of the whole window for each request, and the mean seconds that it took to make one."""
+    """Analyses of a sound of the whole window for each prompt, and the mean seconds that it took to make one."""
     from tqdm import tqdm
 
     found, seconds = [], 0.0
-    for number, request in enumerate(tqdm(requests, unit="sound")):
+    for number, prompt in enumerate(tqdm(prompts, unit="sound")):
         begun = time.perf_counter()
-        made = model.generate(request.prompt, seconds_total=request.seconds, seed=seed + number)
+        made = model.generate(prompt.text, seconds_total=prompt.seconds, seed=seed + number)
         seconds += time.perf_counter() - begun
-        found.append(find(made.audio[0], seconds=request.seconds))
-    return found, seconds / len(requests)
+        found.append(find(made.audio[0], seconds=prompt.seconds))
+    return found, seconds / len(prompts)
 
 
 def combinations(chosen: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -194,15 +194,15 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
     folder = resolve(args.model)
     latents, models = _load(args, folder, settings)
-    requests = requests_of(args.corpus, count, latents.window_seconds)
+    prompts = held_out_prompts(args.corpus, count, latents.window_seconds)
     find = _analyser(args, folder, latents.sample_rate)
     vae = latents if len(settings) == 1 else None
-    recordings, passed = analyse_recordings(find, requests, latents.sample_rate, vae)
+    recordings, passed = analyse_recordings(find, prompts, latents.sample_rate, vae)
     if len(models) > 1:
-        _print_combinations(args, settings, models, find, requests, recordings)
+        _print_combinations(args, settings, models, find, prompts, recordings)
         return
-    generated = analyse_generated(find, requests, models[0], args.seed)[0] if models else ()
-    found = score_adherence(requests, recordings, generated, passed)
+    generated = analyse_generated(find, prompts, models[0], args.seed)[0] if models else ()
+    found = score_adherence(prompts, recordings, generated, passed)
     print_result(args.json, asdict(found), adherence_table(found))
 
 
@@ -231,7 +231,7 @@ def _print_combinations(
     settings: Sequence[dict[str, Any]],
     models: Sequence[StableAudio],
     find: Analyser,
-    requests: Sequence[Request],
+    prompts: Sequence[HeldOutPrompt],
     recordings: Sequence[Analysis],
 ) -> None:
     """Print a line for each model's settings as soon as it is there, or all as JSON."""
@@ -239,8 +239,8 @@ def _print_combinations(
     if not args.json:
         print(combination_heading(settings[0]))
     for own, model in zip(settings, models, strict=True):
-        generated, seconds = analyse_generated(find, requests, model, args.seed)
-        found = score_adherence(requests, recordings, generated)
+        generated, seconds = analyse_generated(find, prompts, model, args.seed)
+        found = score_adherence(prompts, recordings, generated)
         rows.append({"settings": own, "seconds": seconds, **asdict(found)})
         if not args.json:
             print(combination_line(own, found, seconds), flush=True)

@@ -1,4 +1,4 @@
-"""What a command has found, as JSON or as text."""
+"""Results of commands, as JSON or as text."""
 
 from __future__ import annotations
 

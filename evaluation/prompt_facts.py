@@ -27,11 +27,11 @@ _OCTAVES = (1 / 3, 1 / 2, 2.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """A held-out piece, the words for it, and the length in seconds that a sound is asked to have."""
+class HeldOutPrompt:
+    """A held-out piece, the text for it, and the length in seconds that a sound is asked to have."""
 
     item: Item
-    prompt: str
+    text: str
     seconds: float
 
 
@@ -136,16 +136,16 @@ def analyse(
     )
 
 
-def right_facts(found: Analysis, request: Request, seconds: float, width: float) -> dict[str, float]:
-    """1 for each of `FACTS` that is right, 0 for what is wrong, of those that apply to the request's prompt.
+def right_facts(found: Analysis, prompt: HeldOutPrompt, seconds: float, width: float) -> dict[str, float]:
+    """1 for each of `FACTS` that is right, 0 for what is wrong, of those that apply to the prompt.
 
     Args:
         found: in a sound.
-        request: that the sound is held against.
+        prompt: that the sound is held against.
         seconds: when the sound should end.
         width: of the piece's recording, in dB.
     """
-    piece, tags = request.item.truth, found.tags
+    piece, tags = prompt.item.truth, found.tags
     right: dict[str, float] = {
         "families": r_precision(tags.families, piece["families"]) if tags else 0.0,
         "instruments": r_precision(tags.instruments, piece["instruments"]) if tags else 0.0,
@@ -158,7 +158,7 @@ def right_facts(found: Analysis, request: Request, seconds: float, width: float)
         "end": abs(found.end - seconds) <= END_TOLERANCE,
         "width": abs(found.width - width) <= WIDTH_TOLERANCE_DB,
     }
-    told = facts_told(request.prompt, piece)
+    told = facts_told(prompt.text, piece)
     unsaid = {"tempo", "tempo octave", "key", "mode", "style", "drums"} - told
     unsaid -= {"tempo octave"} if "tempo" in told else set()
     return {name: float(value) for name, value in right.items() if name not in unsaid}
@@ -169,17 +169,17 @@ def _near(bpm: float | None, wanted: float) -> bool:
 
 
 def score_adherence(
-    requests: Sequence[Request],
+    prompts: Sequence[HeldOutPrompt],
     recordings: Sequence[Analysis],
     generated: Sequence[Analysis] = (),
     vae: Sequence[Analysis] = (),
 ) -> Adherence:
-    """Score the sounds made for `requests`, and the recordings through a VAE; either may be missing."""
+    """Score the sounds made for `prompts`, and the recordings through a VAE; either may be missing."""
     others = {"generated": generated, "VAE": vae}
-    valley = {k: level for k, v in others.items() if (level := valley_difference(requests, v, recordings))}
+    valley = {k: level for k, v in others.items() if (level := valley_difference(prompts, v, recordings))}
     kept = [abs(a.width - b.width) <= WIDTH_KEPT_DB for a, b in zip(vae, recordings, strict=False)]
     return Adherence(
-        measures=tuple(shares_right(requests, recordings, generated, vae)),
+        measures=tuple(shares_right(prompts, recordings, generated, vae)),
         valley=valley,
         width_kept=float(np.mean(kept)) if kept else None,
         frechet=clap_distances(recordings, generated, vae),
@@ -187,7 +187,7 @@ def score_adherence(
 
 
 def shares_right(
-    requests: Sequence[Request],
+    prompts: Sequence[HeldOutPrompt],
     recordings: Sequence[Analysis],
     generated: Sequence[Analysis] = (),
     vae: Sequence[Analysis] = (),
@@ -195,12 +195,12 @@ def shares_right(
     """Shares of every fact that some prompt states."""
 
     def facts(sounds: Sequence[Analysis], shift: int = 0) -> list[dict[str, float]]:
-        """Right facts of each sound by its own request, or by the one `shift` further."""
+        """Right facts of each sound by its own prompt, or by the one `shift` further."""
         rows = []
         for number, sound in enumerate(sounds):
-            other = (number + shift) % len(requests)
-            seconds = requests[other].seconds if shift else sound.seconds
-            rows.append(right_facts(sound, requests[other], seconds, recordings[other].width))
+            other = (number + shift) % len(prompts)
+            seconds = prompts[other].seconds if shift else sound.seconds
+            rows.append(right_facts(sound, prompts[other], seconds, recordings[other].width))
         return rows
 
     kinds = {"ceiling": facts(recordings), "value": facts(generated), "floor": facts(generated, 1), "vae": facts(vae)}
@@ -215,10 +215,10 @@ def shares_right(
 
 
 def valley_difference(
-    requests: Sequence[Request], sounds: Sequence[Analysis], recordings: Sequence[Analysis]
+    prompts: Sequence[HeldOutPrompt], sounds: Sequence[Analysis], recordings: Sequence[Analysis]
 ) -> MedianDifference | None:
     """Level between partials of each sound minus that of its recording, over sustained solos that are not silent."""
-    pairs = zip(requests, sounds, recordings, strict=False)
+    pairs = zip(prompts, sounds, recordings, strict=False)
     differences = np.array([s.valley - r.valley for q, s, r in pairs if is_sustained_solo(q)])
     differences = differences[np.isfinite(differences)]
     if not len(differences):
@@ -227,11 +227,11 @@ def valley_difference(
     return MedianDifference(n=len(differences), median=float(np.median(differences)), low=low, high=high)
 
 
-def is_sustained_solo(request: Request) -> bool:
+def is_sustained_solo(prompt: HeldOutPrompt) -> bool:
     """True where one instrument that sounds until it is released plays alone."""
-    names = request.item.truth.get("instruments", ())
+    names = prompt.item.truth.get("instruments", ())
     instrument = INSTRUMENTS.get(names[0]) if len(names) == 1 else None
-    return instrument is not None and instrument.decay == "held" and not request.item.truth.get("drums")
+    return instrument is not None and instrument.decay == "held" and not prompt.item.truth.get("drums")
 
 
 def clap_distances(

@@ -44,7 +44,7 @@ _COLUMNS = ("SI-SDR dB", "STFT", "mel", "mid dB", "side dB", "phase", "clicks/s"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentStatistics:
+class PosteriorStatistics:
     """`mean`, `std` and `kl` (nats per frame) of each latent channel, and the numbers of those that are `dead`."""
 
     mean: tuple[float, ...]
@@ -58,20 +58,20 @@ class Reconstruction:
     """Mean fidelity by system, "VAE" first, the VAE's latents, a picture by file, and why files were left out."""
 
     systems: dict[str, Fidelity]
-    latents: LatentStatistics
+    latents: PosteriorStatistics
     pictures: dict[str, bytes]
     left_out: list[str]
     files: int
 
 
-def latent_statistics(posteriors: Sequence[Posterior]) -> LatentStatistics:
+def posterior_statistics(posteriors: Sequence[Posterior]) -> PosteriorStatistics:
     """Statistics over the frames of all (1, C, F) posteriors."""
     mean = torch.cat([p.mean[0] for p in posteriors], 1)
     variance = torch.cat([p.std[0] for p in posteriors], 1).square()
     kl = (mean.square() + variance - variance.log() - 1).mean(1) / 2
     dead = (mean.std(1) < DEAD * variance.mean(1).sqrt()).nonzero()[:, 0]
     means, deviations, divergences = (tuple(x.tolist()) for x in (mean.mean(1), mean.std(1), kl))
-    return LatentStatistics(mean=means, std=deviations, kl=divergences, dead=tuple(dead.tolist()))
+    return PosteriorStatistics(mean=means, std=deviations, kl=divergences, dead=tuple(dead.tolist()))
 
 
 def reconstruct(
@@ -104,7 +104,7 @@ def reconstruct(
         raise UserError(f"none of the {len(items)} files can be used; the first: {left_out[0]}")
     return Reconstruction(
         systems={name: mean_fidelity(own) for name, own in rows.items()},
-        latents=latent_statistics(posteriors),
+        latents=posterior_statistics(posteriors),
         pictures=drawn,
         left_out=left_out,
         files=len(posteriors),

@@ -45,7 +45,7 @@ from stable_audio_lite.restoration.room import convolve
 from stable_audio_lite.restoration.wpe import wpe
 
 TASKS = ("inpaint", "bandwidth", "denoise", "dereverb")
-WINDOWS = 2  # of the model, that an excerpt is long at least
+_WINDOWS = 2  # of the model, that an excerpt is long at least
 _FLOOR = 1e-4  # -80 dB: magnitude, relative to the loudest, below which a cell counts as silent
 _REVERB_DB = -3.0  # energy of a room's reverberation relative to its direct sound
 _EVERYTHING = torch.ones(1, 1, dtype=torch.bool)
@@ -109,7 +109,7 @@ class DegradationSettings:
     def samples(self, config: SpectrogramConfig) -> int:
         """Samples of an excerpt: two windows of the model at least, and whole frames."""
         frames = math.ceil(self.seconds * config.sample_rate / config.hop)
-        return max(frames, WINDOWS * config.frames) * config.hop
+        return max(frames, _WINDOWS * config.frames) * config.hop
 
 
 def degrade(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, seed: int) -> DegradedSound:

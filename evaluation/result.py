@@ -1,4 +1,4 @@
-"""What an evaluation found: metrics with intervals and baselines, its settings, and measurements of each sound.
+"""Results of an evaluation: metrics with intervals and baselines, its settings, and measurements of each sound.
 
 Stored as JSON. Two results may be compared where their settings agree; `different_settings` names those that don't.
 """
@@ -17,7 +17,7 @@ from stable_audio_lite.config import from_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
-FORMAT = 2
+_FORMAT = 2
 """Version of the file's layout."""
 
 
@@ -49,7 +49,7 @@ class MetricValue:
 
     @property
     def has_interval(self) -> bool:
-        """Whether `low` and `high` are known."""
+        """True where `low` and `high` are known."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
 
@@ -155,7 +155,7 @@ def save_result(result: Result, path: Path) -> None:
     Raises:
         UserError: it can't be written.
     """
-    data = without_nan({"format": FORMAT, **asdict(result)})
+    data = without_nan({"format": _FORMAT, **asdict(result)})
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     with replacing(path) as temporary:
         # Names that are no UTF-8 hold lone surrogates; with a backslash they are what JSON writes.
@@ -174,7 +174,7 @@ def load_result(path: Path) -> Result:
         raise UserError(f"{path}: can't be read ({error.strerror}); give a file that evaluation.run wrote") from error
     except ValueError as error:
         raise UserError(f"{path}: not a result of evaluation.run, which is JSON; run it again") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+    if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
         raise UserError(f"{path}: not a result of evaluation.run, or another version's layout; run it again")
     for row in data["metrics"] if isinstance(data.get("metrics"), list) else ():
         if isinstance(row, dict):  # JSON has no NaN

@@ -126,31 +126,23 @@ def _level(text: str) -> tuple[_Kind, float]:
     return cast(_Kind, kind), decibels
 
 
-def run(options: Options) -> None:
+def main_of(args: argparse.Namespace) -> None:
     """Evaluate, store and print.
 
     Raises:
-        UserError: as `evaluation.evaluate.evaluate`, or the result can't be written.
+        UserError: an argument is out of range, as `evaluation.evaluate.evaluate`, or the result can't be written.
     """
+    options = options_of(args)
     from evaluation.evaluate import evaluate
     from evaluation.result import result_table, save_result
 
+    warnings.filterwarnings("ignore")
     if (result := evaluate(options)) is None:
         # Not the first process. Torch aborts now and then while it ends, and the launcher would stop the first one too.
         os._exit(0)
     save_result(result, options.output)
     print(result_table(result))
     print(options.output)
-
-
-def main_of(args: argparse.Namespace) -> None:
-    """Run the command with its parsed arguments.
-
-    Raises:
-        UserError: an argument is out of range, or as `run`.
-    """
-    warnings.filterwarnings("ignore")
-    run(options_of(args))
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from stable_audio_lite.codec import Codec
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.files import sha256
 
-LONGEST = 300.0
+DESCRIBED_SECONDS = 300.0
 """Seconds from the beginning of a file by which it is described, and its loudness measured."""
 
 _USUAL_RATE = 44100
@@ -90,8 +90,8 @@ def treatments(sample_rate: int, channels: int, seconds: float, *, silent: bool)
         found.append(f"{sample_rate} Hz: resampled")
     if seconds < _SHORT:
         found.append(f"{seconds:.2f} s: filled up with silence (OpenL3), as it is (PaSST), repeated (CLAP)")
-    if seconds > LONGEST:
-        found.append(f"{seconds:.0f} s: width and structure of the first {LONGEST:.0f} s, no end looked for")
+    if seconds > DESCRIBED_SECONDS:
+        found.append(f"{seconds:.0f} s: width and structure of the first {DESCRIBED_SECONDS:.0f} s, no end looked for")
     if silent:
         found.append("silent: at no level, else as any other")
     return tuple(found)

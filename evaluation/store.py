@@ -30,7 +30,7 @@ from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing, save_tensors
 
-FORMAT = 1
+_FORMAT = 1
 """Version of what is stored; one more where the code changes what extractors give."""
 
 _PACKAGES = ("torch", "torchaudio", "transformers", "hear21passt", "soxr", "soundfile", "numpy", "pyloudnorm")
@@ -96,7 +96,7 @@ class Store:
 
     def path(self, clip: Clip, extractor: FeatureExtractor) -> Path:
         """The file of these tensors, whether or not it is there."""
-        told = json.dumps([FORMAT, clip.key, extractor.name, extractor.settings, versions()], sort_keys=True)
+        told = json.dumps([_FORMAT, clip.key, extractor.name, extractor.settings, versions()], sort_keys=True)
         key = hashlib.sha256(told.encode()).hexdigest()
         return self.folder / extractor.name / key[:2] / f"{key}.safetensors"
 

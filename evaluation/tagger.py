@@ -27,7 +27,7 @@ from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing, save_tensors
 
-CONFIG, WEIGHTS = "tagger.yaml", "tagger.safetensors"
+_CONFIG, _WEIGHTS = "tagger.yaml", "tagger.safetensors"
 _WIDTHS = (16, 24, 48, 64)
 
 
@@ -185,8 +185,8 @@ def train_on_corpus(*corpora: Path, steps: int = 1500, seed: int = 0) -> Tagger:
 
 def save_tagger(tagger: Tagger, folder: Path) -> None:
     """Write `tagger.yaml` and `tagger.safetensors` into `folder`."""
-    save_config(tagger.config, folder / CONFIG)
-    with replacing(folder / WEIGHTS) as temporary:
+    save_config(tagger.config, folder / _CONFIG)
+    with replacing(folder / _WEIGHTS) as temporary:
         save_tensors(temporary, tagger.state_dict(), {"format": "pt"})
 
 
@@ -199,11 +199,11 @@ def load_tagger(folder: Path) -> Tagger:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tagger = Tagger(load_config(folder / CONFIG, TaggerConfig))
+    tagger = Tagger(load_config(folder / _CONFIG, TaggerConfig))
     try:
-        tagger.load_state_dict(load_file(folder / WEIGHTS))
+        tagger.load_state_dict(load_file(folder / _WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: no weights that fit {CONFIG}; train it again") from error
+        raise UserError(f"{folder / _WEIGHTS}: no weights that fit {_CONFIG}; train it again") from error
     return tagger.eval()
 
 

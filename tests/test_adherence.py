@@ -164,8 +164,8 @@ TRUTH = {
 }
 
 
-def asked(words: str, **changes: object) -> prompt_facts.Request:
-    return prompt_facts.Request(item=Item(path="a.wav", truth=TRUTH | changes), prompt=words, seconds=4.0)
+def asked(words: str, **changes: object) -> prompt_facts.HeldOutPrompt:
+    return prompt_facts.HeldOutPrompt(item=Item(path="a.wav", truth=TRUTH | changes), text=words, seconds=4.0)
 
 
 def test_scores_of_known_answers() -> None:
@@ -194,38 +194,38 @@ def find(trained: tagger.Tagger) -> adherence.Analyser:
 
 
 @pytest.fixture(scope="module")
-def requests(corpus: Path) -> list[prompt_facts.Request]:
-    return adherence.requests_of(corpus, 6, 5.0)
+def prompts(corpus: Path) -> list[prompt_facts.HeldOutPrompt]:
+    return adherence.held_out_prompts(corpus, 6, 5.0)
 
 
 @pytest.fixture(scope="module")
-def recordings(find: adherence.Analyser, requests: list[prompt_facts.Request]) -> list[prompt_facts.Analysis]:
-    return adherence.analyse_recordings(find, requests, RATE)[0]
+def recordings(find: adherence.Analyser, prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.Analysis]:
+    return adherence.analyse_recordings(find, prompts, RATE)[0]
 
 
 @pytest.fixture(scope="module")
-def noise(find: adherence.Analyser, requests: list[prompt_facts.Request]) -> list[prompt_facts.Analysis]:
+def noise(find: adherence.Analyser, prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.Analysis]:
     generator = torch.Generator().manual_seed(0)
-    return [find(torch.randn(2, round(r.seconds * RATE), generator=generator), seconds=r.seconds) for r in requests]
+    return [find(torch.randn(2, round(r.seconds * RATE), generator=generator), seconds=r.seconds) for r in prompts]
 
 
-def test_recordings_are_right_and_others_wrong(requests, recordings, noise) -> None:
+def test_recordings_are_right_and_others_wrong(prompts, recordings, noise) -> None:
     """The pieces' own recordings score as the ceiling does and above the floor; white noise does not."""
-    rows = {row.name: row for row in prompt_facts.shares_right(requests, recordings, recordings)}
+    rows = {row.name: row for row in prompt_facts.shares_right(prompts, recordings, recordings)}
     assert set(rows) == set(prompt_facts.FACTS)
     for name, row in rows.items():
         assert row.value == row.ceiling and row.low <= row.value <= row.high and row.n == 6, name
     assert rows["instruments"].value > rows["instruments"].floor
     assert rows["key"].value == rows["end"].value == rows["width"].value == 1
-    noisy = {row.name: row.value for row in prompt_facts.shares_right(requests, recordings, noise)}
+    noisy = {row.name: row.value for row in prompt_facts.shares_right(prompts, recordings, noise)}
     assert noisy["instruments"] < rows["instruments"].value and noisy["width"] == 0
 
 
 def test_a_sound_is_asked_to_be_as_long_as_its_piece_or_the_window(corpus: Path) -> None:
-    assert [request.seconds for request in adherence.requests_of(corpus, 6, 5.0)] == [3.5] * 6
-    assert [request.seconds for request in adherence.requests_of(corpus, 6, 2.0)] == [2.0] * 6
+    assert [prompt.seconds for prompt in adherence.held_out_prompts(corpus, 6, 5.0)] == [3.5] * 6
+    assert [prompt.seconds for prompt in adherence.held_out_prompts(corpus, 6, 2.0)] == [2.0] * 6
     with pytest.raises(UserError, match="holds 6 pieces, --items asks for 7"):
-        adherence.requests_of(corpus, 7, 5.0)
+        adherence.held_out_prompts(corpus, 7, 5.0)
 
 
 def test_distances_tell_noise_from_recordings(recordings, noise) -> None:
@@ -236,20 +236,20 @@ def test_distances_tell_noise_from_recordings(recordings, noise) -> None:
     assert prompt_facts.clap_distances([replace(r, embedding=None) for r in recordings], noise, []) is None
 
 
-def sustained(requests: list[prompt_facts.Request]) -> list[prompt_facts.Request]:
-    """The same requests for a flute, a flute with drums, a piano and two flutes, and for the rest nothing known."""
+def sustained(prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.HeldOutPrompt]:
+    """The same prompts for a flute, a flute with drums, a piano and two flutes, and for the rest nothing known."""
     kinds = [(["flute"], False), (["flute"], True), (["piano"], False), (["flute", "violin"], False)]
-    kinds += [(["pipe"], False)] * (len(requests) - len(kinds))
+    kinds += [(["pipe"], False)] * (len(prompts) - len(kinds))
     return [
-        replace(request, item=replace(request.item, truth={"instruments": names, "drums": drums}))
-        for request, (names, drums) in zip(requests, kinds, strict=True)
+        replace(prompt, item=replace(prompt.item, truth={"instruments": names, "drums": drums}))
+        for prompt, (names, drums) in zip(prompts, kinds, strict=True)
     ]
 
 
-def test_levels_between_partials_are_compared_over_sustained_solos(requests, recordings, noise) -> None:
+def test_levels_between_partials_are_compared_over_sustained_solos(prompts, recordings, noise) -> None:
     """Noise fills the valleys of steady partials; a decaying instrument, drums and duets don't count."""
-    solos = sustained(requests)
-    assert [prompt_facts.is_sustained_solo(request) for request in solos] == [True] + [False] * 5
+    solos = sustained(prompts)
+    assert [prompt_facts.is_sustained_solo(prompt) for prompt in solos] == [True] + [False] * 5
     found = prompt_facts.valley_difference(solos, noise, recordings)
     assert found.n == 1 and found.median == pytest.approx(noise[0].valley - recordings[0].valley) and found.median > 20
     flutes = [solos[0]] * 6
@@ -261,40 +261,40 @@ def test_levels_between_partials_are_compared_over_sustained_solos(requests, rec
     assert prompt_facts.valley_difference(flutes, silent, recordings) is None
 
 
-def test_recordings_go_through_the_vae_of_the_bundle(requests, recordings, tiny_bundle: Path) -> None:
+def test_recordings_go_through_the_vae_of_the_bundle(prompts, recordings, tiny_bundle: Path) -> None:
     """They keep their lengths; a VAE that changes nothing scores as the ceiling does and keeps every width."""
     latents = load_latents(tiny_bundle, load_model_config(tiny_bundle))
-    audio = read_audio(requests[0].item.path, latents.sample_rate)
+    audio = read_audio(prompts[0].item.path, latents.sample_rate)
     passed = adherence.through_vae(latents, audio)
     with torch.no_grad():
         whole = latents.vae.decode(latents.vae.encode(audio[None]).mean)[0, :, : audio.shape[1]]
     assert passed.shape == audio.shape
     torch.testing.assert_close(passed, whole, atol=1e-4, rtol=1e-4)
-    found = prompt_facts.score_adherence(requests, recordings, vae=recordings)
+    found = prompt_facts.score_adherence(prompts, recordings, vae=recordings)
     assert found.width_kept == 1 and found.frechet.vae == found.frechet.real and found.frechet.generated is None
     assert all(row.vae == row.ceiling and row.value is None for row in found.measures)
     wider = [replace(sound, width=sound.width + 4) for sound in recordings]
-    other = prompt_facts.score_adherence(requests, recordings, vae=wider)
+    other = prompt_facts.score_adherence(prompts, recordings, vae=wider)
     assert other.width_kept == 0 and {row.name: row.vae for row in other.measures}["width"] == 1
 
 
-def test_tables_have_the_columns_of_what_was_measured(requests, recordings, noise) -> None:
-    both = prompt_facts.score_adherence(requests, recordings, noise, recordings)
+def test_tables_have_the_columns_of_what_was_measured(prompts, recordings, noise) -> None:
+    both = prompt_facts.score_adherence(prompts, recordings, noise, recordings)
     lines = adherence.adherence_table(both).splitlines()
     assert lines[0].split() == ["n", "right", "95", "%", "real", "VAE", "VAE/real", "shuffled"]
     assert "width within 3 dB through the VAE: 100%" in lines
     assert [" times" in line for line in lines[-3:]] == [False, True, True] and "real to real" in lines[-3]
-    alone = adherence.adherence_table(prompt_facts.score_adherence(requests, recordings, vae=recordings))
+    alone = adherence.adherence_table(prompt_facts.score_adherence(prompts, recordings, vae=recordings))
     assert alone.splitlines()[0].split() == ["n", "real", "VAE", "VAE/real"] and "generated" not in alone
-    made = adherence.adherence_table(prompt_facts.score_adherence(requests, recordings, noise))
+    made = adherence.adherence_table(prompt_facts.score_adherence(prompts, recordings, noise))
     assert made.splitlines()[0].split() == ["n", "right", "95", "%", "real", "shuffled"] and "VAE" not in made
 
 
-def test_combinations_have_every_value_with_every_other(requests, recordings) -> None:
+def test_combinations_have_every_value_with_every_other(prompts, recordings) -> None:
     chosen = {"cfg": [1.0, 2.0], "steps": [2, 3]}
     assert [tuple(c.values()) for c in adherence.combinations(chosen)] == [(1.0, 2), (1.0, 3), (2.0, 2), (2.0, 3)]
     assert adherence.combinations({}) == [{}]
-    found = prompt_facts.score_adherence(requests, recordings, recordings)
+    found = prompt_facts.score_adherence(prompts, recordings, recordings)
     line = adherence.combination_line({"cfg": 1.0, "steps": 2}, found, 1.0)
     assert len(line) == len(adherence.combination_heading(chosen))
 

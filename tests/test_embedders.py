@@ -16,7 +16,7 @@ from evaluation.embedders.clap import ClapEmbedder, streamed_log_mel
 from evaluation.embedders.openl3 import OpenL3Embedder, load_openl3, mel_spectrogram
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder, load_passt
 from evaluation.embedders.streams import TargetLevel, mono_at, overlapping_windows, stereo_at
-from evaluation.embedders.weights import read_state
+from evaluation.embedders.weights import read_weights
 from evaluation.result import Missing
 from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.clap.mel import log_mel, repeat_pad
@@ -215,7 +215,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"state_dict": Harmful()}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not loaded"):
-        read_state(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt")
     assert not (tmp_path / "harm").exists()
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from evaluation.metrics.bootstrap import interval
-from evaluation.metrics.description import STRETCHES, describe, novelty
+from evaluation.metrics.description import STRETCHES, describe_sound, novelty
 from evaluation.metrics.levels import METER_WINDOW, loudness, sound_end
-from evaluation.metrics.similarity import diversity, nearest, vendi_score
+from evaluation.metrics.similarity import diversity, nearest_sounds, vendi_score
 from evaluation.metrics.summary import summarise
 from evaluation.result import MetricValue, Neighbour, SoundRecord
 
@@ -61,17 +61,17 @@ def test_sound_end_of_silence_and_of_very_short_audio() -> None:
 
 
 def test_silent_and_short_sounds_lack_what_they_lack() -> None:
-    assert describe(torch.zeros(2, RATE), RATE) == {"end": 0.0}
-    assert set(describe(noise(0.2), RATE)) == {"end", "width"}
-    assert set(describe(noise(1), RATE)) == {"end", "width", "level"}
-    assert set(describe(noise(4), RATE)) == {"end", "width", "level", *STRUCTURE}
+    assert describe_sound(torch.zeros(2, RATE), RATE) == {"end": 0.0}
+    assert set(describe_sound(noise(0.2), RATE)) == {"end", "width"}
+    assert set(describe_sound(noise(1), RATE)) == {"end", "width", "level"}
+    assert set(describe_sound(noise(4), RATE)) == {"end", "width", "level", *STRUCTURE}
 
 
 def test_silence_at_the_end_is_no_outro() -> None:
     """What is heard belongs to the sound, wherever its file ends."""
     sound = torch.cat((noise(4), 0.4 * noise(2, 1)), 1)
     padded = torch.cat((sound, torch.zeros(2, 5 * RATE)), 1)
-    plain, longer = describe(sound, RATE), describe(padded, RATE)
+    plain, longer = describe_sound(sound, RATE), describe_sound(padded, RATE)
     assert longer["end"] == pytest.approx(plain["end"], abs=0.06)
     assert longer == pytest.approx(plain, abs=0.3)
 
@@ -90,7 +90,7 @@ def test_novelty_peaks_where_the_sound_changes_and_nowhere_else(rate: int) -> No
 
 @pytest.mark.parametrize(("part", "at"), [("intro", 1.6), ("development", 4.0), ("outro", 6.8)])
 def test_a_change_is_found_in_its_part_of_the_sound(part: str, at: float) -> None:
-    heard = describe(torch.cat((tone(440, at), tone(1300, 8 - at)), 1), RATE)
+    heard = describe_sound(torch.cat((tone(440, at), tone(1300, 8 - at)), 1), RATE)
     assert heard[part] > 5 and max(heard[name] for name in STRUCTURE if name != part) < heard[part] / 2
 
 
@@ -205,18 +205,18 @@ def test_nearest_agrees_with_every_cosine(monkeypatch: pytest.MonkeyPatch) -> No
     expected = [[paths[i] for i in row.argsort(descending=True)[:3]] for row in cosines]
     for queries in (256, 2, 1):
         monkeypatch.setattr("evaluation.metrics.similarity._QUERIES", queries)
-        found = nearest(generated, training, paths)
+        found = nearest_sounds(generated, training, paths)
         assert [[near.path for near in row] for row in found] == expected
         assert found[3][0] == Neighbour("41.wav", pytest.approx(1, abs=1e-6))
         torch.testing.assert_close(
             torch.tensor([[near.cosine for near in row] for row in found]),
             cosines.sort(dim=1, descending=True).values[:, :3],
         )
-    assert [len(row) for row in nearest(generated, training[:2], paths[:2])] == [2] * 7
+    assert [len(row) for row in nearest_sounds(generated, training[:2], paths[:2])] == [2] * 7
     with pytest.raises(ValueError, match="a path for each of 50"):
-        nearest(generated, training, paths[:3])
+        nearest_sounds(generated, training, paths[:3])
     with pytest.raises(ValueError, match=r"\(N, D\) and \(M, D\)"):
-        nearest(generated[:, :3], training, paths)
+        nearest_sounds(generated[:, :3], training, paths)
 
 
 def test_vendi_score_has_closed_forms() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from evaluation.codecs import align, dac_codec, ffmpeg_codec
 from evaluation.metrics.fidelity import OCTAVES, clicks, fidelity, octave_errors, phase_error, si_sdr
-from evaluation.reconstruction import latent_statistics
+from evaluation.reconstruction import posterior_statistics
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.errors import UserError
@@ -90,7 +90,7 @@ def test_dead_channels_are_found() -> None:
     """A channel whose mean hardly moves beside its noise; the KL is that of unit Gaussians in nats."""
     mean, std = torch.randn(1, 3, 500, generator=torch.Generator().manual_seed(0)), torch.full((1, 3, 500), 0.5)
     mean[:, 1] *= 1e-3
-    latents = latent_statistics([Posterior(mean, std)])
+    latents = posterior_statistics([Posterior(mean, std)])
     assert latents.dead == (1,)
     exact = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)

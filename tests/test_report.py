@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.metrics.description import describe
+from evaluation.metrics.description import describe_sound
 from evaluation.metrics.summary import summarise
 from evaluation.report import __main__ as report_command
 from evaluation.report import page as report
@@ -63,7 +63,7 @@ def make_sound(
     time = np.arange(round(seconds * RATE)) / RATE
     audio = 0.3 * np.stack((np.sin(2 * np.pi * hertz * time), np.sin(2 * np.pi * 1.5 * hertz * time)))
     write_audio(path, audio, RATE)
-    heard = describe(torch.from_numpy(audio).float(), RATE)
+    heard = describe_sound(torch.from_numpy(audio).float(), RATE)
     return SoundRecord(
         path=str(path),
         seconds=seconds,

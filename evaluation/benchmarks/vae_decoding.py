@@ -26,7 +26,7 @@ from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.systems import load_model_config
 
 SAMPLE_RATE = 44100
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class DecodingSpeed:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast as the peer."""
+        """Our speed as a multiple of the peer's."""
         return self.peer_seconds / self.our_seconds
 
 
@@ -88,7 +88,7 @@ def time_decoding(
     reference = peer(latents)
     rows = []
     for name in dtypes:
-        vae, peer, z = (x.to(DTYPES[name]) for x in (vae, peer, latents))
+        vae, peer, z = (x.to(_DTYPES[name]) for x in (vae, peer, latents))
         runs = (lambda peer=peer, z=z: peer(z), lambda vae=vae, z=z: vae.decode_chunked(z))
         theirs, ours = time_in_turns(runs, repeats, warmups=0)
         error = (ours.output.float() - reference).abs().max() / reference.abs().max()
@@ -110,7 +110,7 @@ def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--config", help="model config (default: the paper's VAE)")
     parser.add_argument("--seconds", type=float, default=24.0)
-    parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
+    parser.add_argument("--dtype", choices=(*_DTYPES, "both"), default="both")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
@@ -119,7 +119,7 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> None:
     config = load_model_config(args.config).vae if args.config else WaveformVAEConfig()
-    dtypes = list(DTYPES) if args.dtype == "both" else [args.dtype]
+    dtypes = list(_DTYPES) if args.dtype == "both" else [args.dtype]
     rows = time_decoding(config, args.seconds, dtypes, args.repeats, str(choose_device(args.device)))
     lines = [f"decoding {args.seconds:g} s on {args.device}, {torch.get_num_threads()} threads"]
     lines += [

@@ -37,7 +37,7 @@ from training.task import OptimizerConfig, RunConfig
 from training.train_vae import WEIGHTS, TrainVAEConfig, VAETask
 from training.update import Update
 
-WINDOWS, RATE = (2048, 512, 128), 1e-4
+_WINDOWS, _RATE = (2048, 512, 128), 1e-4
 
 
 class PeerVAE(nn.Module):
@@ -96,7 +96,7 @@ def peer_step(
 ) -> Callable[[], None]:
     """A whole step of phase 1: both forwards, backwards, clipping and AdamW updates."""
     audio = batch["audio"]
-    first, second = (torch.optim.AdamW(m.parameters(), lr=RATE) for m in (vae, discriminator))
+    first, second = (torch.optim.AdamW(m.parameters(), lr=_RATE) for m in (vae, discriminator))
 
     def learn(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -150,7 +150,7 @@ def time_training(
     }
     task = _task(model, judge, crops["audio"][0].cpu(), whole.sample_rate)
     peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
-    stft = MultiResolutionSTFTLoss(whole.sample_rate, WINDOWS).to(device)
+    stft = MultiResolutionSTFTLoss(whole.sample_rate, _WINDOWS).to(device)
     runs = (our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16"))
     seconds = batch * frames * config.hop / whole.sample_rate
     return TrainingSpeeds(*(seconds / timing.minimum for timing in time_in_turns(runs, steps)))
@@ -160,12 +160,12 @@ def _task(model: str | Path, judge: DiscriminatorConfig, sound: Tensor, sample_r
     """Phase 1 of VAE training, on a data set of the one `sound`, which is never read again."""
     with tempfile.TemporaryDirectory() as folder:
         write_audio(Path(folder) / "noise.wav", sound, sample_rate)
-        optimizer = OptimizerConfig(lr=RATE)
+        optimizer = OptimizerConfig(lr=_RATE)
         return VAETask(
             TrainVAEConfig(
                 model=str(model),
                 data=folder,
-                stft_windows=WINDOWS,
+                stft_windows=_WINDOWS,
                 optimizer=optimizer,
                 discriminator=judge,
                 discriminator_optimizer=optimizer,

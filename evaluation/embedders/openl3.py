@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.embedders.streams import TargetLevel, batches, overlapping_windows, stereo_at
-from evaluation.embedders.weights import Published, fill, read_state, state_hash
+from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.errors import UserError
@@ -113,12 +113,12 @@ def load_openl3(path: Path) -> OpenL3:
     Raises:
         UserError: the file is damaged or no such network.
     """
-    state = {_our_name(k): v for k, v in read_state(path).items() if not k.startswith("speclayer.")}
+    state = {_our_name(k): v for k, v in read_weights(path).items() if not k.startswith("speclayer.")}
     convs = [state.get(f"convs.{index}.weight") for index in range(8)]
     if any(weight is None or weight.ndim != 4 for weight in convs):
         raise UserError(f"{path}: no OpenL3; fetch {PUBLISHED['music'].address}")
     network = OpenL3([len(weight) for weight in convs if weight is not None])
-    fill(network, state, path, "OpenL3")
+    fill_network(network, state, path, "OpenL3")
     return network
 
 

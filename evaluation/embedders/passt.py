@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.embedders.streams import TargetLevel, batches, mono_at, overlapping_windows
-from evaluation.embedders.weights import Published, fill, read_state, state_hash
+from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
 from evaluation.result import Missing
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
@@ -109,13 +109,13 @@ def load_passt(path: Path) -> PaSST:
         UserError: the file is damaged or no such network.
     """
     check_installed()
-    state = read_state(path)
+    state = read_weights(path)
     blocks = [int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))]
     token, head = state.get("cls_token"), state.get("head.1.weight")
     if not blocks or token is None or head is None or token.shape[-1] % _HEAD:
         raise UserError(f"{path}: no PaSST; fetch {PUBLISHED.address}")
     network = PaSST(width=token.shape[-1], depth=1 + max(blocks), classes=len(head))
-    fill(network.net, state, path, "PaSST-S with stride 10")
+    fill_network(network.net, state, path, "PaSST-S with stride 10")
     return network
 
 

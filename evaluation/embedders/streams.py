@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.metrics.levels import loudness
-from evaluation.sounds import LONGEST
+from evaluation.sounds import DESCRIBED_SECONDS
 from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio, resample_blocks, stereo_blocks
 
 
@@ -41,7 +41,7 @@ class TargetLevel:
         """
         if self.kind == "lufs":
             rate = audio_info(source).sample_rate
-            found = loudness(read_audio(source, rate, seconds=LONGEST), rate)
+            found = loudness(read_audio(source, rate, seconds=DESCRIBED_SECONDS), rate)
             return 10 ** ((self.decibels - found) / 20) if found > -70 else TargetLevel().gain(source, read)
         peak = max((float(block.abs().max()) for block in read() if block.numel()), default=0.0)
         return 10 ** (self.decibels / 20) / peak if peak else 1.0

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evaluation.metrics import levels
-from evaluation.sounds import LONGEST
+from evaluation.sounds import DESCRIBED_SECONDS
 from evaluation.store import code_hash
 from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio
 from stable_audio_lite.audio.stft import stft
@@ -31,7 +31,7 @@ _RATE = 44100  # Hz at which files are described
 _SHORTEST = 4.0  # seconds from which structure is looked for
 
 
-def describe(audio: Tensor, sample_rate: int) -> dict[str, float]:
+def describe_sound(audio: Tensor, sample_rate: int) -> dict[str, float]:
     """Measurements by name of (2, T) audio at `sample_rate` Hz; a sound lacks those that it is too short or silent for.
 
     - end: seconds at which the sound ends (`levels.sound_end`), 0 for silence
@@ -96,7 +96,7 @@ def _levels(audio: Tensor, sample_rate: int) -> Tensor:
 
 
 class Describer:
-    """`describe` of files, as a `FeatureExtractor`; of one over `LONGEST`, its beginning's, without its end."""
+    """`describe_sound` of files, as a `FeatureExtractor`; a file over `DESCRIBED_SECONDS` is cut and has no end."""
 
     name = "description"
 
@@ -105,7 +105,7 @@ class Describer:
 
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
         """A scalar for each measurement."""
-        found = describe(read_audio(source, _RATE, seconds=LONGEST), _RATE)
-        if audio_info(source).seconds > LONGEST:
+        found = describe_sound(read_audio(source, _RATE, seconds=DESCRIBED_SECONDS), _RATE)
+        if audio_info(source).seconds > DESCRIBED_SECONDS:
             found.pop("end", None)
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}

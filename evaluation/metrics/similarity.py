@@ -35,16 +35,15 @@ def training_neighbours(
     known, paths = inputs.means(training, embedder), [clip.record.path for clip in training]
     learned = {clip.key for clip in training}
     held_out = [clip for clip in inputs.reference if clip.key not in learned]
-    made, real = (
-        dict(zip((clip.key for clip in clips), nearest(inputs.means(clips, embedder), known, paths), strict=True))
-        if clips
-        else {}
-        for clips in (inputs.generated, held_out)
-    )
-    return made, real
+
+    def closest(clips: Sequence[Clip]) -> dict[str, Neighbours]:
+        near = nearest_sounds(inputs.means(clips, embedder), known, paths) if clips else []
+        return {clip.key: own for clip, own in zip(clips, near, strict=True)}
+
+    return closest(inputs.generated), closest(held_out)
 
 
-def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Neighbours]:
+def nearest_sounds(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Neighbours]:
     """The `k` training sounds closest to each generated one, closest first, or all where there are fewer.
 
     Args:

@@ -31,7 +31,8 @@ def summarise(
     - timing_error: mean time between the two, in s
     - width_right: share within 6 dB of the width of the recording of the same prompt or name; as a baseline, of all
       others
-    - width, level, intro, development, outro: means of `describe`; nearest_training: mean cosine to the closest one
+    - width, level, intro, development, outro: means of the measurements of that name
+    - nearest_training: mean cosine to the closest training sound
 
     The tables: "timing", a row for each bin of lengths asked for, and "timing_histogram", how many of them came out how
     long (after Evans et al. 2024, arXiv 2402.04825). What no sound has is left out.
