@@ -29,7 +29,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,7 @@ def analyse_generated(
     return found, seconds / len(prompts)
 
 
-def combinations(chosen: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def combinations(chosen: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Every combination of the chosen values, the last setting changing fastest."""
     return [dict(zip(chosen, values, strict=True)) for values in itertools.product(*chosen.values())]
 

@@ -84,12 +84,12 @@ class Evaluation:
         """Load those that the metrics need, and CLAP for training sounds; `missing` says what others lack."""
         given, found = self.options, {}
         sources = {"openl3": given.openl3, "passt": given.passt, "clap": given.clap}
-        shared = {"level": self.level, "batch": given.batch, "content": given.content}
+        where = (given.weights, self.device, self.level)
         lacking: dict[str, str] = {}
         needed = [embedder_of(metric) for metric in self.names] + ["clap"] * bool(given.training)
         for name in dict.fromkeys(needed):
             try:
-                found[name] = load_embedder(name, sources[name], given.weights, self.device, **shared)
+                found[name] = load_embedder(name, sources[name], *where, batch=given.batch, content=given.content)
             except Missing as error:
                 lacking[name] = str(error)
         self.missing |= {metric: lacking[name] for metric in self.names if (name := embedder_of(metric)) in lacking}

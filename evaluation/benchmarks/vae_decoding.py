@@ -13,6 +13,7 @@ import argparse
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from evaluation.benchmarks.timing import time_in_turns
 from evaluation.output import print_result
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.devices import choose_device
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.systems import load_model_config
@@ -44,6 +46,18 @@ class DecodingSpeed:
     def ratio(self) -> float:
         """Our speed as a multiple of the peer's."""
         return self.peer_seconds / self.our_seconds
+
+
+def waveform_vae(path: str | Path) -> tuple[WaveformVAEConfig, int]:
+    """The VAE of a model config, and its sample rate.
+
+    Raises:
+        UserError: the VAE is on spectrograms, so that no peer has its shape.
+    """
+    config = load_model_config(path)
+    if not isinstance(config.vae, WaveformVAEConfig):
+        raise UserError(f"{path}: has a VAE on spectrograms, and the peer's is on waveforms; give another model")
+    return config.vae, config.sample_rate
 
 
 def peer_decoder(config: WaveformVAEConfig) -> nn.Module:
@@ -88,7 +102,8 @@ def time_decoding(
     reference = peer(latents)
     rows = []
     for name in dtypes:
-        vae, peer, z = (x.to(_DTYPES[name]) for x in (vae, peer, latents))
+        dtype = _DTYPES[name]
+        vae, peer, z = vae.to(dtype), peer.to(dtype), latents.to(dtype)
         runs = (lambda peer=peer, z=z: peer(z), lambda vae=vae, z=z: vae.decode_chunked(z))
         theirs, ours = time_in_turns(runs, repeats, warmups=0)
         error = (ours.output.float() - reference).abs().max() / reference.abs().max()
@@ -118,7 +133,7 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    config = load_model_config(args.config).vae if args.config else WaveformVAEConfig()
+    config = waveform_vae(args.config)[0] if args.config else WaveformVAEConfig()
     dtypes = list(_DTYPES) if args.dtype == "both" else [args.dtype]
     rows = time_decoding(config, args.seconds, dtypes, args.repeats, str(choose_device(args.device)))
     lines = [f"decoding {args.seconds:g} s on {args.device}, {torch.get_num_threads()} threads"]

@@ -23,15 +23,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from evaluation.benchmarks.timing import time_in_turns
-from evaluation.benchmarks.vae_decoding import peer_decoder
+from evaluation.benchmarks.vae_decoding import peer_decoder, waveform_vae
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.config import from_dict
-from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
-from stable_audio_lite.systems import load_model_config
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
 from training.task import OptimizerConfig, RunConfig
 from training.train_vae import WEIGHTS, TrainVAEConfig, VAETask
@@ -135,12 +133,9 @@ def time_training(
     """Time `steps` steps of each on `batch` crops of `frames` latent frames.
 
     Raises:
-        UserError: the model has no VAE on waveforms, or `judge` no windows.
+        UserError: the model has no VAE on waveforms.
     """
-    whole = load_model_config(model)
-    config = whole.vae
-    if not isinstance(config, WaveformVAEConfig):
-        raise UserError(f"{model}: has a VAE on spectrograms, and the peer's is on waveforms; give another model")
+    config, sample_rate = waveform_vae(model)
     accelerator = Accelerator(mixed_precision=precision)
     device = accelerator.device
     torch.manual_seed(0)
@@ -148,11 +143,11 @@ def time_training(
         "audio": 0.1 * torch.randn(batch, config.audio_channels, frames * config.hop, device=device),
         "noise": torch.randn(batch, config.latent_channels, frames, device=device),
     }
-    task = _task(model, judge, crops["audio"][0].cpu(), whole.sample_rate)
+    task = _task(model, judge, crops["audio"][0].cpu(), sample_rate)
     peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
-    stft = MultiResolutionSTFTLoss(whole.sample_rate, _WINDOWS).to(device)
+    stft = MultiResolutionSTFTLoss(sample_rate, _WINDOWS).to(device)
     runs = (our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16"))
-    seconds = batch * frames * config.hop / whole.sample_rate
+    seconds = batch * frames * config.hop / sample_rate
     return TrainingSpeeds(*(seconds / timing.minimum for timing in time_in_turns(runs, steps)))
 
 

@@ -11,7 +11,7 @@ from evaluation.store import Embedder
 
 
 def load_embedder(
-    name: str, source: str | None, folder: Path, device: torch.device, *, level: TargetLevel, batch: int, content: str
+    name: str, source: str | None, folder: Path, device: torch.device, level: TargetLevel, *, batch: int, content: str
 ) -> Embedder:
     """Load an embedder onto its device.
 

@@ -92,7 +92,8 @@ def _timing_tables(asked: Sequence[tuple[float, float]]) -> dict[str, Table]:
     longest = max(max(pair) for pair in asked)
     width = next((w for w in _BIN_WIDTHS if w * _BINS > longest), longest / _BINS)
     bins = [(int(wanted / width), int(end / width)) for wanted, end in asked]
-    rows, cells = [], []
+    rows: list[dict[str, object]] = []
+    cells: list[dict[str, object]] = []
     for wanted in sorted({wanted for wanted, _ in bins}):
         within = [pair for pair, (own, _) in zip(asked, bins, strict=True) if own == wanted]
         late = np.array([end - length for length, end in within])
