@@ -46,7 +46,7 @@ from stable_audio_lite.bundle import part_path, resolve
 from stable_audio_lite.clap.checkpoints import load_clap
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import read_items
-from stable_audio_lite.devices import choose_device, choose_dtype
+from stable_audio_lite.devices import choose_device
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
@@ -193,7 +193,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.only_vae and chosen:
         raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
     folder = resolve(args.model)
-    latents, models = _load(args, folder, settings)
+    latents = load_latents(folder, load_model_config(folder)).to(choose_device(args.device), torch.float32)
+    models: list[StableAudio] = []
+    if not args.only_vae:
+        model = StableAudio.from_pretrained(folder, device=args.device)
+        models = [model.with_defaults(**own) for own in settings]
     prompts = held_out_prompts(args.corpus, count, latents.window_seconds)
     find = _analyser(args, folder, latents.sample_rate)
     vae = latents if len(settings) == 1 else None
@@ -204,19 +208,6 @@ def _run(args: argparse.Namespace) -> None:
     generated = analyse_generated(find, prompts, models[0], args.seed)[0] if models else ()
     found = score_adherence(prompts, recordings, generated, passed)
     print_result(args.json, asdict(found), adherence_table(found))
-
-
-def _load(
-    args: argparse.Namespace, folder: Path, settings: Sequence[dict[str, Any]]
-) -> tuple[LatentRepresentation, list[StableAudio]]:
-    """The latents, and a model with each of the settings, or none."""
-    if args.only_vae:
-        device = choose_device(args.device)
-        return load_latents(folder, load_model_config(folder)).to(device, choose_dtype(None, device)), []
-    model = StableAudio.from_pretrained(folder, device=args.device)
-    if not isinstance(model.representation, LatentRepresentation):
-        raise UserError(f"{args.model}: has no VAE; give a model of kind stable_audio")
-    return model.representation, [model.with_defaults(**own) for own in settings]
 
 
 def _analyser(args: argparse.Namespace, folder: Path, sample_rate: int) -> Analyser:
