@@ -145,7 +145,7 @@ def right_facts(found: Analysis, prompt: HeldOutPrompt, seconds: float, width: f
         seconds: when the sound should end.
         width: of the piece's recording, in dB.
     """
-    piece, tags = prompt.item.truth, found.tags
+    piece, tags = prompt.item.metadata, found.tags
     right: dict[str, float] = {
         "families": r_precision(tags.families, piece["families"]) if tags else 0.0,
         "instruments": r_precision(tags.instruments, piece["instruments"]) if tags else 0.0,
@@ -229,9 +229,9 @@ def valley_difference(
 
 def is_sustained_solo(prompt: HeldOutPrompt) -> bool:
     """True where one instrument that sounds until it is released plays alone."""
-    names = prompt.item.truth.get("instruments", ())
+    names = prompt.item.metadata.get("instruments", ())
     instrument = INSTRUMENTS.get(names[0]) if len(names) == 1 else None
-    return instrument is not None and instrument.decay == "held" and not prompt.item.truth.get("drums")
+    return instrument is not None and instrument.decay == "held" and not prompt.item.metadata.get("drums")
 
 
 def clap_distances(

@@ -74,7 +74,7 @@ def read_clip(item: Item, prompts: Collection[str] = ()) -> Clip:
         channels=info.channels,
         treatment=treatments(info.sample_rate, info.channels, info.seconds, silent=not peak),
         prompt=prompt if isinstance(prompt, str) else "",
-        requested=_requested(item.truth) or _requested(stored),
+        requested=_requested(item.metadata) or _requested(stored),
     )
     return Clip(source=item.path, key=audio_hash(item.path), record=record)
 

@@ -131,17 +131,17 @@ def config_for(items: Sequence[Item]) -> TaggerConfig:
         UserError: they are not of a corpus, whose metadata say what plays.
     """
     wanted = {"instruments", "families", "drums", "style"}
-    if not items or any(lacking := wanted - item.truth.keys() for item in items):
+    if not items or any(lacking := wanted - item.metadata.keys() for item in items):
         raise UserError(f"no corpus: its metadata say nothing of {', '.join(sorted(lacking)) if items else 'anything'}")
-    pairs = (zip(i.truth["instruments"], i.truth["families"], strict=True) for i in items)
+    pairs = (zip(i.metadata["instruments"], i.metadata["families"], strict=True) for i in items)
     family_of = dict(sorted({pair for own in pairs for pair in own}))
-    styles = tuple(sorted({item.truth["style"] for item in items}))
+    styles = tuple(sorted({item.metadata["style"] for item in items}))
     return TaggerConfig(instruments=tuple(family_of), families=tuple(family_of.values()), styles=styles)
 
 
 def load_example(item: Item, config: TaggerConfig) -> Example:
     """Spectrogram and targets of one piece."""
-    metadata = item.truth
+    metadata = item.metadata
     tags = [name in metadata["instruments"] for name in config.instruments]
     tags += [name in metadata["families"] for name in config.family_names] + [metadata["drums"]]
     power = mel_power(read_audio(item.path, config.sample_rate).mean(0), config)
@@ -229,7 +229,7 @@ def accuracy(tagger: Tagger, items: Sequence[Item]) -> Accuracy:
     """Accuracy of the tagger on `items`."""
     rows = []
     for item in items:
-        right, tags = item.truth, tagger.tag_power(load_example(item, tagger.config).power)
+        right, tags = item.metadata, tagger.tag_power(load_example(item, tagger.config).power)
         shares = [r_precision(tags.instruments, right["instruments"]), r_precision(tags.families, right["families"])]
         rows.append([*shares, float((tags.drums > 0.5) == right["drums"]), float(tags.style == right["style"])])
     return Accuracy(len(rows), *torch.tensor(rows).mean(0).tolist())

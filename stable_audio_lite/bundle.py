@@ -25,7 +25,7 @@ CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
-"""What a bundle on the hub is made of, the card's pictures included."""
+"""Patterns of the files that make up a bundle on the hub, the card's pictures included."""
 SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae", "restorer")}
 """Bundles that come with the package."""
 
@@ -35,7 +35,7 @@ _SHOWN = 3  # mismatching tensors that a message spells out
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """The file and contents of a system's config: a YAML file, or that of a bundle folder or a shipped one's name.
+    """Read a system's config from a YAML file, a bundle folder or a shipped bundle's name; returns (file, contents).
 
     Raises:
         UserError: no such file, or made by another version of this package.
@@ -85,8 +85,8 @@ def save_bundle(
     """Write a bundle in one go; a bundle already at `folder` is replaced only once the new one is complete.
 
     Args:
-        folder: where to.
-        config: the whole system's: a dataclass, see `stable_audio_lite.systems`.
+        folder: the folder to write.
+        config: of the whole system, a dataclass; see `stable_audio_lite.systems`.
         parts: state dict of each part in `PARTS` that is to be stored; floating types are kept.
         tokenizer_json: contents of `tokenizer.json`, where the text encoder is our own.
         extra_files: other files by name, for instance a README.md.
@@ -109,7 +109,7 @@ def save_bundle(
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Refuse to put a bundle in the place of anything but a bundle, its card alone or an empty folder.
+    """Refuse to replace anything but a bundle, a bundle's card on its own or an empty folder.
 
     Raises:
         UserError: `folder` is a file or a folder with other contents.
@@ -124,7 +124,7 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def part_path(folder: str | Path, name: str) -> Path:
-    """Where a bundle, or the shipped one of that name, keeps part `name`; the file need not exist."""
+    """Path of part `name` in a bundle's folder, or in the shipped bundle of that name; the file need not exist."""
     return SHIPPED.get(str(folder), Path(folder)) / f"{name}.safetensors"
 
 
@@ -150,16 +150,16 @@ def read_part(folder: str | Path, name: str) -> dict[str, Tensor]:
 def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = False) -> None:
     """Load part `name` into `module`; every tensor must fit.
 
-    The module keeps its floating type; with `assign` it takes the file's tensors, type and all, without copying.
+    The module keeps its floating type; with `assign` it adopts the file's tensors, their type included, without a copy.
 
     Raises:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    fill(module, read_part(folder, name), str(part_path(folder, name)), assign)
+    load_state(module, read_part(folder, name), str(part_path(folder, name)), assign)
 
 
 def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
-    """Part `name` in a module that `build` makes, ready for inference, in the floating type of its file.
+    """Build a module with `build` and load part `name` into it, ready for inference, in the floating type of its file.
 
     Raises:
         UserError: as `load_part`.
@@ -170,7 +170,7 @@ def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
     return module.eval().requires_grad_(False)
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
     """Load `state` into `module`; every tensor must fit.
 
     Raises:
@@ -181,7 +181,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: boo
 
 
 def read_tensors(folder: str | Path, name: str, keys: Sequence[str]) -> dict[str, Tensor] | None:
-    """Some tensors of a part by their names, or None where the bundle lacks the part.
+    """Read some tensors of a part by their names; None where the bundle lacks the part.
 
     Raises:
         UserError: the file is damaged, or a tensor is missing.
@@ -200,7 +200,7 @@ def read_tensors(folder: str | Path, name: str, keys: Sequence[str]) -> dict[str
 
 
 class WithoutInitialisation(TorchFunctionMode):
-    """While active, new modules leave their weights as memory holds them: for those that are loaded at once."""
+    """Context in which new modules leave their weights uninitialised, because they are about to be loaded."""
 
     _FILLING = frozenset({"uniform_", "normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_", "copy_"})
 
@@ -212,7 +212,7 @@ class WithoutInitialisation(TorchFunctionMode):
 
 
 def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
-    """Compare a state dict with what `module` has.
+    """Check a state dict against the tensors of `module`.
 
     Raises:
         UserError: names keys and shapes that differ, in one line that starts with `where`.
@@ -231,7 +231,7 @@ def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> N
 
 
 def model_hash(folder: str | Path) -> str:
-    """Twelve hexadecimal digits that name a bundle's contents: config, tokenizer and every part."""
+    """Twelve hexadecimal digits that identify a bundle's contents: config, tokenizer and every part."""
     digest = hashlib.sha256()
     names = (CONFIG_FILE, TOKENIZER_FILE, *(f"{name}.safetensors" for name in PARTS))
     for name in names:
@@ -241,7 +241,7 @@ def model_hash(folder: str | Path) -> str:
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:
-    """Upload a bundle to the Hugging Face hub, creating the repository if need be; returns its address.
+    """Upload a bundle to the Hugging Face hub, creating the repository if it doesn't exist; returns its address.
 
     Raises:
         UserError: not logged in, no permission, or no connection.
@@ -254,7 +254,7 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
         hub.upload_folder(
             repo_id=repo_id, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload a bundle"
         )
-    except Exception as error:  # of the hub, or of whichever client it reaches the network by
+    except Exception as error:  # from the hub client or from the HTTP library beneath it
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{repo_id}: can't be uploaded, log in with 'hf auth login' ({reason})") from error
     return f"https://huggingface.co/{repo_id}"

@@ -25,7 +25,7 @@ from stable_audio_lite.systems import load_model_config
 
 @dataclass(frozen=True)
 class Encoded:
-    """What `encode_file` wrote: latent `channels` and `frames`, for `seconds` of sound."""
+    """Result of `encode_file`: latent `channels` and `frames`, for `seconds` of sound."""
 
     channels: int
     frames: int
@@ -33,7 +33,7 @@ class Encoded:
 
 
 class Codec:
-    """A bundle's VAE over files; build it with `from_pretrained`."""
+    """A bundle's VAE, applied to files; build it with `from_pretrained`."""
 
     def __init__(self, representation: LatentRepresentation):
         self.vae, self.sample_rate, self.encoder = representation.vae, representation.sample_rate, representation.hash

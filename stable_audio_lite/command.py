@@ -1,7 +1,7 @@
-"""The parser and the runner that all commands of the project share: mistakes are one line, and all end in one way.
+"""The argument parser and the runner that all commands share: user errors are one line, and all commands end alike.
 
-The exit status is 0, or what the command says; 2 after a mistake that the user can mend, which is one line on stderr;
-130 after Ctrl-C.
+The exit status is 0, or the one that the command returns; 2 after a mistake that the user can fix, which is reported in
+one line on stderr; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose description keeps its lines and whose mistakes are one line."""
+    """An argument parser that keeps the line breaks of its description and reports mistakes in one line."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage that argparse would print before it."""
+        """Exit with one line, without the usage that argparse would print before it."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
-"""Takes the parsers of subcommands; each sets `run`, a function of the parsed arguments that may return a status."""
+"""Registry of subcommand parsers; each sets `run`, a function of the parsed arguments that may return a status."""
 
 
 def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command's `action`; returns its exit status.
 
-    A `UserError` or an error of the operating system becomes one line; anything else is a bug and shows its traceback.
+    A `UserError` or an `OSError` becomes one line; anything else is a bug and shows its traceback.
     """
     try:
         return action() or 0
@@ -44,7 +44,7 @@ def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") 
         print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; leave the interpreter nothing to flush.
+        # The reader of our output is gone; leave the interpreter nothing to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:

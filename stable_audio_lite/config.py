@@ -31,11 +31,11 @@ def load_config(path: str | Path, cls: type[T]) -> T:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
-    Where it has a key `base`, it says only how it differs from the file of that name, which is relative to its own
-    folder: mappings are merged key by key, unless they are of another `kind`; any other value takes the base's place.
+    A key `base` names another YAML file, relative to this file's folder, from which this one differs: mappings are
+    merged key by key unless their `kind` differs, and any other value replaces the base's.
 
     Raises:
-        UserError: the file or its base is missing, unreadable, or not a YAML mapping, or bases go round in a circle.
+        UserError: the file or its base is missing, unreadable, or not a YAML mapping, or bases form a circle.
     """
     return _with_bases(Path(path), ())
 
@@ -85,7 +85,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The mapping that `from_dict` turns back into an equal `config` (tuples as lists)."""
+    """Turn a dataclass into the mapping that `from_dict` turns back into an equal one (tuples as lists)."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
@@ -155,7 +155,7 @@ def _convert(hint: Any, value: Any, where: str, key: str) -> Any:
 
 
 def _of_kind(choices: list[Any], value: Any, where: str, key: str) -> Any:
-    """Which dataclass is meant: the one whose `kind` the mapping names, or the first, where that has a default."""
+    """Choose the dataclass whose `kind` the mapping names; without a name, the first, if its `kind` has a default."""
     kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in choices}
     defaults = [f.default for c in choices for f in dataclasses.fields(c) if f.name == "kind"]
     kind = value.get("kind", defaults[0]) if isinstance(value, dict) else None

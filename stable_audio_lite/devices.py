@@ -1,4 +1,4 @@
-"""Where to compute, and in which floating type."""
+"""Choice of the device and of the floating type to compute in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, then MPS, then the CPU.
+    """Find the device called `name`; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
         UserError: this machine or this torch has no such device.
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """`dtype` itself, or for None and "auto" the fastest that `device` multiplies in hardware.
+    """Return `dtype` itself, or for None and "auto" the fastest that `device` multiplies in hardware.
 
     Raises:
         UserError: the name is unknown.

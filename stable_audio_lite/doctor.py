@@ -32,11 +32,11 @@ CAPTIONS = (
     "Reggae with bass and drums",
     "marimba, happy pop, 120 bpm",
 )
-"""Texts that no one would take for one another."""
+"""Texts that nobody would confuse with one another."""
 
 ALIKE_FEATURES, ALIKE_EMBEDDINGS = 0.99, 0.9
 """Mean pairwise cosine from which a text encoder is suspect: of RoBERTa's features, which share large constant parts,
-and of CLAP embeddings, which training drives apart (0.2 to 0.3 in sound checkpoints, 0.9993 in a broken one)."""
+and of CLAP embeddings, which training drives apart (0.2 to 0.3 in healthy checkpoints, 0.9993 in a broken one)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        subject: what it is.
-        state: "ok", "note" where some commands alone need what is missing, or "bad".
+        subject: the thing checked.
+        state: "ok", "note" where only some commands need what is missing, or "bad".
         found: a version, a path or a figure.
-        advice: what to do where it is not ok.
+        advice: what to do if it is not ok.
     """
 
     subject: str
@@ -60,7 +60,7 @@ class Finding:
         return f"{self.state:5} {self.subject:22} {self.found}" + (f"; {self.advice}" if self.state != "ok" else "")
 
 
-def examine(source: str | Path) -> list[Finding]:
+def run_checks(source: str | Path) -> list[Finding]:
     """Check this machine and the text encoder of `source`.
 
     Raises:
@@ -70,7 +70,7 @@ def examine(source: str | Path) -> list[Finding]:
 
 
 def packages() -> list[Finding]:
-    """The installed version of each package that this one requires, against the range that it asks for."""
+    """Check the installed version of each package that this one requires against the range that it allows."""
     try:
         wanted = [Requirement(text) for text in importlib.metadata.requires("stable-audio-lite") or []]
     except importlib.metadata.PackageNotFoundError:
@@ -89,7 +89,7 @@ def _package(requirement: Requirement) -> Finding:
 
 
 def programs() -> list[Finding]:
-    """The programs that render a corpus and that make MP3 and Opus."""
+    """Check the programs that render a corpus and that encode MP3 and Opus."""
     findings = []
     for subject, find in (("fluidsynth", find_synth), ("soundfont", find_soundfont)):
         try:
@@ -103,7 +103,7 @@ def programs() -> list[Finding]:
 
 
 def device() -> Finding:
-    """The device that would make sound, and in which number type."""
+    """Report the device that would generate sound, and its floating type."""
     where = choose_device("auto")
     kind = str(choose_dtype(None, where)).removeprefix("torch.")
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -111,7 +111,7 @@ def device() -> Finding:
 
 
 def text_encoder(source: str | Path) -> list[Finding]:
-    """Find out whether the text encoder of `source` tells captions apart; any source of a CLAP will do.
+    """Check that the text encoder of `source`, any source of a CLAP, tells captions apart.
 
     Raises:
         UserError: it can't be read.

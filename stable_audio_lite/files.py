@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever left under its final name."""
+"""Atomic writing: nothing half-written is ever left under its final name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """As `replacing`, for a whole folder: the old one stays whole until the new one is complete.
+    """Yield a temporary folder as `replacing` does a file: the old one stays intact until the new one is complete.
 
     Raises:
         UserError: the parent can't be written, or the disk is full.
@@ -74,7 +74,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_place(path: str | os.PathLike[str]) -> None:
-    """Find out before the work whether `path` could be written; leaves nothing behind.
+    """Check, before the work begins, that `path` can be written; leaves nothing behind.
 
     Raises:
         UserError: `path` is a folder, or its folder can't be written.
@@ -102,7 +102,7 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{error}; free some space") from error
-    os.chmod(path, 0o644)  # safetensors makes files that their owner alone can read
+    os.chmod(path, 0o644)  # safetensors writes files that only their owner can read
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a low-rank change of the U-Net's attention and feed-forwards.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a low-rank update of the U-Net's attention and feed-forward layers.
 
-Training adds it by peft and stores it in peft's format. Generation merges it into the weights,
-W + strength * alpha / rank * B A, and so costs nothing and needs no peft.
+Training adds it with peft and stores it in peft's format. Generation merges it into the weights,
+W + strength * alpha / rank * B A, so that it costs nothing and needs no peft.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = r".*\.blocks\.\d+\.((cross_)?attention\.to_(q|kv|out)|feed_forward\.[02])"
-"""The linear layers that are adapted: all of every transformer block."""
+"""The linear layers that are adapted: all those of every transformer block."""
 
-_PREFIX = "base_model.model."  # of peft's names for the weights of the module that it was given
+_PREFIX = "base_model.model."  # that peft puts before the names of the weights of the module it adapts
 _PLAIN = {"use_rslora": False, "use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Size of the change: its `rank`, and `alpha`, by which it is scaled (alpha / rank)."""
+    """Size of the update: its `rank`, and `alpha`, which scales it by alpha / rank."""
 
     rank: int = 16
     alpha: int = 16
@@ -38,7 +38,7 @@ class LoraConfig:
 
 
 def add_lora(unet: nn.Module, config: LoraConfig) -> None:
-    """Add a change that is nothing as yet to `unet`, in place; from now on it alone is trained."""
+    """Add a LoRA to `unet`, in place, that changes nothing yet; all other weights are frozen."""
     import peft
 
     unet.requires_grad_(False)
@@ -46,33 +46,33 @@ def add_lora(unet: nn.Module, config: LoraConfig) -> None:
 
 
 def save_lora(folder: str | Path, unet: nn.Module, config: LoraConfig, encoder: str) -> None:
-    """Write the change of a `unet` that `add_lora` was given, as `peft.PeftModel.from_pretrained` reads it.
+    """Write the LoRA that `add_lora` added to `unet`, in the format that `peft.PeftModel.from_pretrained` reads.
 
-    `encoder` names the latents that the U-Net knows (`stable_audio_lite.data.latents.encoder_hash`).
+    `encoder` identifies the latents that the U-Net is trained on (`stable_audio_lite.representation.encoder_hash`).
 
     Raises:
-        UserError: `folder` holds something else, or can't be written.
+        UserError: `folder` holds something other than a LoRA, or can't be written.
     """
     import peft
 
     target = Path(folder)
-    if target.exists() and not (target / CONFIG).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and not (target / _CONFIG_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: holds other files, no LoRA; choose a new folder")
     state = {_PREFIX + key: value for key, value in peft.get_peft_model_state_dict(unet).items()}
     with replacing_folder(target) as temporary:
         _peft_config(config).save_pretrained(str(temporary))
-        save_tensors(temporary / WEIGHTS, state, {"format": "pt", "encoder": encoder})
+        save_tensors(temporary / _WEIGHTS_FILE, state, {"format": "pt", "encoder": encoder})
 
 
 def merge_lora(unet: nn.Module, folder: str | Path, encoder: str, strength: float = 1.0) -> None:
-    """Add `strength` times the change in `folder` to the weights of `unet`, in place, computed in float32.
+    """Add `strength` times the LoRA in `folder` to the weights of `unet`, in place, computed in float32.
 
     Raises:
-        UserError: a file is missing or damaged, the change is for other latents than those that `encoder` names or for
-            another U-Net, or of a kind of LoRA that is not handled.
+        UserError: a file is missing or damaged, the LoRA is for latents other than those of `encoder` or for another
+            U-Net, or its kind is not supported.
     """
-    scale = strength * _scale(Path(folder) / CONFIG)
-    state, about = _read(Path(folder) / WEIGHTS)
+    scale = strength * _scale(Path(folder) / _CONFIG_FILE)
+    state, about = _read(Path(folder) / _WEIGHTS_FILE)
     if about.get("encoder", encoder) != encoder:
         raise UserError(f"{folder}: is a LoRA for a model with another VAE; choose the model that it was trained on")
     layers = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}

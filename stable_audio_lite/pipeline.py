@@ -1,4 +1,4 @@
-"""From prompts to sound with a bundle of any system: encode the prompts, sample data, decode them.
+"""Generation of sound from prompts with a bundle of any system: encode the prompts, sample data, decode them.
 
     model = StableAudio.from_pretrained("starter")
     result = model.generate(["warm slow piano", "fast techno"], seconds=8, seed=1)
@@ -31,7 +31,15 @@ from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.representation import Representation, load_representation
-from stable_audio_lite.request import OF_PROMPTS, Generated, Limits, Request, check_texts, choose_seed, make_request
+from stable_audio_lite.request import (
+    PROMPT_SETTINGS,
+    Generated,
+    Limits,
+    Request,
+    check_texts,
+    choose_seed,
+    make_request,
+)
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, SystemConfig, load_system
 
 __all__ = ["Generated", "StableAudio"]
@@ -46,11 +54,11 @@ class StableAudio:
     Attributes:
         folder: of the bundle.
         config: of the system.
-        representation: of sound as what is sampled.
-        network: that denoises it.
-        text_encoder, conditioner: on the way of prompts and timing, None where the network reads none.
-        lora: what was merged into the network.
-        hash: names the bundle's contents.
+        representation: between sound and the data that are sampled.
+        network: denoises the data.
+        text_encoder, conditioner: of prompts and timing; None where the network takes no prompts.
+        lora: settings of the LoRA that was merged into the network, if any.
+        hash: identifies the bundle's contents.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class StableAudio:
             dtype: of the networks' weights and activations; None or "auto" is bfloat16 where the processor multiplies
                 it in hardware and float32 elsewhere. The text encoder stays float32.
             lora: folder with a LoRA that training.train_diffusion made for this model; it is merged into the U-Net.
-            lora_strength: 1 is as trained, 0 without.
+            lora_strength: 1 is as trained, 0 is none.
 
         Raises:
             UserError: there is no such bundle, LoRA or device, the LoRA is for another system, or a file is damaged or
@@ -122,7 +130,7 @@ class StableAudio:
         return self
 
     def with_defaults(self, **settings: Any) -> StableAudio:
-        """The same weights with other defaults for generation (`stable_audio_lite.systems.GenerationDefaults`).
+        """Return a model with the same weights and other defaults (`stable_audio_lite.systems.GenerationDefaults`).
 
         Raises:
             UserError: a value is out of range.
@@ -141,20 +149,20 @@ class StableAudio:
 
     @property
     def window_seconds(self) -> float:
-        """Seconds of the longest sound that it generates."""
+        """Length in seconds of the longest sound that it generates."""
         return self.representation.window_seconds
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.network.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The network's floating type."""
+        """Floating type of the network."""
         return next(self.network.parameters()).dtype
 
-    @torch.no_grad()  # rather than inference mode, whose tensors can't be worked on any further
+    @torch.no_grad()  # not inference mode, whose tensors can't be modified or differentiated later
     def generate(
         self,
         prompts: str | Sequence[str] | None = None,
@@ -172,31 +180,31 @@ class StableAudio:
         batch: int = 4,
         progress: Progress | None = None,
     ) -> Generated:
-        """Make `count` sounds for each prompt; None stands for the bundle's own default.
+        """Generate `count` sounds for each prompt; None stands for the bundle's own default.
 
         Args:
-            prompts: one or several descriptions; None for any sound, which takes no settings of prompts either
-                (seconds_start, seconds_total, cfg, rescale, negative).
+            prompts: one or several descriptions; None generates without a prompt, and without the settings that go with
+                one (seconds_start, seconds_total, cfg, rescale, negative).
             seconds: length of the sound, at most the window (`window_seconds`), which is the default.
             seconds_start: where in the described piece the sound begins, in seconds; 0 by default.
             seconds_total: length of the described piece; None: it ends with the sound.
             steps: sampling steps.
-            cfg: guidance scale; 1 is none, and twice as fast.
-            rescale: 0..1, pulls a strong guidance back to the unguided level.
-            negative: what not to hear; takes the place of the learned null in guidance.
+            cfg: guidance scale; 1 is no guidance, and twice as fast.
+            rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
+            negative: prompt to steer away from; replaces the learned null in guidance.
             sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
-            seed: of the first item, each further one has the next; None draws one (see `Generated.seeds`).
-            count: sounds per prompt, which lie next to each other in the result.
+            seed: of the first item; each further item has the next one. None draws one (see `Generated.seeds`).
+            count: sounds per prompt, adjacent in the result.
             batch: sounds sampled at once; more need more memory.
             progress: called with (steps done, steps in all) after each step.
 
         Raises:
-            UserError: a prompt is empty or the network reads none, or a setting is out of range.
+            UserError: a prompt is empty, the network takes no prompts, or a setting is out of range.
         """
         if count < 1 or batch < 1:
             raise UserError(f"count and batch must be at least 1, got {count} and {batch}")
         about = (seconds_start, seconds_total, cfg, rescale, negative)
-        self._check_text(prompts, dict(zip(OF_PROMPTS, about, strict=True)))
+        self._check_text(prompts, dict(zip(PROMPT_SETTINGS, about, strict=True)))
         request = make_request(
             self.config.generation,
             Limits(self.sample_rate, self.window_seconds, *self._longest()),
@@ -226,7 +234,7 @@ class StableAudio:
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the bundle that this model was loaded from to `folder`, byte for byte; returns `folder`.
 
-        Where a LoRA was merged, the network is written with it, in the floating type that it has here.
+        If a LoRA was merged, the network is written with it, in its present floating type.
 
         Raises:
             UserError: `folder` holds something other than a bundle, or can't be written.
@@ -246,7 +254,7 @@ class StableAudio:
         return target
 
     def push_to_hub(self, repo_id: str, private: bool = True) -> str:
-        """Upload the bundle to the Hugging Face hub, creating the repository if need be; returns its address.
+        """Upload the bundle to the Hugging Face hub, creating the repository if it doesn't exist; returns its address.
 
         Raises:
             UserError: not logged in, no permission, or no connection.
@@ -266,13 +274,20 @@ class StableAudio:
             raise UserError(f"{given} says something about a prompt; give one, or leave {given} out")
 
     def _sample(self, items: list[tuple[str | None, int]], request: Request, on_step: Callable[[], None]) -> Tensor:
-        """Normalised data (B, *shape) of items."""
+        """Sample normalised data (B, *shape) for (prompt, seed) items."""
         denoiser = self._denoiser([text for text, _ in items], request)
         defaults = self.config.generation
         sigmas = polyexponential_sigmas(request.steps, defaults.sigma_min, defaults.sigma_max, defaults.rho)
-        noise = ItemNoise([seed for _, seed in items], self.representation.shape, self.device)
+        noise = ItemNoise([seed for _, seed in items], self.representation.shape, self.device, self._frames(request))
         solve = SAMPLERS[request.sampler]
         return solve(denoiser, noise() * sigmas[0], sigmas, noise=noise, on_step=on_step)
+
+    def _frames(self, request: Request) -> int:
+        """Frames to sample: those asked for and a margin where the network knows such windows, else all."""
+        window, margin = self.representation.shape[-1], self.config.generation.margin
+        if margin is None:
+            return window
+        return min(math.ceil(request.seconds * self.sample_rate / self.representation.hop) + margin, window)
 
     def _denoiser(self, texts: list[str | None], request: Request) -> Denoiser:
         network: Any = self.network
@@ -310,7 +325,11 @@ class StableAudio:
             "model": self.hash,
             **self.lora,
         }
-        return settings if text is not None else {k: v for k, v in settings.items() if k not in ("prompt", *OF_PROMPTS)}
+        return (
+            settings
+            if text is not None
+            else {k: v for k, v in settings.items() if k not in ("prompt", *PROMPT_SETTINGS)}
+        )
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

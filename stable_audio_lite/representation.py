@@ -1,6 +1,6 @@
 """Sound as the data that a diffusion network denoises, and back: one interface for latents and spectrograms.
 
-Data are normalised here and nowhere else: a network, a sampler and a trainer see what `encode` gives.
+Data are normalised here and nowhere else: networks, samplers and trainers see what `encode` returns.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.systems import StableAudioConfig, SystemConfig, build_vae
 
-# Latent frames decoded beyond the wanted end, more than a decoder's reach, so that trimming changes no sample.
+# Latent frames decoded past the wanted end, more than a decoder's receptive field, so that trimming changes no sample.
 _DECODE_MARGIN = 32
 
 
@@ -33,7 +33,7 @@ class Representation(ABC):
         audio_channels: of the sound.
         shape: of one window's data: (channels, frames) or (2, bins, frames).
         hop: samples per frame.
-        hash: names what data mean; a network knows those of one hash.
+        hash: identifies what the data mean; a network belongs to one hash.
     """
 
     sample_rate: int
@@ -54,11 +54,11 @@ class Representation(ABC):
 
     @abstractmethod
     def encode(self, audio: Tensor) -> Tensor:
-        """Data (B, ..., ceil(T / hop)) of sound (B, audio_channels, T); beyond its end there is silence."""
+        """Encode sound (B, audio_channels, T) as data (B, ..., ceil(T / hop)), with silence beyond its end."""
 
     @abstractmethod
     def decode(self, x: Tensor, samples: int) -> Tensor:
-        """The first `samples` of the sound (B, audio_channels, samples) of data (B, ..., frames), float32."""
+        """Decode data (B, ..., frames) to the first `samples` of their sound (B, audio_channels, samples), float32."""
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
@@ -87,11 +87,11 @@ class LatentRepresentation(Representation):
 
     @property
     def device(self) -> torch.device:
-        """Where the VAE is."""
+        """Device of the VAE."""
         return next(self.vae.parameters()).device
 
     def encode(self, audio: Tensor) -> Tensor:
-        """The posterior's mean, normalised, whatever the length."""
+        """Encode as the posterior mean, normalised; any length will do."""
         return self.normalise(self.vae.encode_chunked(audio).mean)
 
     def decode(self, x: Tensor, samples: int) -> Tensor:
@@ -100,7 +100,7 @@ class LatentRepresentation(Representation):
         return self.vae.decode_chunked(latents)[..., :samples].float()
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Latents (..., C, F) as the VAE gives them -> as a network sees them."""
+        """Normalise the VAE's latents (..., C, F) for a network."""
         return (latents - self.mean) / self.std
 
     @cached_property
@@ -139,7 +139,7 @@ class SpectrogramRepresentation(Representation):
 
 
 def load_representation(folder: str | Path, config: SystemConfig) -> Representation:
-    """The representation of a bundle of any system, on the CPU, ready for inference.
+    """Load the representation of a bundle of any system, on the CPU, ready for inference.
 
     Raises:
         UserError: as `load_latents`.
@@ -150,7 +150,7 @@ def load_representation(folder: str | Path, config: SystemConfig) -> Representat
 
 
 def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentRepresentation:
-    """The VAE of a bundle, with the statistics of its U-Net where it has one.
+    """Load the VAE of a bundle, with the latent statistics of its U-Net where it has one.
 
     Raises:
         UserError: the VAE's file is missing or damaged, or doesn't fit `config`.
@@ -158,14 +158,14 @@ def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentReprese
     state = bundle.read_part(folder, "vae")
     with bundle.WithoutInitialisation():
         vae = build_vae(config.vae)
-    bundle.fill(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
+    bundle.load_state(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
     found = bundle.read_tensors(folder, "unet", ("latent_mean", "latent_std")) or {}
     statistics = {"mean": found.get("latent_mean"), "std": found.get("latent_std")}
     return LatentRepresentation(vae.float().prepare_for_inference(), config, encoder_hash(state), **statistics)
 
 
 def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
-    """Name a latent space: SHA-256 over the encoder's weights in a VAE's state, for a decoder may be trained on."""
+    """Identify a latent space by the SHA-256 of the encoder's weights in a VAE's state; the decoder may change."""
     digest = hashlib.sha256()
     for key in sorted(k for k in vae_state if k.startswith("encoder.")):
         value = vae_state[key].detach().cpu().contiguous()

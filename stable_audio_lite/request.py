@@ -1,4 +1,4 @@
-"""Requests for sound, checked: lengths, guidance, seeds; and the sound that answers them."""
+"""Checked requests for sound (lengths, guidance, seeds), and the sound that answers them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.systems import GenerationDefaults
 
-OF_PROMPTS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
-"""Settings that say something about a prompt."""
+PROMPT_SETTINGS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
+"""Settings that only make sense with a prompt."""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Sounds, and all that made them.
+    """Generated sounds with all their settings.
 
     Attributes:
         audio: (B, C, T) float32 on the CPU, C = 2 or 1; full scale is 1 and may be exceeded, `save` attenuates then.
         sample_rate: Hz.
-        settings: per item, everything that made it: prompt, seed, seconds, steps, model hash, ...
+        settings: per item, everything needed to make it again: prompt, seed, seconds, steps, model hash, ...
     """
 
     audio: Tensor
@@ -57,12 +57,12 @@ class Generated:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The settings that the items of one call share, in range.
+    """The checked settings that all items of one call share.
 
     Attributes:
         seconds: length of the sounds.
         start: second of the described piece at which they begin.
-        total: seconds of the described piece.
+        total: length of the described piece in seconds.
         steps, cfg, rescale, negative, sampler: as `StableAudio.generate` takes them.
     """
 
@@ -82,8 +82,8 @@ class Limits:
 
     Attributes:
         sample_rate: Hz.
-        window: seconds of the longest sound.
-        longest: seconds of the longest piece that timing embeddings know; infinite without them.
+        window: length of the longest sound in seconds.
+        longest: length in seconds of the longest piece that the timing embeddings cover; infinite without them.
     """
 
     sample_rate: int
@@ -104,7 +104,7 @@ def make_request(
     negative: str | None,
     sampler: str | None,
 ) -> Request:
-    """Fill in a model's `defaults` where None is given.
+    """Check settings, a model's `defaults` taking the place of None.
 
     Raises:
         UserError: a setting is out of range.
@@ -144,7 +144,7 @@ def _check(request: Request, limits: Limits) -> None:
 
 
 def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
-    """Refuse prompts that say nothing or are no text.
+    """Refuse prompts that are empty or not text.
 
     Raises:
         UserError: a prompt is empty or not valid UTF-8.
@@ -159,7 +159,7 @@ def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
 
 
 def choose_seed(seed: int | None, items: int) -> int:
-    """The seed of the first of `items` items, each further one having the next; drawn where None.
+    """Check the seed of the first of `items` items, whose seeds are consecutive; None draws one.
 
     Raises:
         UserError: it is out of range.

@@ -1,4 +1,4 @@
-"""Configs of all systems by their `kind`, and what they are built of.
+"""Configs of all systems by their `kind`, and the networks that they describe.
 
 `stable_audio` is the latent system (Evans et al. 2024, arXiv 2402.04825). `complex_stft` is the 2-D U-Net that predicts
 noise on complex spectrograms, for restoration (Saito et al. 2022, arXiv 2211.04124). `spectrogram_transformer` predicts
@@ -29,12 +29,12 @@ from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 
 TIMING_TOKENS = 2
-"""What seconds_start and seconds_total add to the text's tokens."""
+"""Number of tokens that seconds_start and seconds_total add to the text's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What `generate` uses unless told otherwise; each bundle owns the values that suit its weights.
+    """Defaults of `generate`; each bundle owns the values that suit its weights.
 
     Attributes:
         steps: sampling steps.
@@ -44,6 +44,8 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
+        margin: frames that are sampled beyond a sound's end, for networks trained on windows of several lengths; None:
+            always the whole window.
     """
 
     steps: int = 100
@@ -53,6 +55,7 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
+    margin: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -63,6 +66,8 @@ class GenerationDefaults:
             raise ValueError(f"rho must be above 0, got {self.rho}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if self.margin is not None and self.margin < 0:
+            raise ValueError(f"margin must be at least 0, or null, got {self.margin}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
 
@@ -129,7 +134,7 @@ class StableAudioConfig:
 
     @property
     def context_tokens(self) -> int:
-        """How many tokens the U-Net attends to: the text's and two of timing."""
+        """Number of tokens that the U-Net attends to: the text's and two of timing."""
         return self.clap.max_tokens + TIMING_TOKENS
 
     @property
@@ -148,7 +153,7 @@ class StableAudioConfig:
 
 
 def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
-    """The VAE of that kind, with random weights."""
+    """Build the VAE of a config, with random weights."""
     return WaveformVAE(config) if isinstance(config, WaveformVAEConfig) else SpectrogramVAE(config)
 
 
@@ -222,7 +227,7 @@ class SpectrogramDiffusionConfig:
 
     @property
     def context_tokens(self) -> int | None:
-        """How many tokens the network attends to, the text's and two of timing, or None."""
+        """Number of tokens that the network attends to, the text's and two of timing, or None."""
         return self.clap.max_tokens + TIMING_TOKENS if self.clap else None
 
     @property
@@ -265,7 +270,7 @@ def load_system(path: str | Path) -> SystemConfig:
 
 
 def load_model_config(path: str | Path) -> StableAudioConfig:
-    """Like `load_system`, for the latent system; another is refused."""
+    """Read a config like `load_system`, but refuse any system except the latent one."""
     config = load_system(path)
     if not isinstance(config, StableAudioConfig):
         raise UserError(f"{path}: is of kind {config.kind}; a model of kind stable_audio is wanted here")
@@ -273,11 +278,11 @@ def load_model_config(path: str | Path) -> StableAudioConfig:
 
 
 _RETIRED: dict[str, dict[str, Any]] = {"vae": {"slow_channels": 0, "clock": 1}, "unet": {"resample": "plain"}}
-"""Options of earlier versions, and the value by which a bundle says that it doesn't use them."""
+"""Options of earlier versions, with the value that means that a bundle doesn't use them."""
 
 
 def _without_retired(file: Path, data: dict[str, Any]) -> None:
-    """Take options that are no more out of a config that doesn't use them.
+    """Remove retired options from a config that doesn't use them.
 
     Raises:
         UserError: it uses one.

@@ -165,7 +165,7 @@ TRUTH = {
 
 
 def asked(words: str, **changes: object) -> prompt_facts.HeldOutPrompt:
-    return prompt_facts.HeldOutPrompt(item=Item(path="a.wav", truth=TRUTH | changes), text=words, seconds=4.0)
+    return prompt_facts.HeldOutPrompt(item=Item(path="a.wav", metadata=TRUTH | changes), text=words, seconds=4.0)
 
 
 def test_scores_of_known_answers() -> None:
@@ -241,7 +241,7 @@ def sustained(prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.He
     kinds = [(["flute"], False), (["flute"], True), (["piano"], False), (["flute", "violin"], False)]
     kinds += [(["pipe"], False)] * (len(prompts) - len(kinds))
     return [
-        replace(prompt, item=replace(prompt.item, truth={"instruments": names, "drums": drums}))
+        replace(prompt, item=replace(prompt.item, metadata={"instruments": names, "drums": drums}))
         for prompt, (names, drums) in zip(prompts, kinds, strict=True)
     ]
 

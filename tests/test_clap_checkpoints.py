@@ -25,7 +25,7 @@ from stable_audio_lite.clap.checkpoints import (
     save_transformers,
     split_clap,
 )
-from stable_audio_lite.clap.laion import read_state
+from stable_audio_lite.clap.laion import read_laion
 from stable_audio_lite.clap.mel import SAMPLE_RATE, log_mel, mel_views
 from stable_audio_lite.clap.model import Clap
 from stable_audio_lite.clap.tokenizer import tokenize
@@ -196,7 +196,7 @@ def test_scalars_of_numpy_1_and_2_are_read_alike(tmp_path: Path) -> None:
         with zipfile.ZipFile(tmp_path / "a.pt") as saved, zipfile.ZipFile(tmp_path / "b.pt", "w") as changed:
             for name in saved.namelist():
                 changed.writestr(name, saved.read(name).replace(b"numpy.core.", b"numpy." + core + b"."))
-        assert read_state(tmp_path / "b.pt")["x.weight"].tolist() == [1, 1]
+        assert read_laion(tmp_path / "b.pt")["x.weight"].tolist() == [1, 1]
 
 
 class Malicious:

@@ -18,7 +18,7 @@ from stable_audio_lite import cli
 from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
 from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.item import Item
-from stable_audio_lite.data.latents import About, CachedLatent, LatentCache, read_cache
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata, read_cache
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
@@ -118,7 +118,7 @@ def write_cache(folder: Path, entries: list[tuple[str, torch.Tensor | None]]) ->
     for shard, numbers in enumerate(cache.shards):
         rows = [(n, *entries[n]) for n in numbers if entries[n][1] is not None]
         abouts = [
-            About(name=name, captions=(name,), truth={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
+            LatentMetadata(name=name, captions=(name,), metadata={}, seconds_start=0.0, seconds=latent.shape[1] * 0.1)
             for _, name, latent in rows
         ]
         cache.write(shard, [CachedLatent(n, z, about) for (n, _, z), about in zip(rows, abouts, strict=True)])
@@ -132,6 +132,8 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
     caches = [write_cache(tmp_path / n, [(f"{i}.wav", z) for i, z in enumerate(latents)]) for n in ("a", "b")]
     with tarfile.open(caches[0].path(0)) as tar:
         assert tar.getnames() == ["00000000.npy", "00000000.json", "00000001.npy", "00000001.json"]
+        row = json.load(tar.extractfile("00000000.json"))
+    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "truth"]
     assert caches[0].path(1).read_bytes() == caches[1].path(1).read_bytes()
     index, entries = read_cache(tmp_path / "a", "a hash")
     assert (index.items, index.shards, index.frames) == (3, 2, 18) and [e.number for e in entries] == [0, 1, 2]
@@ -148,7 +150,7 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
 
 def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     """Latents that count their frames: seconds_start is that of the first frame, in the file and not in the latent."""
-    about = About(name="a", captions=("a",), truth={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
+    about = LatentMetadata(name="a", captions=("a",), metadata={"seconds": 99.0}, seconds_start=3.0, seconds=5.0)
     cache = LatentCache(tmp_path, "a hash", 1)
     cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
     cache.finish()
@@ -219,6 +221,28 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     assert captions == ["a0", "a1", "a2", "b0", "b1"]
     given = torch.cat([windows.window(i, random.Random(0)).latent for i in range(5)], 1)
     assert given.mean(1).abs().max() < 1e-2 and (given.std(1, correction=0) - 1).abs().max() < 1e-2
+
+
+def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) -> None:
+    """The shortest with silence after them, or for longer items the longest; an epoch has every item."""
+    sizes = [5, 12, 13, 24, 25, 60, 61, 20, 30, 6, 7, 50]
+    latents = [(f"{size}.wav", torch.full((2, size), float(size))) for size in sizes]
+    write_cache(tmp_path, latents)
+    representation = latents_of(2)
+    representation.shape, representation.silence = (2, 64), torch.zeros(2, 64)
+    windows = LatentWindows([tmp_path], representation, (32, 20, 64))
+    shortest = {size: next((n for n in (20, 32, 64) if size + 8 <= n), 64) for size in sizes}
+    drawn: list[float] = []
+    for number in range(20):
+        whole = windows.batch(number, 0, 1, 4, seed=3)
+        halves = [windows.batch(number, rank, 2, 2, seed=3) for rank in (0, 1)]
+        assert torch.equal(whole["x0"], torch.cat([half["x0"] for half in halves]))
+        items = whole["x0"].amax((1, 2)).tolist()
+        assert {shortest[int(item)] for item in items} == {whole["x0"].shape[2]}
+        drawn += items
+        if number == 3:  # four, five and three items: four batches
+            assert set(drawn) == set(map(float, sizes))
+    assert windows.draw(range(2), 0)["x0"].shape == (2, 2, 64)
 
 
 def test_each_epoch_visits_every_file(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide
-from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, ScheduleConfig, like
+from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, ScheduleConfig, append_dims
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.unet import UNet, UNetConfig
 from stable_audio_lite.nn.attention import Condition
@@ -18,7 +18,7 @@ V = CosineProcess("v")
 
 
 def gaussian_denoiser(x, sigma):
-    sigma = like(sigma, x)
+    sigma = append_dims(sigma, x)
     return (STD**2 * x + sigma**2 * MEAN) / (STD**2 + sigma**2)
 
 
@@ -59,7 +59,7 @@ def test_noise_and_v_determine_the_data():
     x0, eps = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     t = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
     x_t = V.add_noise(x0, eps, t)
-    alpha, sigma = (like(w, x0) for w in V.alpha_sigma(t))
+    alpha, sigma = (append_dims(w, x0) for w in V.alpha_sigma(t))
     torch.testing.assert_close(alpha * x_t - sigma * V.target(x0, eps, t), x0)
     torch.testing.assert_close(x_t[0], x0[0])
     torch.testing.assert_close(x_t[-1], eps[-1])
@@ -92,7 +92,7 @@ def test_the_denoiser_scales_its_input_and_recovers_x0():
         return V.target(x0, eps, t)
 
     denoiser = NetworkDenoiser(network, V)
-    torch.testing.assert_close(denoiser(x0 + like(sigma, x0) * eps, sigma), x0)
+    torch.testing.assert_close(denoiser(x0 + append_dims(sigma, x0) * eps, sigma), x0)
 
 
 def test_sigmas_fall_from_one_end_to_the_other_then_zero():
@@ -279,7 +279,7 @@ def test_a_network_of_any_objective_and_schedule_becomes_the_same_denoiser(objec
         """The exact prediction for the Gaussian data, from times that are steps of `made`, log-linear in between."""
         low = t.long().clamp(max=998)
         flat = levels[low].lerp(levels[low + 1], t.double() - low).exp()
-        sigma = like(flat, x_t)
+        sigma = append_dims(flat, x_t)
         alpha = (1 + sigma**2).rsqrt()
         x0 = gaussian_denoiser(x_t / alpha, flat)
         eps = (x_t / alpha - x0) / sigma

@@ -9,7 +9,7 @@ import torch
 
 from stable_audio_lite.audio.io import read_metadata
 from stable_audio_lite.devices import choose_device, choose_dtype
-from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 
@@ -55,6 +55,20 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model: StableAudio) -> None:
     alone = model.generate("drums", seconds=0.3, seed=4).audio
     assert torch.allclose(together, apart, atol=1e-4)
     assert torch.allclose(together[1:2], alone, atol=1e-4)
+
+
+def test_a_network_that_knows_several_windows_samples_what_is_asked_for(model: StableAudio) -> None:
+    """And a margin, at most the window; all of it where no margin is set. The noise begins alike."""
+    seen: list[int] = []
+    hook = model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    for margin, seconds in ((None, 0.3), (4, 0.3), (0, 0.3), (4, 64 * 1024 / 44100)):
+        varied = model.with_defaults(margin=margin)
+        assert varied.generate("piano", seconds=seconds, seed=1, steps=1).audio.shape[-1] == round(seconds * 44100)
+    hook.remove()
+    assert seen == [64, 17, 13, 64]
+    whole, part = (ItemNoise([5], (3, 8), frames=frames) for frames in (None, 5))
+    for _ in range(2):
+        assert torch.equal(whole()[..., :5], part())
 
 
 def test_decoding_only_what_is_wanted_changes_no_sample(model: StableAudio) -> None:

@@ -11,14 +11,14 @@ import yaml
 from training_runs import load, trainer_of
 
 from stable_audio_lite import cli
-from training.plan import Flops, Saved, plan
+from training.plan import FlopCounter, SavedTensorMemory, plan
 from training.profile import profile
 
 
 def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
     """x * x saves x alone (twice), exp its result, and a weight is no activation."""
     x, weight = torch.randn(1000, requires_grad=True), torch.randn(1000, requires_grad=True)
-    with (saved := Saved({weight.untyped_storage().data_ptr()})).hooks:
+    with (saved := SavedTensorMemory({weight.untyped_storage().data_ptr()})).hooks:
         y = (x * x).exp() * weight
         assert saved.now == 2 * 4000
         y.sum().backward()
@@ -31,10 +31,10 @@ def test_operations_are_torchs_own_count() -> None:
 
     layers = torch.nn.Sequential(torch.nn.Conv1d(3, 8, 5), torch.nn.GELU(), torch.nn.Linear(28, 4))
     counts = []
-    for counter in (Flops(), FlopCounterMode(display=False)):
+    for counter in (FlopCounter(), FlopCounterMode(display=False)):
         with counter:
             layers(torch.randn(2, 3, 32)).sum().backward()
-        counts.append(counter.total if isinstance(counter, Flops) else counter.get_total_flops())
+        counts.append(counter.total if isinstance(counter, FlopCounter) else counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from stable_audio_lite.models.spectrogram_unet import (
     TDF,
-    Attention,
-    GroupNorm,
-    ResidualBlock,
+    Attention2d,
+    GroupNorm2d,
+    ResidualBlock2d,
     SpectrogramUNet,
     SpectrogramUNetConfig,
 )
@@ -56,7 +56,7 @@ def size(model: torch.nn.Module) -> int:
 def test_plain_resampling_with_a_tdf_in_each_of_32_blocks_has_the_papers_31_3_million():
     model = on_meta()
     assert 31_290_000 <= size(model) <= 31_320_000
-    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock)]
+    blocks = [m for m in model.modules() if isinstance(m, ResidualBlock2d)]
     assert len(blocks) == 32 and all(isinstance(block.tdf, TDF) for block in blocks)
     assert size(model) == 31_308_642 and size(on_meta(tdf=None)) == 31_047_426
 
@@ -71,7 +71,7 @@ def test_attention_sits_only_at_the_named_numbers_of_bins(attention):
     model = SpectrogramUNet(dataclasses.replace(TINY, attention=attention), BINS)
     seen = []
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention2d):
             module.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-1]))
     x, t = inputs()
     model(x, t)
@@ -97,9 +97,9 @@ def test_a_new_network_predicts_nothing_yet():
 
 def test_a_new_residual_block_without_tdf_and_a_new_attention_change_nothing():
     x = torch.randn(2, 8, 4, 16)
-    block = ResidualBlock(dataclasses.replace(TINY, tdf=None), 8, 8, 16)
+    block = ResidualBlock2d(dataclasses.replace(TINY, tdf=None), 8, 8, 16)
     assert torch.equal(block(x, torch.randn(2, 32)), x)
-    assert torch.equal(Attention(8, 2, 4)(x), x)
+    assert torch.equal(Attention2d(8, 2, 4)(x), x)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -143,7 +143,7 @@ def test_step_features_are_sinusoids_of_periods_up_to_10000():
 
 
 def test_group_norm_is_torchs_then_a_scale_and_a_shift_of_each_item():
-    norm = perturbed(GroupNorm(4, 16))
+    norm = perturbed(GroupNorm2d(4, 16))
     x, film = 3 + torch.randn(2, 16, 3, 5), torch.randn(2, 32)
     plain = F.group_norm(x, 4, norm.weight, norm.bias)
     torch.testing.assert_close(norm(x), plain)
@@ -153,14 +153,14 @@ def test_group_norm_is_torchs_then_a_scale_and_a_shift_of_each_item():
 
 @pytest.mark.parametrize(("groups", "channels", "expected"), [(32, 64, 32), (32, 192, 32), (32, 16, 8), (32, 24, 4)])
 def test_groups_have_at_least_two_channels_and_divide_them(groups, channels, expected):
-    assert GroupNorm(groups, channels).groups == expected
+    assert GroupNorm2d(groups, channels).groups == expected
 
 
 def test_norms_keep_float32_statistics_of_bfloat16():
     torch.manual_seed(0)
     x = (30 + torch.randn(2, 8, 64, 64)).bfloat16()
     film = torch.zeros(2, 16)
-    for out in (GroupNorm(4, 8).bfloat16()(x, film.bfloat16()), GroupNorm(4, 8)(x, film)):
+    for out in (GroupNorm2d(4, 8).bfloat16()(x, film.bfloat16()), GroupNorm2d(4, 8)(x, film)):
         # Of 8,192 numbers around 30, bfloat16 sums would miss the mean by far.
         assert out.dtype == torch.bfloat16
         torch.testing.assert_close(out.float(), F.group_norm(x.float(), 4), atol=0.02, rtol=0.01)
@@ -186,7 +186,7 @@ def test_a_tdf_is_the_same_for_all_channels_and_frames_and_only_adds():
 
 
 def test_attention_equals_the_textbooks_over_all_bins_and_frames():
-    attention = perturbed(Attention(8, 2, 4))
+    attention = perturbed(Attention2d(8, 2, 4))
     x = torch.randn(1, 8, 3, 4)
     tokens = attention.norm(x).flatten(2)[0].T
     q, k, v = attention.to_qkv(tokens).chunk(3, dim=-1)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from stable_audio_lite.audio.phase import GriffinLim, advance
 from stable_audio_lite.models.spectrogram_vae import (
-    HOP,
-    WINDOW,
+    HOP_SAMPLES,
+    WINDOW_SAMPLES,
     FeatureTransform,
     SpectralFeatures,
     SpectrogramVAE,
@@ -49,8 +49,8 @@ def resynthesise(audio: Tensor, iterations: int = 16) -> Tensor:
 
 def spectral_error(one: Tensor, other: Tensor) -> Tensor:
     """Relative distance of magnitude spectra, (frames,), of two (C, T) sounds."""
-    window = torch.hann_window(WINDOW)
-    a, b = (torch.stft(x, WINDOW, HOP, window=window, return_complex=True).abs() for x in (one, other))
+    window = torch.hann_window(WINDOW_SAMPLES)
+    a, b = (torch.stft(x, WINDOW_SAMPLES, HOP_SAMPLES, window=window, return_complex=True).abs() for x in (one, other))
     return (a - b).square().sum((0, 1)).sqrt() / a.square().sum((0, 1)).mean().sqrt()
 
 
@@ -60,7 +60,7 @@ def decibels(x: Tensor) -> float:
 
 def test_features_are_what_they_are_called() -> None:
     """A full-scale sine has magnitude 1 in its bin; silence lies at the floor; pan and correlation have their signs."""
-    time = torch.arange(64 * 1024) / WINDOW
+    time = torch.arange(64 * 1024) / WINDOW_SAMPLES
     sine = torch.sin(2 * math.pi * 100 * time)
     transform = FeatureTransform()
     mono = transform.features(torch.stack((sine, sine))[None])
@@ -77,7 +77,10 @@ def test_features_are_what_they_are_called() -> None:
         ((sine, 0 * sine), (1, 0, 0)),
         ((0 * sine, sine), (-1, 0, 0)),
         ((sine, -sine), (0, -1, 0)),
-        ((sine, sine.roll(512 // 100)), (0, math.cos(2 * math.pi * 100 * 5 / WINDOW), math.sin(math.pi * 1000 / 2048))),
+        (
+            (sine, sine.roll(512 // 100)),
+            (0, math.cos(2 * math.pi * 100 * 5 / WINDOW_SAMPLES), math.sin(math.pi * 1000 / 2048)),
+        ),
     ):
         stokes = transform.features(torch.stack(pair)[None]).stereo[0, :, band, 30]
         assert stokes.tolist() == pytest.approx(wanted, abs=2e-3)
@@ -85,29 +88,29 @@ def test_features_are_what_they_are_called() -> None:
 
 def test_phases_of_peaks_make_a_steady_sine() -> None:
     """Advanced phases of a sine between two bins are those of its spectrum, up to a constant."""
-    window = torch.hann_window(WINDOW)
-    tone = torch.sin(2 * math.pi * 60.3 * torch.arange(40 * HOP) / WINDOW)
-    spectrum = torch.fft.rfft(tone.unfold(0, WINDOW, HOP) * window)
-    phases = advance(spectrum.abs(), spectrum[0].angle(), HOP)
+    window = torch.hann_window(WINDOW_SAMPLES)
+    tone = torch.sin(2 * math.pi * 60.3 * torch.arange(40 * HOP_SAMPLES) / WINDOW_SAMPLES)
+    spectrum = torch.fft.rfft(tone.unfold(0, WINDOW_SAMPLES, HOP_SAMPLES) * window)
+    phases = advance(spectrum.abs(), spectrum[0].angle(), HOP_SAMPLES)
     off = torch.polar(torch.ones_like(phases), phases - spectrum.angle())[:, 59:62]
     turned = (off / off[0]).angle()
     assert float(turned.diff(dim=0).abs().max()) < 0.08  # radians a hop, of the 15.15 turns
 
 
 def test_griffin_lim_comes_nearer_and_keeps_what_is_fixed() -> None:
-    window = torch.hann_window(WINDOW)
+    window = torch.hann_window(WINDOW_SAMPLES)
     sound = chord(1.0, 220.0, 277.0)[None]
-    spectrum = torch.fft.rfft(sound.unfold(-1, WINDOW, HOP) * window)
+    spectrum = torch.fft.rfft(sound.unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES) * window)
     magnitude, start = spectrum.abs(), 2 * math.pi * torch.rand(spectrum.shape)
     errors = []
     for iterations in (1, 8, 32):
-        phases = GriffinLim(window, HOP, iterations)
+        phases = GriffinLim(window, HOP_SAMPLES, iterations)
         found = phases(magnitude, start.clone())
         again = phases.analyse(phases.synthesise(found)).abs()
         errors.append(float((again - magnitude)[:, 3:-3].norm() / magnitude[:, 3:-3].norm()))
     assert errors[0] > 1.5 * errors[1] > 1.2 * errors[2]
     fixed = spectrum[:, :5]
-    assert torch.equal(GriffinLim(window, HOP, 4)(magnitude, start.clone(), fixed)[:, :5], fixed)
+    assert torch.equal(GriffinLim(window, HOP_SAMPLES, 4)(magnitude, start.clone(), fixed)[:, :5], fixed)
 
 
 def test_stereo_image_survives() -> None:
@@ -181,7 +184,9 @@ def test_what_lies_far_behind_changes_no_sample() -> None:
     """Decoding is causal but for some frames: a stream can begin before its end is known."""
     vae, latents = lively(), torch.randn(1, 64, 400)
     other = torch.cat((latents[:, :, :300], torch.randn(1, 64, 100)), 2)
-    assert torch.equal(vae.decode(latents)[:, :, : 256 * 1024 - WINDOW], vae.decode(other)[:, :, : 256 * 1024 - WINDOW])
+    assert torch.equal(
+        vae.decode(latents)[:, :, : 256 * 1024 - WINDOW_SAMPLES], vae.decode(other)[:, :, : 256 * 1024 - WINDOW_SAMPLES]
+    )
 
 
 @pytest.mark.parametrize("chunk", [3, 13])

@@ -231,6 +231,6 @@ def test_cached_items_say_what_they_are(data: Path, bundles: dict[str, Path]) ->
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for entry, row in zip(read_cache(bundles["latents"], encoder)[1], rows, strict=True):
         assert entry.about.name == row["file_name"] and list(entry.about.captions) == row["captions"]
-        assert (entry.about.seconds_start, entry.about.truth) == (0.0, row)
+        assert (entry.about.seconds_start, entry.about.metadata) == (0.0, row)
         assert entry.about.seconds == pytest.approx(row["seconds"], abs=1 / 44100)
         assert entry.about.audio == hashlib.sha256((data / row["file_name"]).read_bytes()).hexdigest()

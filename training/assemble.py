@@ -1,4 +1,4 @@
-"""Store a trained bundle to ship, in 16 bits: python -m training.assemble --config configs/stable_audio/assemble.yaml.
+"""Store a bundle in 16 bits for release: python -m training.assemble --config configs/stable_audio/assemble.yaml.
 
 The decoder of a second phase takes the place of the bundle's where one is given.
 """
@@ -19,10 +19,10 @@ from training.command import main
 
 @dataclass(frozen=True, kw_only=True)
 class AssembleConfig:
-    """A bundle to store.
+    """The bundle to store.
 
     Attributes:
-        bundle: that a trainer wrote.
+        bundle: folder that a trainer wrote.
         vae: bundle whose VAE replaces the bundle's, or null.
         model: model YAML whose `generation` defaults the result gets, or null to keep the bundle's.
         output: folder for the result; its README.md and pictures are kept.

@@ -30,7 +30,7 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True)
 class Resumable:
-    """All that a resumed run needs besides its configuration; each optimizer has the name of the module it updates."""
+    """Everything that a resumed run needs besides its configuration; optimizers go by the module that they update."""
 
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
@@ -80,10 +80,10 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
     return info
 
 
-def take_over(run: Path, state: Resumable, modules: Collection[str]) -> None:
-    """Load `modules` and all optimizers' state from the newest checkpoint of another run, in place.
+def warm_start(run: Path, state: Resumable, modules: Collection[str]) -> None:
+    """Load `modules` and the state of all optimizers from the newest checkpoint of another run, in place.
 
-    An optimizer may have fewer parameters than it had there: a later phase freezes some.
+    An optimizer may have fewer parameters than in that run: a later phase freezes some.
 
     Raises:
         UserError: the run has no checkpoint, or its tensors don't fit.
@@ -108,7 +108,7 @@ def _refusing(path: Path, advice: str) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, oldest first."""
+    """List the complete checkpoints under `folder`, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / "state.json").exists())
@@ -121,7 +121,7 @@ def prune(folder: Path, keep_last: int) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what killed runs began to write under `folder`."""
+    """Remove the partial checkpoints that killed runs left under `folder`."""
     for path in folder.glob(".step_*"):
         shutil.rmtree(path)
 
@@ -154,7 +154,7 @@ def _optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Ten
 
 
 def _load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Take what is there of the parameters that the optimizer has."""
+    """Load the saved state of those parameters that the optimizer has."""
     own, entries = module.state_dict(), dict[str, dict[str, Tensor]]()
     for key, value in tensors.items():
         parameter, name = key.rsplit("/", 1)

@@ -15,13 +15,8 @@ T = TypeVar("T")
 
 def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None:
     """Parse --config into `cls`, run, and print where the result is; ends the process."""
-    main_of(description, lambda path: run(load_config(path, cls)))
-
-
-def main_of(description: str | None, run: Callable[[Path], Any]) -> None:
-    """The same for what reads the config's file itself."""
     parser = Parser(description=description)
     parser.add_argument("--config", required=True, type=Path, help="YAML file with the run's settings")
     arguments = parser.parse_args()
     stopped = "stopped; the same command goes on from the last checkpoint"
-    sys.exit(guarded(lambda: print(run(arguments.config)), stopped))
+    sys.exit(guarded(lambda: print(run(load_config(arguments.config, cls))), stopped))

@@ -1,4 +1,4 @@
-"""Parts of training by denoising: the network with its conditions, noise levels, losses by level, sounds to hear."""
+"""Parts of diffusion training: the network with its conditions, noise levels, losses by level, demos."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.pipeline import StableAudio
-from training.task import Sound
+from training.task import Demo
 
 _LEVELS = 4  # noise-level bins of the logged loss
-_UNPROMPTED = 3  # demos where there are no prompts
+_UNPROMPTED = 3  # demos without prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemosConfig:
-    """Sounds made while training, of the same seeds each time.
+    """Demos generated during training, from the same seeds each time.
 
     Attributes:
         every: steps between them.
-        prompts: one sound each, at every guidance scale in `cfg`; none: sounds from nothing.
+        prompts: one sound each, at every guidance scale in `cfg`; if empty, the sounds are unprompted.
         seconds: length of each, or null for the window.
         steps: sampling steps, or null for the model's own.
     """
@@ -38,22 +38,22 @@ class DemosConfig:
         if self.every < 1 or not self.cfg:
             raise ValueError("every must be at least 1, and cfg not empty")
 
-    def sounds(self, model: StableAudio) -> list[Sound]:
-        """Generate them with `model`."""
+    def sounds(self, model: StableAudio) -> list[Demo]:
+        """Generate the demos with `model`."""
         settings: dict[str, Any] = {"seconds": self.seconds, "steps": self.steps, "seed": 0}
         if not self.prompts:
             made = model.generate(count=_UNPROMPTED, **settings)
-            return [Sound(f"sound{i}", audio, made.sample_rate) for i, audio in enumerate(made.audio, 1)]
+            return [Demo(f"sound{i}", audio, made.sample_rate) for i, audio in enumerate(made.audio, 1)]
         sounds = []
         for cfg in self.cfg:
             made = model.generate(list(self.prompts), cfg=cfg, **settings)
             rows = enumerate(made.audio, 1)
-            sounds += [Sound(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
+            sounds += [Demo(f"prompt{i}-cfg{cfg:g}", audio, made.sample_rate) for i, audio in rows]
         return sounds
 
 
 class Conditioned(nn.Module):
-    """A network with its timing embeddings: all that is trained, in one forward."""
+    """A network with its timing embeddings: everything that is trained, in one forward pass."""
 
     def __init__(self, conditioner: Conditioner, network: nn.Module):
         super().__init__()
@@ -70,8 +70,8 @@ def stratified_shares(batch: int, draws: torch.Generator, lowest: float = 0.0, s
     """Shares in [lowest, 1] for a batch, in random order: one in each of `batch` equally likely parts.
 
     Uniform for shift s = 1; otherwise uniform u become s u / (1 + (s - 1) u), which has its median at s / (1 + s)
-    (Esser et al. 2024, arXiv 2403.03206, section 5.3.2: the more numbers say the same, the more noise it takes to
-    drown it).
+    (Esser et al. 2024, arXiv 2403.03206, section 5.3.2: the more redundant the data, the more noise it takes to
+    destroy them).
     """
     first = lowest / (shift - (shift - 1) * lowest)
     u = first + (1 - first) * (torch.arange(batch) + torch.rand(batch, generator=draws)) / batch
@@ -79,9 +79,9 @@ def stratified_shares(batch: int, draws: torch.Generator, lowest: float = 0.0, s
 
 
 def loss_by_level(errors: Tensor, shares: Tensor, objective: str) -> dict[str, Tensor]:
-    """Mean error of the items in each quarter of the noise levels, NaN where there are none.
+    """Mean error of the items in each quarter of the noise levels, NaN for a quarter without items.
 
-    All quarters are there always: processes that log together must name the same figures.
+    All quarters are always present: processes that log together must have metrics of the same names.
     """
     level = (shares * _LEVELS).long().clamp_max(_LEVELS - 1)
     return {f"loss/{objective}_t{i}of{_LEVELS}": errors[level == i].mean() for i in range(_LEVELS)}

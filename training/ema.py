@@ -9,7 +9,7 @@ from training.shard import local
 
 
 class EMA:
-    """Average of a module's floating-point state.
+    """Exponential moving average of a module's floating-point state.
 
     The decay at step n is min(decay, 1 - (1 + n)^-power), so that early weights are forgotten quickly
     (Karras-style warm-up as in k-diffusion; power 3/4 reaches 0.9999 after about 215,000 steps).

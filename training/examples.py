@@ -5,27 +5,42 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stable_audio_lite.data.crops import Crops, epoch_index
+from stable_audio_lite.data.crops import Crops, epoch_index, item_numbers
 from stable_audio_lite.data.latents import read_cache, read_index
 from stable_audio_lite.representation import LatentRepresentation, Representation
 
 
 class Examples(Protocol):
-    """Training examples, each a function of its number and the seed."""
+    """Training examples.
+
+    A batch is data x0 (B, ...), "seconds_start" and "seconds_total" (B,), and "captions" where there are any.
+    """
 
     def __len__(self) -> int:
-        """How many items there are."""
+        """Count the items."""
+        ...
+
+    def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
+        """Draw the share of process `rank` in the `number`-th batch, `size` items in each of `world` processes.
+
+        All processes together draw what one would with `size * world` items.
+        """
         ...
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
-        """Data x0 (B, ...), "seconds_start" and "seconds_total" (B,), and "captions" where there are any."""
+        """Draw the examples with these numbers, each a function of its own number and the seed."""
         ...
+
+
+_SILENT_FRAMES = 8
+"""Frames of silence that a window has at least after an item that it holds whole, to learn where it ends."""
 
 
 @dataclass(frozen=True)
@@ -41,51 +56,81 @@ class Window:
 class LatentWindows:
     """Windows of cached latents held in memory, as a network sees them.
 
-    Where an item is shorter than the window, the rest is the VAE's latent of digital silence.
+    Where an item is shorter than the window, the rest is the VAE's latent of digital silence. The windows of a batch
+    have one length, the shortest that its items fit into, so that little of them is silence.
 
     Args:
         folders: what runs of `training.pre_encode` wrote; their items follow one another.
-        latents: the representation whose latents they are, and whose windows.
+        latents: the representation whose latents they are.
+        lengths: of windows in frames; the longest is of items that fit into none.
 
     Raises:
         UserError: a folder is unfinished or of another VAE.
     """
 
-    def __init__(self, folders: Sequence[str | Path], latents: LatentRepresentation):
+    def __init__(self, folders: Sequence[str | Path], latents: LatentRepresentation, lengths: Sequence[int] = ()):
         self.entries = [entry for folder in folders for entry in read_cache(folder, latents.hash)[1]]
-        self.latents, self.frames = latents, latents.shape[1]
+        self.latents, self.lengths = latents, sorted(lengths) or [latents.shape[1]]
         self.frame_seconds = latents.hop / latents.sample_rate
+        self._buckets: dict[int, list[int]] = {}
+        for index, entry in enumerate(self.entries):
+            fitting = (length for length in self.lengths if entry.latent.shape[1] + _SILENT_FRAMES <= length)
+            self._buckets.setdefault(next(fitting, self.lengths[-1]), []).append(index)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def window(self, index: int, rng: random.Random) -> Window:
-        """A uniformly placed window of item `index`, with one of its captions."""
-        entry = self.entries[index]
-        start = rng.randint(0, max(entry.latent.shape[1] - self.frames, 0))
-        piece = self.latents.normalise(entry.latent[:, start : start + self.frames].float())
-        if rest := self.frames - piece.shape[1]:
+    def window(self, index: int, rng: random.Random, frames: int | None = None) -> Window:
+        """Draw a uniformly placed window of item `index`, by default of the longest length, and one of its captions."""
+        entry, frames = self.entries[index], frames or self.lengths[-1]
+        start = rng.randint(0, max(entry.latent.shape[1] - frames, 0))
+        piece = self.latents.normalise(entry.latent[:, start : start + frames].float())
+        if rest := frames - piece.shape[1]:
             piece = torch.cat((piece, self.latents.silence[:, -rest:]), 1)
         begin = entry.about.seconds_start + start * self.frame_seconds
         total = entry.about.seconds_start + entry.about.seconds
         return Window(piece, rng.choice(entry.about.captions), begin, total)
 
+    def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
+        """As `Examples`."""
+        groups = self._epoch(0, size * world, seed)
+        epoch, place = divmod(number, len(groups))
+        frames, group = self._epoch(epoch, size * world, seed)[place]
+        rngs = (random.Random(f"{seed}/{n}") for n in item_numbers(number, rank, world, size))
+        own = group[rank * size : (rank + 1) * size]
+        return _stack([self.window(index, rng, frames) for index, rng in zip(own, rngs, strict=True)])
+
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
         """As `Examples`."""
-        drawn = [self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers]
-        return {
-            "x0": torch.stack([w.latent for w in drawn]),
-            "captions": [w.caption for w in drawn],
-            "seconds_start": torch.tensor([w.seconds_start for w in drawn]),
-            "seconds_total": torch.tensor([w.seconds_total for w in drawn]),
-        }
+        return _stack([self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers])
+
+    @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
+    def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
+        """Window length and items of each batch of an epoch; some items are drawn twice to fill the last batches."""
+        rng = random.Random(f"{seed}/epoch {epoch}")
+        groups = []
+        for frames, bucket in sorted(self._buckets.items()):
+            order = rng.sample(bucket, len(bucket))
+            order += [rng.choice(bucket) for _ in range(-len(order) % size)]
+            groups += [(frames, order[i : i + size]) for i in range(0, len(order), size)]
+        rng.shuffle(groups)
+        return groups
+
+
+def _stack(windows: list[Window]) -> dict[str, Any]:
+    return {
+        "x0": torch.stack([w.latent for w in windows]),
+        "captions": [w.caption for w in windows],
+        "seconds_start": torch.tensor([w.seconds_start for w in windows]),
+        "seconds_total": torch.tensor([w.seconds_total for w in windows]),
+    }
 
 
 def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) per channel over all frames of several caches.
 
     Raises:
-        UserError: a folder is unfinished or of another VAE than that with the hash `encoder`.
+        UserError: a folder is unfinished, or its VAE is not the one with the hash `encoder`.
     """
     caches = [read_index(folder, encoder) for folder in folders]
     frames = torch.tensor([index.frames for index in caches], dtype=torch.float64)
@@ -97,7 +142,7 @@ def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tens
 
 
 class SoundExamples:
-    """Crops of sound as `representation` has them, mixed to its channels."""
+    """Crops of sound, mixed to the channels of `representation` and encoded by it."""
 
     def __init__(self, crops: Crops, representation: Representation, captioned: bool):
         self.crops, self.representation, self.captioned = crops, representation, captioned
@@ -105,8 +150,12 @@ class SoundExamples:
     def __len__(self) -> int:
         return len(self.crops.items)
 
-    def draw(self, numbers: range, seed: int) -> dict[str, Any]:
+    def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
         """As `Examples`."""
+        return self.draw(item_numbers(number, rank, world, size), seed)
+
+    def draw(self, numbers: range, seed: int) -> dict[str, Any]:
+        """Draw examples, see `Examples`."""
         crops = [self.crops.crop(n) for n in numbers]
         audio = torch.stack([crop.audio for crop in crops])
         if self.representation.audio_channels == 1:

@@ -22,10 +22,10 @@ class FrozenClap:
     parts: Mapping[str, dict[str, Tensor]]
 
     def check_same(self, theirs: Mapping[str, Tensor], bundle: str, source: str) -> None:
-        """Refuse the text encoder of a `bundle` to go on from, if it isn't this one, which came from `source`.
+        """Refuse to continue from `bundle` if its text encoder isn't this one, which came from `source`.
 
         Raises:
-            UserError: weights differ by more than bfloat16's rounding, in which shipped bundles store them.
+            UserError: weights differ by more than rounding to bfloat16, as which shipped bundles store them.
         """
         ours = self.parts["text_encoder"]
         if theirs.keys() != ours.keys() or not all(

@@ -27,11 +27,11 @@ from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, 
 from training.ema import EMA
 from training.monitor import Monitor
 from training.shard import shard, sharding
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 from training.update import Health, Update
 
 
-def fit(run: RunConfig, task: Task, config: Any) -> Path:
+def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
     """Train `task` for `run.steps` steps, resuming from the newest checkpoint in `run.output`.
 
     `config` is the whole configuration (a dataclass), saved beside the checkpoints. Returns the bundle's folder.
@@ -96,7 +96,7 @@ def fit(run: RunConfig, task: Task, config: Any) -> Path:
 
 
 def _resume(output: Path, state: Resumable, update: Update) -> int:
-    """Load the newest checkpoint; returns the step to go on with."""
+    """Load the newest checkpoint; returns the step to continue with."""
     info = load_checkpoint(checkpoints(output / "checkpoints")[-1], state)
     update.health = Health(**info["health"])
     if update.scaler is not None and info.get("scaler"):
@@ -105,7 +105,7 @@ def _resume(output: Path, state: Resumable, update: Update) -> int:
 
 
 def _return(output: Path, step: int, state: Resumable, update: Update) -> int:
-    """Go back to the newest checkpoint at half the rates; returns its step."""
+    """Go back to the newest checkpoint, at half the learning rates; returns its step."""
     health = replace(update.health, in_a_row=0, returns=update.health.returns + 1)
     good = checkpoints(output / "checkpoints")[-1]
     row = f"losses or gradients were not finite in the {update.run.max_bad_steps} steps up to {step}"
@@ -145,8 +145,10 @@ def _mix(seed: int, number: int, rank: int) -> int:
     return (seed * 1_000_003 + number) * 4_099 + rank
 
 
-def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -> Iterator[tuple[int, Iterator[Any]]]:
-    """(step, its batches) pairs; the next batch is read while one is used."""
+def _batches(
+    task: TrainingTask, accelerator: Accelerator, start: int, run: RunConfig
+) -> Iterator[tuple[int, Iterator[Any]]]:
+    """Yield (step, its batches) pairs; the next batch is read while one is used."""
     rank, world = accelerator.process_index, accelerator.num_processes
     last = run.steps * run.accumulate - 1
     with ThreadPoolExecutor(1) as pool:
@@ -162,8 +164,8 @@ def _batches(task: Task, accelerator: Accelerator, start: int, run: RunConfig) -
             yield step, (take(number) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
-def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> dict[str, Tensor]:
-    """Gradients of one update of everything, which `update.end` does; returns the losses, averaged over batches."""
+def one_step(task: TrainingTask, batches: Iterable[Any], step: int, update: Update) -> dict[str, Tensor]:
+    """Accumulate the gradients of one update, which `update.end` applies; returns the losses averaged over batches."""
     accelerator, count = update.accelerator, update.run.accumulate
     update.begin(step)
     rows: list[dict[str, Tensor]] = []
@@ -176,12 +178,12 @@ def one_step(task: Task, batches: Iterable[Any], step: int, update: Update) -> d
                         stack.enter_context(module.no_sync())
             stack.enter_context(accelerator.autocast())
             losses = task.step(_to(batch, accelerator.device), step, update)
-        rows.append({k: v.detach().float() for k, v in losses.items()})  # their graphs may go
+        rows.append({k: v.detach().float() for k, v in losses.items()})  # detached, so that their graphs are freed
     return {k: torch.stack([row[k] for row in rows]).nanmean() for k in rows[0]}
 
 
 class _Averaged:
-    """Within this context the modules hold their averaged weights."""
+    """Context in which the modules hold their averaged weights."""
 
     def __init__(self, modules: dict[str, nn.Module], averages: dict[str, EMA]):
         self.modules, self.averages = modules, averages

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.stft import stft
-from stable_audio_lite.models.spectrogram_vae import Encoder
+from stable_audio_lite.models.spectrogram_vae import SpectrogramEncoder
 
 Maps = list[tuple[Tensor, list[Tensor]]]
 
@@ -35,15 +35,15 @@ class MultiResolutionSTFTLoss(nn.Module):
     Evans et al. 2024, section 3.1). The transform is linear, so only left and right are transformed.
 
     The denominator of the convergence and the magnitudes in the logarithm have a floor: without it the difference
-    signal of near-mono music divides by nearly nothing, and silence takes most of the logarithm's attention.
+    signal of near-mono music divides by nearly nothing, and silence dominates the logarithm.
 
-    Half of a spectrum's bins lie above 11 kHz, where music has little. With `mel` the logarithms are compared on mel
-    bands too, which are close where the ear is sharp (Kumar et al. 2023, section 3.4).
+    Half of a spectrum's bins are above 11 kHz, where music has little. With `mel` the logarithms are compared on mel
+    bands too, which are dense where the ear is sharp (Kumar et al. 2023, section 3.4).
 
     Args:
         windows: window lengths in samples; the hop is a quarter.
-        floor: smallest magnitude heard in the logarithm, relative to a full-scale sine's peak bin.
-        mel: give the distance "mel" as well.
+        floor: smallest magnitude that counts in the logarithm, relative to a full-scale sine's peak bin.
+        mel: add the distance on mel bands.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MultiResolutionSTFTLoss(nn.Module):
         """Distances "stft/sum", "difference", "left", "right", and perhaps "stft/mel", of (B, 2, T) signals."""
         both = torch.cat((output, target)).float()
         if self.fir is not None:
-            both = convolve(both, self.fir)
+            both = filter_fir(both, self.fir)
         names = ("sum", "difference", "left", "right")
         totals = dict.fromkeys((*names, *(["mel"] if self.mel else [])), output.new_zeros((), dtype=torch.float32))
         for window in self.windows:
@@ -91,14 +91,17 @@ class MultiResolutionSTFTLoss(nn.Module):
         return ((wanted + self.floor) / (got + self.floor)).log().abs().mean()
 
     def _stft(self, audio: Tensor, window: int) -> Tensor:
-        taper = getattr(self, f"window_{window}")
+        weights = getattr(self, f"window_{window}")
         # A full-scale sine peaks at 1, whatever the window.
-        return stft(audio, taper, window // 4) * (2 / taper.sum())
+        return stft(audio, weights, window // 4) * (2 / weights.sum())
 
 
 def mel_bands(sample_rate: int, window: int) -> Tensor:
-    """(bands, window / 2 + 1): triangles on the mel scale that take means of magnitudes; 20 bands for 128 samples, 320
-    for 2048 and more (as Kumar et al. 2023). Bands too narrow to hold a bin are left out."""
+    """Mel filters (bands, window / 2 + 1): triangles that take means of magnitudes.
+
+    There are 20 bands for a window of 128 samples and 320 for 2048 and more (as in Kumar et al. 2023); bands too narrow
+    to hold a bin are left out.
+    """
     import torchaudio
 
     count = min(round(window * 320 / 2048), 320)
@@ -108,8 +111,8 @@ def mel_bands(sample_rate: int, window: int) -> Tensor:
     return bands / bands.sum(1, keepdim=True)
 
 
-def convolve(audio: Tensor, fir: Tensor) -> Tensor:
-    """Filter (..., T) audio with an odd number of symmetric taps, without delay; done by spectra: exact and fast."""
+def filter_fir(audio: Tensor, fir: Tensor) -> Tensor:
+    """Filter (..., T) audio with an odd number of symmetric taps, without delay, by FFT: exact and fast."""
     n = 1 << (audio.shape[-1] + fir.shape[0] - 1).bit_length()
     filtered = torch.fft.irfft(torch.fft.rfft(audio, n) * torch.fft.rfft(fir, n), n)
     start = fir.shape[0] // 2
@@ -125,8 +128,8 @@ def _signals(stereo: Tensor) -> dict[str, Tensor]:
 class WaveformLoss(nn.Module):
     """Norm of the error over norm of the target, per item, of the waveform and of the A-weighted waveform.
 
-    By Parseval's theorem it is the convergence of complex spectra: it sees the phase, which magnitudes do not, and so
-    teaches a VAE pitch in its first hundreds of steps.
+    By Parseval's theorem it is the convergence of complex spectra. Unlike magnitudes it depends on the phase, and so it
+    teaches a VAE pitch in its first few hundred steps.
 
     Args:
         floor: smallest norm, relative to full scale, that errors are measured against.
@@ -140,7 +143,7 @@ class WaveformLoss(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Mean relative error "waveform/relative" of (B, C, T) signals, 1 for silence."""
         both = torch.cat((output, target)).float()
-        return {"waveform/relative": (self._relative(both) + self._relative(convolve(both, self.fir))) / 2}
+        return {"waveform/relative": (self._relative(both) + self._relative(filter_fir(both, self.fir))) / 2}
 
     def _relative(self, both: Tensor) -> Tensor:
         output, target = both.chunk(2)
@@ -149,16 +152,16 @@ class WaveformLoss(nn.Module):
 
 
 class SpectralFeatureLoss(nn.Module):
-    """Distances of the spectrogram VAE's features.
+    """Distances between the spectrogram VAE's features.
 
-    Logarithms of magnitudes weigh what is quiet as much as what is loud; square roots of magnitudes, relative to their
-    mean in the item, weigh what is loud more. Stereo parameters count by the square root of the level of their frame.
+    Logarithms of magnitudes weight quiet and loud parts alike; square roots of magnitudes, relative to their mean in
+    the item, weight loud parts more. Stereo parameters are weighted by the square root of the level of their frame.
 
     Args:
-        encoder: whose normalisation the features have.
+        encoder: the one that normalised the features.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: SpectrogramEncoder):
         super().__init__()
         self.encoder = encoder
 

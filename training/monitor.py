@@ -1,4 +1,4 @@
-"""How a run shows itself."""
+"""Progress, logs and demos of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.audio.plot import plot_spectrogram
-from training.task import RunConfig, Sound
+from training.task import Demo, RunConfig
 from training.update import Health
 
 
@@ -43,7 +43,7 @@ class Monitor:
         self.bar.update()
         if step % self.run.log_every and step + 1 != self.run.steps:
             return
-        # NaN: a figure of which a process had no items.
+        # NaN: a metric for which a process had no items.
         device = self.accelerator.device
         gathered = {k: self.accelerator.gather(v.detach().float().reshape(1).to(device)) for k, v in losses.items()}
         figures = {k: float(v.nanmean()) for k, v in gathered.items() if not bool(v.isnan().all())}
@@ -64,7 +64,7 @@ class Monitor:
             with (Path(self.run.output) / "losses.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step} | {k: float(f"{v:.8g}") for k, v in figures.items()}) + "\n")
 
-    def play(self, step: int, sounds: list[Sound]) -> None:
+    def play(self, step: int, sounds: list[Demo]) -> None:
         """Write sounds and their spectrograms to `demos/step_N`, and to TensorBoard, which plays one channel."""
         folder = Path(self.run.output) / "demos" / f"step_{step + 1:08d}"
         for sound in sounds:

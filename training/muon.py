@@ -30,7 +30,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(AdamW):
-    """AdamW in whose groups marked `muon` the update is orthogonalised momentum.
+    """AdamW, except that in groups marked `muon` the update is orthogonalised momentum.
 
     Args:
         module: parameters of two or more axes are updated by Muon, all others by AdamW.
@@ -61,13 +61,13 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):  # type: ignore[no-untyped-def, override]
-        """One update of all parameters."""
+        """Update all parameters once."""
         for group in self.param_groups:
             if group["muon"]:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._orthogonal_step(parameter, group)
-        # AdamW skips parameters without a gradient: hide those that were done.
+        # AdamW skips parameters without a gradient: hide those that Muon updates.
         done = [(p, p.grad) for g in self.param_groups if g["muon"] for p in g["params"]]
         for parameter, _ in done:
             parameter.grad = None
@@ -90,5 +90,5 @@ class Muon(AdamW):
 
 
 def _is_matrix(parameter: Tensor) -> bool:
-    """Whether it has at least two axes longer than 1: gains, biases and Snake frequencies have one."""
+    """Check for at least two axes longer than 1: gains, biases and Snake frequencies have one."""
     return sum(size > 1 for size in parameter.shape) >= 2

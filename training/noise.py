@@ -1,4 +1,4 @@
-"""Random draws that belong to an item's number in the run, not to the process that happens to train on it.
+"""Random draws keyed by an item's number in the run, not by the process that happens to train on it.
 
 One process with a doubled batch therefore sees what two see, and a resumed run what an uninterrupted one does.
 """
@@ -17,5 +17,5 @@ def generator(seed: int, *numbers: int) -> torch.Generator:
 
 
 def item_noise(seed: int, numbers: range, shape: tuple[int, ...]) -> Tensor:
-    """Normal noise (len(numbers), *shape), of each item by its number."""
+    """Draw normal noise (len(numbers), *shape), each item's keyed by its number."""
     return torch.stack([torch.randn(shape, generator=generator(seed, number)) for number in numbers])

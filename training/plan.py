@@ -1,7 +1,7 @@
-"""What a run will take, measured before it begins: stable-audio-lite plan configs/stable_audio/train_diffusion.yaml.
+"""The cost of a run, measured before it begins: stable-audio-lite plan configs/stable_audio/train_diffusion.yaml.
 
-Builds what the trainer builds, does a few of its steps on this machine, and writes nothing. Activations are what
-autograd keeps for the backward pass, at two batch sizes: so much for a batch, so much for each item.
+It builds what the trainer builds, does a few of its steps on this machine, and writes nothing. Activations are the
+tensors that autograd keeps for the backward pass; two batch sizes tell what a batch costs and what each item adds.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from stable_audio_lite.config import load_config, read_yaml
 from training.checkpoint import checkpoints
 from training.loop import one_step
 from training.profile import Profile, profile
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 from training.train_clap import ClapTask, TrainClapConfig
 from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 from training.train_vae import TrainVAEConfig, VAETask
 from training.update import Update
 
-TRAINERS: dict[str, tuple[type, type[Task]]] = {
+TRAINERS: dict[str, tuple[type, type[TrainingTask]]] = {
     "train_clap": (TrainClapConfig, ClapTask),
     "train_vae": (TrainVAEConfig, VAETask),
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
@@ -46,24 +46,24 @@ _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take; sizes are in bytes.
+    """Cost of a run; sizes are in bytes.
 
     Attributes:
-        trainer: whose config it is.
+        trainer: the one that the config is for.
         trained, frozen: parameters by network.
         weights, gradients, optimizers, averages: memory of each process throughout.
         frozen_weights: the part of `weights` that is not trained.
-        activations: memory that a batch of `batch_size` needs besides, of which `per_item` for each of its items.
-        free: memory that activations may take.
+        activations: further memory for a batch of `batch_size`, of which `per_item` is for each of its items.
+        free: memory available to activations.
         checkpoint, bundle: size of each on disk.
-        disk_free: what is left on the disk of the run's output.
-        items: in an epoch.
-        processes, batch_size, accumulate: whose product is the items of a step.
-        seconds: for a step.
+        disk_free: space left on the disk of the run's output.
+        items: number of items in an epoch.
+        processes, batch_size, accumulate: their product is the number of items in a step.
+        seconds: duration of a step.
         flops: floating-point operations of a step as torch counts them: matrix products, convolutions and attention.
         steps, done: updates in all and up to the newest checkpoint.
-        keep_last: checkpoints kept.
-        profile: where a step's time goes, if asked for.
+        keep_last: number of checkpoints kept.
+        profile: time of a step by operation, if asked for.
     """
 
     trainer: str
@@ -93,30 +93,30 @@ class Plan:
 
     @property
     def largest_batch(self) -> int:
-        """Items of a batch whose activations fit into what is free."""
+        """Largest number of items in a batch whose activations fit into the free memory."""
         constant = self.activations - self.batch_size * self.per_item
         return max(0, math.floor((self.free - constant) / max(self.per_item, 1.0)))
 
     @property
     def sharded(self) -> int:
-        """Memory of each process with FSDP, but for the parts of the network that are whole while they compute."""
+        """Memory of each process with FSDP, except for the parts of the network gathered while they compute."""
         gradients = self.gradients // (2 if self.processes > 1 else 1)  # no DDP, no buckets
         shared = self.weights - self.frozen_weights + gradients + self.optimizers + self.averages
         return self.frozen_weights + shared // self.processes + self.activations
 
     @property
     def step_items(self) -> int:
-        """Items of an update, over all processes."""
+        """Number of items in an update, over all processes."""
         return self.processes * self.batch_size * self.accumulate
 
     @property
     def disk(self) -> int:
-        """What the run needs at most: one more checkpoint than it keeps, and the last and the best bundle."""
+        """Most disk space that the run takes: one more checkpoint than it keeps, and the last and the best bundle."""
         return (self.keep_last + 1) * self.checkpoint + 2 * self.bundle
 
     @property
     def hours(self) -> float:
-        """Time to finish."""
+        """Hours to the end of the run."""
         return (self.steps - self.done) * self.seconds / 3600
 
     def as_text(self) -> str:
@@ -155,9 +155,9 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
 
     Args:
         path: the YAML file of any trainer.
-        steps: how many to time, after two others.
-        processes: of the run; each is taken to be as fast as one is here.
-        profiled: whether to profile one more step.
+        steps: number of steps to time, after two others.
+        processes: of the run; each is assumed to be as fast as one is here.
+        profiled: profile one more step.
 
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
@@ -170,15 +170,15 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
         return _measure(trainer, task, run, steps, processes, profiled)
 
 
-def _trainer(path: str | Path) -> tuple[str, type[Any], type[Task]]:
-    """The trainer that has most of the file's keys: the strict reading of the file then names what is wrong."""
+def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
+    """Find the trainer that knows most of the file's keys, so that reading it strictly names what is wrong."""
     keys = set(read_yaml(path))
     shared = {name: len(keys & {f.name for f in dataclasses.fields(c)}) for name, (c, _) in TRAINERS.items()}
     best = max(shared, key=lambda name: shared[name])
     return best, *TRAINERS[best]
 
 
-def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
+def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
     accelerator = Accelerator(mixed_precision=run.precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
@@ -237,31 +237,31 @@ def _measure(trainer: str, task: Task, run: RunConfig, steps: int, processes: in
     )
 
 
-def _batches(task: Task, step: int, run: RunConfig) -> Iterable[Any]:
+def _batches(task: TrainingTask, step: int, run: RunConfig) -> Iterable[Any]:
     return (task.batch(number, 0, 1) for number in range(step * run.accumulate, (step + 1) * run.accumulate))
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Of one step: bytes that autograd kept at most, and floating-point operations."""
+    """Counts of one step: peak bytes kept by autograd, and floating-point operations."""
 
     kept: int
     flops: int
 
 
-def _counted_step(task: Task, size: int, step: int, update: Update) -> _Counts:
+def _counted_step(task: TrainingTask, size: int, step: int, update: Update) -> _Counts:
     """Do a step with batches of `size` items."""
     before, task.batch_size = task.batch_size, size
     constant = {t.untyped_storage().data_ptr() for m in task.modules.values() for t in m.state_dict().values()}
-    with (flops := Flops()), (saved := Saved(constant)).hooks:
+    with (flops := FlopCounter()), (saved := SavedTensorMemory(constant)).hooks:
         one_step(task, _batches(task, step, update.run), step, update)
         update.end()
     task.batch_size = before
     return _Counts(saved.most, flops.total)
 
 
-class Flops(TorchDispatchMode):
-    """Counts by torch's own formulas. (Its FlopCounterMode follows modules too, and so forbids autograd.grad.)"""
+class FlopCounter(TorchDispatchMode):
+    """Operation counter by torch's formulas. (Its FlopCounterMode also tracks modules, which forbids autograd.grad.)"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,8 +274,8 @@ class Flops(TorchDispatchMode):
         return out
 
 
-class Saved:
-    """Counts the memory behind the tensors that autograd saves, each once, without that at `constant` addresses."""
+class SavedTensorMemory:
+    """Memory behind the tensors that autograd saves, each counted once, without that at `constant` addresses."""
 
     def __init__(self, constant: set[int]):
         self.constant, self.now, self.most = constant, 0, 0
@@ -286,7 +286,7 @@ class Saved:
         return _Kept(self, tensor)
 
     def add(self, tensor: Tensor, holders: int) -> None:
-        """Count one holder more, or less, of the tensor's memory."""
+        """Add `holders` (1, or -1 to remove one) to those of the tensor's memory."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self.constant:
@@ -298,9 +298,9 @@ class Saved:
 
 
 class _Kept:
-    """A saved tensor, counted for as long as it is."""
+    """A saved tensor, counted for as long as it lives."""
 
-    def __init__(self, saved: Saved, tensor: Tensor):
+    def __init__(self, saved: SavedTensorMemory, tensor: Tensor):
         self.saved, self.tensor = saved, tensor
         saved.add(tensor, 1)
 
@@ -314,14 +314,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _free(device: torch.device, fixed: int, averages: int) -> int:
-    """Memory left for activations; the averages are not made here, all else already is."""
+    """Memory left for activations; all else is allocated already, except the averages."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1] * (1 - _SPARE)) - fixed
     return psutil.virtual_memory().available - averages
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path itself, or the nearest folder above it that exists."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 

@@ -1,7 +1,7 @@
 """Encode a data set once: python -m training.pre_encode --config configs/stable_audio/pre_encode.yaml.
 
 Each item becomes one latent of its whole length, with its captions and timing, in WebDataset shards; the mean and
-standard deviation per latent channel are stored beside them. Rerunning the command makes the shards that are missing.
+standard deviation per latent channel are stored beside them. Rerunning the command adds the missing shards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.data.latents import About, CachedLatent, LatentCache
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PreEncodeConfig:
-    """What to encode.
+    """Settings of an encoding run.
 
     Attributes:
         vae: bundle with the VAE.
@@ -38,7 +38,7 @@ class PreEncodeConfig:
         output: folder for the latents.
         max_unreadable: share of the data's files that may be unreadable; they are left out and listed in the output's
             `unreadable.jsonl`.
-        shard_items: items of a shard.
+        shard_items: number of items in a shard.
         dtype: of the VAE's weights and activations; the posterior is float32 either way.
     """
 
@@ -55,10 +55,10 @@ class PreEncodeConfig:
 
 
 def run(config: PreEncodeConfig) -> Path:
-    """Encode what is not encoded yet; returns the cache's folder.
+    """Encode the items that are not encoded yet; returns the cache's folder.
 
     Raises:
-        UserError: the cache was made by another VAE or of other items, an item has no caption, or too many can't be
+        UserError: the cache was made by another VAE or from other items, an item has no caption, or too many can't be
             read.
     """
     from tqdm import tqdm
@@ -70,7 +70,7 @@ def run(config: PreEncodeConfig) -> Path:
     latents = load_latents(config.vae, load_model_config(config.vae))
     vae = latents.to(accelerator.device, getattr(torch, config.dtype)).vae
     cache = LatentCache(Path(config.output), latents.hash, len(items), config.shard_items)
-    # Shards belong to a process by number, not by what is left: another one may already be writing.
+    # Each process takes shards by number, not from those missing: another process may already be writing some.
     mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
     names = [item.name for item in items]
     todo = [shard for shard in mine if not cache.holds(shard, names)]
@@ -88,7 +88,7 @@ def run(config: PreEncodeConfig) -> Path:
 def _encoded(
     numbers: range, items: Sequence[Item], vae: VAE, sample_rate: int, unreadable: Unreadable, bar: tqdm[Any]
 ) -> Iterator[CachedLatent]:
-    """Latents of the items that can be read."""
+    """Encode the items that can be read."""
     for number in numbers:
         item = items[number]
         try:
@@ -100,17 +100,17 @@ def _encoded(
 
 @torch.inference_mode()
 def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLatent:
-    """Posterior mean (latent_channels, F) float32 of an item's whole audio, on the CPU, and what is known of it.
+    """Encode an item's whole audio: the posterior mean (latent_channels, F), float32 on the CPU, and facts about it.
 
     Raises:
         UserError: the audio can't be read.
     """
     audio = read_audio(item.path, sample_rate)
     latent = vae.encode_chunked(audio[None].to(next(vae.parameters()).device)).mean[0].float().cpu()
-    about = About(
+    about = LatentMetadata(
         name=item.name,
         captions=item.captions,
-        truth=item.truth,
+        metadata=item.metadata,
         seconds_start=0.0,
         seconds=audio.shape[1] / sample_rate,
         audio=audio_hash(item.path),

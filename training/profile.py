@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, beside what this machine's matrix products reach."""
+"""The time of a training step by operation, and the rate of this machine's matrix products for comparison."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Of one step.
+    """The time of one step by operation.
 
     Attributes:
-        shares: operations by torch's names with their own share of the time, the longest first.
+        shares: operations by torch's names, each with its own share of the time, the largest first.
         matrix_rate: FLOP/s of a matrix product of 2048 cubed in the type that the step computes in.
     """
 
@@ -25,7 +25,7 @@ class Profile:
     matrix_rate: float
 
     def as_text(self) -> str:
-        """A line for the yardstick and one for each operation."""
+        """One line for the rate of matrix products, and one for each operation."""
         lines = [f"a matrix product of {_MATRIX} cubed reaches {self.matrix_rate / 1e9:.0f} GFLOP/s"]
         lines += [f"{share:6.1%}  {name}" for name, share in self.shares[:_SHOWN]]
         return "\n".join([*lines, f"{sum(share for _, share in self.shares[_SHOWN:]):6.1%}  all others"])

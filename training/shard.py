@@ -1,7 +1,7 @@
-"""Weights shared out over the processes (FSDP; Zhao et al. 2023, arXiv 2304.11277), for networks that fill a GPU.
+"""Weights sharded over the processes (FSDP; Zhao et al. 2023, arXiv 2304.11277), for networks that fill a GPU.
 
-Of every parameter a process keeps one slice, and so of its gradient, its average and its optimizer's state. A part of
-the network is whole only while it computes, in float32, so that a step computes what it does without sharding.
+A process keeps one slice of every parameter, of its gradient, of its average and of its optimizer's state. A part of
+the network is gathered only while it computes, in float32, so that a step has the same result as without sharding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stable_audio_lite.errors import UserError
 
 Parts = Mapping[type[nn.Module], tuple[str, ...]]
-"""Classes of the parts that are made whole one at a time, and their methods besides `forward` that use weights."""
+"""Classes of the parts that are gathered one at a time, and their methods besides `forward` that use weights."""
 
 _SUPPORTED = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}
 
@@ -26,11 +26,11 @@ _SUPPORTED = {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false", "FSDP_ACTIVAT
 def sharding(parts: Parts) -> bool:
     """Read from the environment if the configuration given to `accelerate launch` asks for FSDP.
 
-    Accelerate itself is then not told. What it would do needs GPUs, takes network and optimizer at once, and takes
-    updates and checkpoints out of the loop's hands.
+    Accelerate itself is not told: its own sharding needs GPUs, takes network and optimizer at once, and takes updates
+    and checkpoints out of the loop's hands.
 
     Raises:
-        UserError: the configuration asks for what is not supported, or the trainer has no `parts` to shard.
+        UserError: the configuration asks for something unsupported, or the trainer has no `parts` to shard.
     """
     if os.environ.pop("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise UserError("distributed_type: DEEPSPEED is not supported; see configs/accelerate/fsdp.yaml")
@@ -45,10 +45,10 @@ def sharding(parts: Parts) -> bool:
 
 
 def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator) -> Callable[[], dict[str, nn.Module]]:
-    """Leave each process its slices of `modules`, in place, which have to be the same in all; without `parts`, nothing.
+    """Shard `modules`, which have to be the same in all processes, in place; without `parts`, do nothing.
 
-    Returns a function that all processes have to call: it gives the main one the modules, whole (copied to the CPU if
-    they are sharded), and the others {}.
+    Returns a function that all processes have to call: it returns the whole modules in the main one (copied to the CPU
+    if they are sharded), and {} in the others.
     """
     main = accelerator.is_main_process
     if not parts:
@@ -57,7 +57,7 @@ def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator)
 
     empty = {name: copy.deepcopy(module).to("meta") for name, module in modules.items()}
     mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    # Whether weights are made whole once more for the backward pass, or stay whole from the forward pass on.
+    # Gather weights again for the backward pass, or keep them from the forward pass on.
     again = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     for module in modules.values():
         for part in reversed(list(module.modules())):  # the innermost first
@@ -78,7 +78,7 @@ def shard(modules: dict[str, nn.Module], parts: Parts, accelerator: Accelerator)
 
 
 def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors on the CPU, sharded ones whole, for which all processes have to ask; {} where they don't `keep` them."""
+    """Gather tensors on the CPU, or return {} where `keep` is false; all processes have to call this."""
     kept = {}
     for name, tensor in tensors.items():
         value = full(tensor)
@@ -88,22 +88,22 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, whose import takes a while."""
+    """Recognise a DTensor without importing its class, which takes a while."""
     return hasattr(tensor, "device_mesh")
 
 
 def full(tensor: Any) -> Tensor:
-    """The whole of a sharded tensor, for which all processes have to ask; any other as it is."""
+    """Gather a sharded tensor, for which all processes have to call this; any other tensor stays as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's slice of a sharded tensor, without copying; any other as it is."""
+    """This process's slice of a sharded tensor, without copying; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def sharded_like(tensor: Tensor, other: Any) -> Tensor:
-    """A whole tensor, the same in all processes, sharded as `other` is."""
+    """Shard a whole tensor, the same in all processes, as `other` is sharded."""
     if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor

@@ -1,4 +1,4 @@
-"""What a trainer gives to the loop: how long to run, how to update, and a task with its networks, data and losses."""
+"""The interface from a trainer to the loop: run and optimizer settings, and a task with networks, data and losses."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How long and how to run.
+    """Settings of a run.
 
     Attributes:
         output: folder for checkpoints, logs and the finished bundle.
         steps: updates in all.
         precision: "no" (float32), "bf16" or "fp16" autocast.
-        compile: torch.compile the modules; needs a C++ compiler on a CPU.
+        compile: compile the modules with torch.compile, which needs a C++ compiler on a CPU.
         ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
         accumulate: batches whose gradients are averaged into one update.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         max_bad_steps: an update whose loss or gradient is not finite is skipped; after this many such steps in a row
             the run returns to its newest checkpoint and goes on from there at half the learning rates.
-        max_returns: after that many returns the run gives up.
-        evaluate_every: steps between evaluations; 0 for none. The weights that did best are in the bundle `best`.
+        max_returns: number of returns after which the run gives up.
+        evaluate_every: steps between evaluations; 0 for none. The best weights so far are in the bundle `best`.
     """
 
     output: str
@@ -82,7 +82,7 @@ class OptimizerConfig:
             raise ValueError(f"lr must be positive and betas two numbers, got {self.lr}, {self.betas}")
 
     def build(self, module: nn.Module) -> Optimizer:
-        """The optimizer over the module's trainable parameters."""
+        """Build the optimizer of the module's trainable parameters."""
         betas = (self.betas[0], self.betas[1])
         if self.muon_lr is not None:
             return Muon(module, lr=self.lr, muon_lr=self.muon_lr, betas=betas, weight_decay=self.weight_decay)
@@ -102,28 +102,28 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class Sound:
-    """Something to listen to while a run goes on: (C, T) `audio`, full scale 1, and its `name`."""
+class Demo:
+    """A sound to listen to during a run: (C, T) `audio`, full scale 1, and its `name`."""
 
     name: str
     audio: Tensor
     sample_rate: int
 
 
-class Task(ABC):
-    """What is trained: modules, optimizers, data and losses.
+class TrainingTask(ABC):
+    """A training task: modules, optimizers, data and losses.
 
     Attributes:
         modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
-        tensors: whatever else changes in place during training, by name; saved and resumed.
-        parts: what is made whole at a time where weights are sharded, {} if they can't be: see training.shard.
+        tensors: all other tensors that change in place during training, by name; saved and resumed.
+        parts: parts gathered one at a time where weights are sharded, {} if they can't be: see training.shard.
         batch_size: items per process and batch.
-        items: how many make an epoch.
+        items: number of items in an epoch.
         frozen: networks that are used but not trained, by name.
         demonstrate_every: steps between demonstrations; 0 for none.
-        criterion: which of the figures on held-out data says which weights are best, small is good; "" for none.
+        criterion: name of the held-out metric that selects the best weights, the smaller the better; "" for none.
     """
 
     modules: dict[str, nn.Module]
@@ -138,7 +138,7 @@ class Task(ABC):
     parts: Parts = {}
 
     def begin(self, state: Resumable) -> None:  # noqa: B027
-        """Take over into `state` what the run starts with from another; called before the first step of a new run."""
+        """Load into `state` what a new run takes over from another; called before its first step."""
 
     @abstractmethod
     def batch(self, number: int, rank: int, world: int) -> Any:
@@ -148,7 +148,7 @@ class Task(ABC):
     def step(self, batch: Any, step: int, update: Update) -> dict[str, Tensor]:
         """Compute losses and call `update(name, loss)` for each optimizer.
 
-        Returns named figures to log, the same names in all processes and batches of a step.
+        Returns metrics to log, of the same names in all processes and batches of a step.
         """
 
     def rate(self, name: str, step: int, steps: int) -> float:
@@ -160,9 +160,9 @@ class Task(ABC):
         """Write the bundle from unwrapped modules that hold the averaged weights."""
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Named figures on held-out data; {} for none."""
+        """Compute metrics by name on held-out data; {} for none."""
         return {}
 
-    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
-        """What unwrapped modules that hold the averaged weights sound like; on one process alone."""
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
+        """Make demos with unwrapped modules that hold the averaged weights; called on one process only."""
         return []

@@ -1,7 +1,7 @@
 """Train a CLAP: python -m training.train_clap --config configs/stable_audio/train_clap.yaml.
 
-Symmetric contrastive loss with learned temperatures on pairs of a 10 s crop and one of its captions.
-Besides the bundle it writes `transformers/`, which `transformers.ClapModel.from_pretrained` loads.
+The loss is the symmetric contrastive one with learned temperatures, on pairs of a 10 s crop and one of its captions.
+Besides the bundle the run writes `transformers/`, which `transformers.ClapModel.from_pretrained` loads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stable_audio_lite.systems import StableAudioConfig
 from training.command import main
 from training.loop import fit
 from training.noise import generator
-from training.task import OptimizerConfig, RunConfig, Task
+from training.task import OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update, unwrap
 
 
@@ -43,21 +43,20 @@ class TrainClapConfig:
     Attributes:
         model: path of the model's YAML file; its `clap` part sets the sizes.
         data: folders of captioned audio to train on; the tokenizer learns from all their captions.
-        held_out: folder of captioned audio for retrieval figures, or null.
-        held_out_items: how many of those to use; 0 for all.
-        initial: bundle whose CLAP, tokenizer included, to go on from, or null.
+        held_out: folder of captioned audio for retrieval metrics, or null.
+        held_out_items: number of those items to use; 0 for all.
+        initial: bundle whose CLAP, tokenizer included, to continue from, or null.
         freeze_text: keep the text features that a U-Net sees as they are, so that U-Nets trained with them stay valid;
-            the last text layer, the projections and the audio tower learn. With `initial`.
+            only the last text layer, the projections and the audio tower are trained. Needs `initial`.
         max_unreadable: share of the data's files that may be unreadable; others take their place, and
             `unreadable.jsonl` beside the checkpoints lists them.
         gain_db: the level of each crop is changed by up to this many dB either way.
-        dropout: of hidden units in both towers; with few steps it drowns what the text tower learns from.
-        masked: each of two stripes in time and in frequency that are silenced covers up to this share of a
-            crop.
+        dropout: of hidden units in both towers; in short runs it drowns the signal that the text tower learns from.
+        masked: largest share of a crop that each of two stripes in time and two in frequency silences.
         main_caption: share of the draws that take an item's first caption; the others take any of its captions.
-        language: weight of the masked language model's loss on the text features that a U-Net sees; 0 for a contrast
-            alone, where the text tower was such a model before.
-        corrupted: share of the tokens that the language model has to guess.
+        language: weight of the masked language model's loss on the text features that a U-Net sees; 0 for the
+            contrastive loss alone, where the text tower was such a model before.
+        corrupted: share of the tokens that the language model has to predict.
     """
 
     model: str
@@ -95,7 +94,7 @@ class TrainClapConfig:
             raise ValueError(f"masked and dropout must be in [0, 1), got {self.masked}, {self.dropout}")
 
 
-class Mels:
+class MelCache:
     """Log-mel spectrograms of items, computed once and kept in memory in half precision (128 kB for 10 s)."""
 
     def __init__(self, items: Sequence[Item], config: ClapConfig):
@@ -103,7 +102,7 @@ class Mels:
         self._cache: dict[int, Tensor] = {}
 
     def __call__(self, index: int) -> Tensor:
-        """Of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated.
+        """Spectrogram of item `index`: (frames, mel_bins) in dB, at least 10 s, shorter sounds repeated.
 
         Raises:
             UserError: it can't be read.
@@ -114,8 +113,8 @@ class Mels:
         return self._cache[index].float()
 
 
-class ClapTask(Task):
-    """Both towers together."""
+class ClapTask(TrainingTask):
+    """Contrastive training of both towers."""
 
     averaged = ("clap",)
 
@@ -125,7 +124,7 @@ class ClapTask(Task):
         self.batch_size = config.batch_size
         self.pieces = [item for folder in config.data for item in _captioned(folder)]
         self.items = len(self.pieces)
-        self.mels = Mels(self.pieces, self.model.clap)
+        self.mels = MelCache(self.pieces, self.model.clap)
         self.unreadable = Unreadable(len(self.pieces), config.max_unreadable, config.run.output)
         torch.manual_seed(config.run.seed)
         clap = load_clap(config.initial, self.model.clap, config.dropout) if config.initial else self._new()
@@ -202,7 +201,7 @@ class ClapTask(Task):
         return mel_views(self.model.clap, mel, (first, middle, last))
 
     def _augment(self, views: Tensor, draw: torch.Generator) -> Tensor:
-        """The views (V, frames, bins) at another level, with stripes in time and frequency silenced."""
+        """Change the level of views (V, frames, bins) and silence stripes in time and frequency."""
         views = views + (2 * float(torch.rand((), generator=draw)) - 1) * self.config.gain_db
         floor = views.min()
         for axis in (1, 1, 2, 2):
@@ -223,7 +222,7 @@ class ClapTask(Task):
         return losses | {"batch/accuracy": matched.float().mean(), "temperature/inverse": clap.logit_scales[0].exp()}
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Recall at 1 and 10 among the held-out items, both ways, as percentages."""
+        """Compute recall at 1 and 10 among the held-out items, both ways, in percent."""
         if self.config.held_out is None:
             return {}
         clap = self._unwrapped
@@ -250,7 +249,7 @@ class ClapTask(Task):
         """Batches of the held-out items that can be read, each with its main caption."""
         assert self.config.held_out is not None
         items = _captioned(self.config.held_out)[: self.config.held_out_items or None]
-        mels, found = Mels(items, self.model.clap), []
+        mels, found = MelCache(items, self.model.clap), []
         for index, item in enumerate(items):
             try:
                 found.append((item.captions[0], mels(index)))
@@ -269,8 +268,8 @@ class ClapTask(Task):
 def _enlarge_weights(text_model: nn.Module, layers: int) -> None:
     """Give a new text tower's matrices a standard deviation of width^-1/2.
 
-    transformers draws them sqrt(2 layers) times smaller. The pooled first token then sees so little of the text that
-    all embeddings agree for the first hundreds of steps.
+    transformers draws them sqrt(2 layers) times smaller. The pooled first token then depends so little on the text that
+    all embeddings agree for the first few hundred steps.
     """
     for module in text_model.modules():
         if isinstance(module, nn.Linear):
@@ -289,7 +288,7 @@ def _integer(below: int, draw: torch.Generator) -> int:
 
 
 def _gather(vectors: Tensor) -> Tensor:
-    """Vectors of all processes, so that each contrasts with the whole batch; gradients flow to each."""
+    """Gather the vectors of all processes, so that each contrasts with the whole batch; gradients flow to each."""
     if not torch.distributed.is_initialized():
         return vectors
     from torch.distributed.nn.functional import all_gather

@@ -1,9 +1,9 @@
 """Train a diffusion model: python -m training.train_diffusion --config configs/stable_audio/train_diffusion.yaml.
 
-The model of the config may be of any system: its representation says what is denoised, its process how data become
-noise and what the network predicts of them. The latent system learns from cached latents, the others from sound as it
-is. Noise levels are stratified over the batch (Evans et al. 2024, arXiv 2402.04825: v-prediction on the cosine
-schedule). Exports a complete bundle.
+The model may be of any system: its representation sets which data are denoised, its process how they become noise and
+what the network predicts. The latent system is trained on cached latents, the others directly on sound. Noise levels
+are stratified over the batch (Evans et al. 2024, arXiv 2402.04825: v-prediction on the cosine schedule). The run
+exports a complete bundle.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from training.examples import Examples, LatentWindows, SoundExamples, latent_sta
 from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
-from training.task import OptimizerConfig, RunConfig, Sound, Task
+from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update
 
 
@@ -48,21 +48,24 @@ class TrainDiffusionConfig:
 
     Attributes:
         model: path of the model's YAML file.
-        latents: for the latent system, folders written by training.pre_encode, whose items are trained on alike.
+        latents: for the latent system, folders written by training.pre_encode, whose items are equally likely.
         vae: for the latent system, the bundle with the VAE that made the latents.
         data: for the other systems, a folder of audio, captioned if the model reads text; stereo is mixed to mono.
         held_out: another such folder, of latents or of audio, for the validation loss, or null.
+        windows: for the latent system, lengths of training windows in latent frames, each item being in one that holds
+            it; a generator may then sample no more than it is asked for (`generation.margin` of the model). None: the
+            model's window alone.
         clap: for a model that reads text, the bundle with the text encoder, or a pretrained CLAP: transformers folder,
             hub id or LAION `.pt`.
-        initial: bundle whose network and timing embeddings to go on from, or null; it has to have the same
+        initial: bundle whose network and timing embeddings to continue from, or null; it has to have the same
             representation and text encoder.
-        lora: for the latent system, size of a LoRA to train in the place of all weights, or null; it is what the run
-            exports.
+        lora: for the latent system, size of a LoRA to train instead of all weights, or null; the run then exports the
+            LoRA.
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest share of the noise levels that is trained. A generator that ends above that level
             (generation.sigma_min of the model) has no use for those below, where most of the loss is.
-        time_shift: above 1, more of the noise levels lie near 1, where it is decided what plays; half of them above
-            time_shift / (1 + time_shift) where lowest_time is 0.
+        time_shift: above 1, more of the noise levels are near 1, where the content is decided: half of them are above
+            time_shift / (1 + time_shift) if lowest_time is 0.
         gain_db: for sound, the level of each crop is changed by up to this many dB either way.
         max_unreadable: for sound, share of the files that may be unreadable; others take their place, and
             `unreadable.jsonl` beside the checkpoints lists them.
@@ -76,6 +79,7 @@ class TrainDiffusionConfig:
     vae: str | None = None
     data: str | None = None
     held_out: str | None = None
+    windows: tuple[int, ...] = ()
     clap: str | None = None
     initial: str | None = None
     lora: LoraConfig | None = None
@@ -95,6 +99,8 @@ class TrainDiffusionConfig:
             raise ValueError("give either latents, folders that training.pre_encode wrote, or data, a folder of audio")
         if bool(self.latents) != (self.vae is not None):
             raise ValueError("latents and vae go together: the bundle with the VAE that made them")
+        if self.windows and min(self.windows) < 1:
+            raise ValueError(f"windows must be at least 1 each, got {self.windows}")
         if self.lora and not self.initial:
             raise ValueError("lora needs `initial`, the bundle that it changes")
         if self.batch_size < 1:
@@ -109,8 +115,8 @@ class TrainDiffusionConfig:
             raise ValueError(f"gain_db must be at least 0, got {self.gain_db}")
 
 
-class DiffusionTask(Task):
-    """A network learns to predict clean data, noise or v from noisy data."""
+class DiffusionTask(TrainingTask):
+    """Training of a network to predict clean data, noise or v from noisy data."""
 
     averaged = ("model",)
 
@@ -142,7 +148,7 @@ class DiffusionTask(Task):
     def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
         seed, size = self.config.run.seed, self.batch_size
         numbers = item_numbers(number, rank, world, size)
-        batch = self.examples.draw(numbers, seed)
+        batch = self.examples.batch(number, rank, world, size, seed)
         own, draws = slice(rank * size, (rank + 1) * size), generator(seed, number)
         shares = stratified_shares(world * size, draws, self.config.lowest_time, self.config.time_shift)
         return batch | {
@@ -158,7 +164,7 @@ class DiffusionTask(Task):
         return {f"loss/{objective}": loss.detach()} | loss_by_level(errors.detach(), batch["shares"], objective)
 
     def errors(self, batch: dict[str, Any]) -> Tensor:
-        """Mean squared error (B,) of the prediction for data x0, noise eps and noise levels `shares`."""
+        """Compute the mean squared error (B,) of predictions for data x0, noise eps and noise levels `shares`."""
         x0, eps, t = batch["x0"], batch["eps"], self.process.at(batch["shares"])
         x_t, model = self.process.add_noise(x0, eps, t), self.modules["model"]
         if self.clap is None:
@@ -169,7 +175,7 @@ class DiffusionTask(Task):
         return (prediction.float() - self.process.target(x0, eps, t)).square().flatten(1).mean(1)
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The loss on held-out examples, in all and by level; fixed noise at levels spread over those trained on."""
+        """Compute the held-out loss, in total and by level, with fixed noise at levels spread over those trained on."""
         if self.validation is None:
             return {}
         count = min(len(self.validation), 4 * self.batch_size)
@@ -203,8 +209,8 @@ class DiffusionTask(Task):
         parts |= self.clap.parts | {"conditioner": model.conditioner.state_dict()}
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
-    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Sound]:
-        """Each prompt at each guidance scale, by the bundle that the run would export now."""
+    def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
+        """Generate each prompt at each guidance scale, with the bundle that the run would export now."""
         assert self.config.demos is not None
         with tempfile.TemporaryDirectory() as folder:
             self.export(exported := Path(folder) / "bundle", modules)
@@ -240,7 +246,7 @@ class DiffusionTask(Task):
         return self._with_statistics(latents, *latent_statistics(config.latents, latents.hash))
 
     def _latents_of(self, initial: str) -> LatentRepresentation:
-        """The latents, normalised as the U-Net of the bundle `initial` knows them."""
+        """Load the latents, normalised as for the U-Net of the bundle `initial`."""
         ours = load_latents(self.config.vae or "", load_model_config(self.config.vae or ""))
         theirs = load_latents(initial, load_model_config(initial))
         if theirs.hash != ours.hash:
@@ -252,10 +258,12 @@ class DiffusionTask(Task):
         return LatentRepresentation(latents.vae, self.model, latents.hash, mean, std)
 
     def _examples(self) -> tuple[Examples, Examples | None]:
-        """To train on, and held-out ones."""
+        """Load the examples to train on, and the held-out ones."""
         config, held_out = self.config, self.config.held_out
         if isinstance(latents := self.representation, LatentRepresentation):
-            windows = LatentWindows(config.latents, latents)
+            if config.windows and max(config.windows) > latents.shape[1]:
+                raise UserError(f"windows: at most {latents.shape[1]} frames, the model's window, got {config.windows}")
+            windows = LatentWindows(config.latents, latents, config.windows)
             return windows, LatentWindows((held_out,), latents) if held_out else None
         crops = self._crops(config.data or "", config.run.seed, config.gain_db, config.max_unreadable)
         return crops, self._crops(held_out, 0, 0.0, 0.0) if held_out else None
@@ -283,7 +291,7 @@ class DiffusionTask(Task):
         load_part(initial, self.model.part, network_of(model))
 
     def _prepare(self, network: nn.Module) -> None:
-        """Give a U-Net of latents the statistics that it stores, and what it needs to be shared out."""
+        """Give a U-Net of latents the statistics that it stores, and set how it is sharded and checkpointed."""
         if isinstance(network, UNet) and isinstance(latents := self.representation, LatentRepresentation):
             network.gradient_checkpointing = self.config.gradient_checkpointing
             network.latent_mean.copy_(latents.mean[:, 0])
@@ -292,7 +300,7 @@ class DiffusionTask(Task):
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network without its timing embeddings."""
+    """Unwrap the network from its timing embeddings."""
     return model.network if isinstance(model, Conditioned) else model
 
 

@@ -1,6 +1,6 @@
 """Train a VAE: python -m training.train_vae --config configs/stable_audio/train_vae.yaml.
 
-With `freeze_encoder` and `initial` it is the second phase: the decoder learns on while latents stay what they were.
+With `freeze_encoder` and `initial` it is the second phase: the decoder is trained further while latents stay the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorC
 from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE
 from stable_audio_lite.models.vae import VAE, Posterior
 from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
-from training.checkpoint import Resumable, take_over
+from training.checkpoint import Resumable, warm_start
 from training.command import main
 from training.loop import fit
 from training.losses import (
@@ -34,14 +34,14 @@ from training.losses import (
     hinge_generator,
 )
 from training.noise import item_noise
-from training.task import OptimizerConfig, RunConfig, Task
+from training.task import OptimizerConfig, RunConfig, TrainingTask
 from training.update import Update
 
 _CALIBRATION = 64  # crops by whose statistics features are normalised
 _SIGNALS = {"stft/sum": 1.0, "stft/difference": 1.0, "stft/left": 0.5, "stft/right": 0.5}
 _COMMON = {"kl/latent": 1e-4, "adversarial/generator": 0.1, "adversarial/features": 5.0}
 WEIGHTS = _SIGNALS | _COMMON
-"""What the paper weighs its losses by."""
+"""The weights of the paper's losses."""
 LOSSES = {
     "waveform": (*WEIGHTS, "stft/mel", "waveform/relative"),
     "spectrogram": ("features/log", "features/root", "features/stereo", *_COMMON),
@@ -59,20 +59,20 @@ class TrainVAEConfig:
         held_out: folder of audio to evaluate on, or null.
         crop_frames: length of a crop in latent frames.
         held_out_crops: number of crops to evaluate on.
-        endings: share of the crops that lie across the end of their item: a decoder has to know silence, with which
-            the U-Net's windows end.
+        endings: share of the crops that cross the end of their item: a decoder has to know silence, with which the
+            U-Net's windows end.
         gain_db: the level of each crop is changed by up to this many dB either way.
         panned: share of the crops whose stereo image is changed: mixed to mono and placed anywhere, or sides exchanged.
         max_unreadable: share of the data's files that may be unreadable; they are skipped and listed in
             `unreadable.jsonl` beside the checkpoints.
-        weights: of each loss in the generator's sum, by name; those that are not given are left out.
+        weights: of each loss in the generator's sum, by name; losses without a weight are left out.
         stft_windows: window lengths of the reconstruction loss in samples.
-        stft_floor: smallest magnitude that its logarithm hears, relative to a full-scale sine's peak.
+        stft_floor: smallest magnitude that counts in its logarithm, relative to a full-scale sine's peak.
         discriminator: shape of the discriminator, or null for none.
-        discriminator_start: step from which it learns and is heard; its learning rate is warmed up from there.
+        discriminator_start: first step in which it is trained and used; its learning rate is warmed up from there.
         initial: bundle whose VAE to start from, or a `weights.pth` of descript-audio-codec, or null.
         continues: `run.output` of an earlier run whose newest checkpoint gives the discriminator's weights and both
-            optimizers' state, or null to start these anew; with `initial`.
+            optimizers' state, or null to start these anew; needs `initial`.
         freeze_encoder: keep encoder and bottleneck as they are.
     """
 
@@ -117,8 +117,8 @@ class TrainVAEConfig:
             raise ValueError("stft_floor must be above 0, gain_db at least 0")
 
 
-class VAETask(Task):
-    """Joint training, or of the decoder alone."""
+class VAETask(TrainingTask):
+    """Training of encoder and decoder, or of the decoder alone."""
 
     averaged = ("vae",)
 
@@ -162,7 +162,7 @@ class VAETask(Task):
 
     def begin(self, state: Resumable) -> None:
         if self.config.continues:
-            take_over(Path(self.config.continues), state, [name for name in state.modules if name != "vae"])
+            warm_start(Path(self.config.continues), state, [name for name in state.modules if name != "vae"])
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Tensor]:
         numbers = item_numbers(number, rank, world, self.batch_size)
@@ -177,17 +177,17 @@ class VAETask(Task):
     def step(self, batch: dict[str, Tensor], step: int, update: Update) -> dict[str, Tensor]:
         audio, weights = batch["audio"], self.config.weights
         output, mean, std = self.modules["vae"](audio, batch["noise"])
-        # All that hears the output is differentiated there first, so that the discriminator runs once for both.
-        heard = output.detach().float().requires_grad_()
+        # Losses of the output are differentiated up to it first, so that the discriminator runs once for both updates.
+        leaf = output.detach().float().requires_grad_()
         target = self.vae.target(audio)
-        losses = self.reconstruction(heard, target)
+        losses = self.reconstruction(leaf, target)
         judged = "discriminator" in self.modules and step >= self.config.discriminator_start
         if judged:
-            real, fake = (self.modules["discriminator"](sound) for sound in (target, heard))
+            real, fake = (self.modules["discriminator"](sound) for sound in (target, leaf))
             losses["adversarial/generator"] = hinge_generator(fake)
             losses["adversarial/features"] = feature_matching(real, fake)
         total = torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum()
-        loss = total.detach() + ((output.float() - heard.detach()) * update.gradient(total, heard)).sum()
+        loss = total.detach() + ((output.float() - leaf.detach()) * update.gradient(total, leaf)).sum()
         if not self.config.freeze_encoder:
             losses["kl/latent"] = Posterior(mean, std).kl()
             loss = loss + weights.get("kl/latent", 0.0) * losses["kl/latent"]
@@ -199,7 +199,7 @@ class VAETask(Task):
         return {"loss/total": loss} | losses | figures
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Reconstruction losses of the posterior mean on fixed held-out crops."""
+        """Compute the reconstruction losses of the posterior mean on fixed held-out crops."""
         if self.validation is None:
             return {}
         device = next(self.vae.parameters()).device
@@ -232,7 +232,7 @@ class VAETask(Task):
         return crops.batch(0, self.config.held_out_crops)
 
     def _reconstruction(self, vae: VAE) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
-        """Distances of outputs to targets by name, in float32."""
+        """Make a function that computes distances of outputs to targets by name, in float32."""
         config, rate = self.config, self.model.sample_rate
         if isinstance(vae, SpectrogramVAE):
             distances: list[nn.Module] = [SpectralFeatureLoss(vae.encoder)]

@@ -1,4 +1,4 @@
-"""Updates that leave out what is not finite, and count it."""
+"""Optimizer updates that skip losses and gradients that are not finite, and count them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.shard import full
-from training.task import RunConfig, Task
+from training.task import RunConfig, TrainingTask
 
 
 @dataclass
 class Health:
-    """What has gone wrong so far, and how well it went; part of a checkpoint.
+    """Count of what has gone wrong so far, and the best result; part of a checkpoint.
 
     Attributes:
         skipped: updates left out because a loss or a gradient was not finite.
-        in_a_row: steps up to now in which that happened, without one in between in which it didn't.
-        returns: how often the run went back to a checkpoint; each halves the learning rates.
+        in_a_row: latest steps in a row in which that happened.
+        returns: number of times that the run went back to a checkpoint; each halves the learning rates.
         best: the smallest value of the task's criterion.
     """
 
@@ -31,7 +31,7 @@ class Health:
     best: float | None = None
 
     def improved(self, figure: float | None) -> bool:
-        """Whether `figure` is the smallest so far; remembers it then."""
+        """Record `figure` if it is the smallest so far; returns whether it is."""
         if figure is None or not math.isfinite(figure) or (self.best is not None and figure >= self.best):
             return False
         self.best = figure
@@ -39,15 +39,15 @@ class Health:
 
 
 class Update:
-    """Backward passes as losses come, then clipping and the optimizers' steps at the step's end."""
+    """Backward passes as losses arrive, then clipping and the optimizers' steps at the step's end."""
 
-    def __init__(self, accelerator: Accelerator, run: RunConfig, task: Task, optimizers: dict[str, Optimizer]):
+    def __init__(self, accelerator: Accelerator, run: RunConfig, task: TrainingTask, optimizers: dict[str, Optimizer]):
         self.accelerator, self.run, self.task, self.optimizers = accelerator, run, task, optimizers
         self.scaler = accelerator.scaler  # of the loss, in fp16 alone
         self.health = Health()
         self.grad_norms: dict[str, Tensor] = {}
         self.step, self.bad, self.overflow = 0, False, False
-        self.finite: dict[str, bool] = {}  # by module: whether all its losses in this step were
+        self.finite: dict[str, bool] = {}  # by module: True while all its losses in this step are
 
     def begin(self, step: int) -> None:
         """Start `step` (from 0)."""
@@ -62,7 +62,7 @@ class Update:
             self.accelerator.backward(loss)
 
     def gradient(self, loss: Tensor, at: Tensor) -> Tensor:
-        """Gradient of `loss` with respect to `at`, whose graph stays; computed at the loss scale that fp16 needs."""
+        """Gradient of `loss` with respect to `at`, at the loss scale that fp16 needs; the graph is retained."""
         if self.scaler is None:
             return torch.autograd.grad(loss, at, retain_graph=True)[0]
         scale = self.scaler.get_scale()
@@ -72,18 +72,18 @@ class Update:
         return gradient
 
     def mean(self, values: Tensor) -> Tensor:
-        """`values` averaged over the processes."""
+        """Average `values` over the processes."""
         return self.accelerator.reduce(values, "mean")
 
     def agreed(self, decision: bool) -> bool:
-        """The main process's `decision`, for what all processes have to do together."""
+        """Share the main process's `decision`, for what all processes have to do together."""
         return bool(self.accelerator.gather(torch.tensor([decision], device=self.accelerator.device))[0])
 
     def end(self) -> bool:
-        """Update each module that a loss was given for; whether too many steps in a row were bad by now.
+        """Update each module that got a loss; returns whether too many steps in a row were bad.
 
-        Where a loss or the gradient is not finite, the update is left out and counted. In fp16 a gradient may overflow
-        now and then: that update is left out as well and the loss scale lowered, which counts as nothing bad.
+        Where a loss or the gradient is not finite, the update is skipped and counted. In fp16 a gradient may overflow
+        now and then: that update is skipped as well and the loss scale lowered, which doesn't count as bad.
         """
         for name, finite in self.finite.items():
             optimizer = self.optimizers[name]
@@ -105,9 +105,9 @@ class Update:
         return self.health.in_a_row >= self.run.max_bad_steps
 
     def _clip(self, name: str, optimizer: Optimizer) -> bool:
-        """Bring the gradient down to the largest norm; whether it can be used."""
+        """Clip the gradient to the largest norm; returns whether it can be used."""
         if self.scaler is not None:
-            self.scaler.unscale_(optimizer)  # and notes what is not finite, for its own step
+            self.scaler.unscale_(optimizer)  # which also notes non-finite gradients, for its own step
         parameters = self.task.modules[name].parameters()
         norm = full(nn.utils.clip_grad_norm_(parameters, self.run.max_grad_norm or math.inf))
         self.grad_norms[f"grad_norm/{name}"] = norm
@@ -115,5 +115,5 @@ class Update:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module itself, without DDP around it."""
+    """Return the module itself, without DDP around it."""
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module

@@ -40,7 +40,7 @@ _UNKNOWN_SIZE = 0xFFFFFFFF  # what a WAV written to a pipe declares
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Audio that is no file of its own: `open` gives its bytes as a seekable file, `name` says where they are."""
+    """Audio inside something larger: `open` returns its bytes as a seekable file, `name` says where they are."""
 
     name: str
     open: Callable[[], BinaryIO] = dataclasses.field(compare=False, repr=False)
@@ -50,12 +50,12 @@ class Stored:
 
 
 AudioSource = str | Path | Stored
-"""What audio is read from."""
+"""A place to read audio from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioInfo:
-    """What a file's header says: rate in Hz, length in sample frames and in seconds."""
+    """A file's header: rate in Hz, channels, length in sample frames and in seconds."""
 
     sample_rate: int
     channels: int
@@ -69,7 +69,7 @@ class AudioInfo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """What `write_audio` stored inside a file: the prompt (or None) and the settings."""
+    """The prompt (or None) and the settings that `write_audio` stored inside a file."""
 
     title: str | None
     settings: dict[str, Any]
@@ -127,7 +127,7 @@ def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarra
     """A whole file at its own rate as successive (C, <= frames) float32 arrays, with all its channels.
 
     Raises:
-        UserError: as `read_audio`, when the reading comes to what is wrong.
+        UserError: as `read_audio`, once reading reaches the fault.
     """
     with _open(path) as file:
         for begin in range(0, file.frames, frames):
@@ -135,10 +135,10 @@ def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarra
 
 
 def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) -> Iterator[torch.Tensor]:
-    """What `read_audio` gives of a whole file, as successive (2, T) pieces; the memory does not grow with the file.
+    """Read a whole file as `read_audio` does, in successive (2, T) pieces; memory does not grow with the file.
 
     Raises:
-        UserError: as `read_audio`, when the reading comes to what is wrong.
+        UserError: as `read_audio`, once reading reaches the fault.
     """
     import torch
 
@@ -150,7 +150,7 @@ def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) ->
 
 
 def resample_blocks(blocks: Iterable[np.ndarray], rate: int, new_rate: int, channels: int) -> Iterator[np.ndarray]:
-    """What `resample` gives of all (channels, T) blocks together, in pieces, some of which may be empty."""
+    """Resample (channels, T) blocks as `resample` does all of them together; some of the pieces may be empty."""
     if rate == new_rate:
         yield from blocks
         return
@@ -173,7 +173,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
 
 
 def check_writable(path: str | Path) -> None:
-    """Find out before the work whether `write_audio` could write to `path`; leaves nothing behind.
+    """Check, before the work begins, that `write_audio` can write to `path`; leaves nothing behind.
 
     Raises:
         UserError: the suffix is not one of `WRITABLE`, `path` is a folder, or its folder can't be written.
@@ -185,10 +185,10 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict[str, Any] | None = None) -> float:
-    """Write (C, T) float samples as 24-bit WAV or FLAC, by suffix; `samples` is a tensor or an array.
+    """Write (C, T) float samples, a tensor or an array, as 24-bit WAV or FLAC, by suffix.
 
     `metadata` is stored inside the file: its "prompt" as the title, all of it as JSON in the comment; `read_metadata`
-    gives it back.
+    reads it back.
 
     Returns:
         The gain applied: 1.0, or less where the peak would have clipped.
@@ -211,7 +211,7 @@ def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict
 
 
 def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int) -> float:
-    """As `write_audio` of all (2, T) blocks together, without holding them: they wait on the disk for the peak.
+    """Write (2, T) blocks as `write_audio` does all of them together; they wait on disk until the peak is known.
 
     Returns:
         The gain applied: 1.0, or less where the peak would have clipped.
@@ -272,7 +272,7 @@ _SHORTENED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "OGG")
 
 
 def _shortened(log: str) -> str | None:
-    """What libsndfile's log says of a file that was cut off, which it reads to its early end without complaint."""
+    """Find in libsndfile's log how a file was truncated, which it reads to its early end without complaint."""
     if "Last page lacks an end-of-stream bit" in log:
         return "its last page is missing"
     for match in re.finditer(r"^\s*(?:data|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
@@ -346,7 +346,7 @@ def _encode(samples: np.ndarray, sample_rate: int, container: str, tags: dict[st
     return buffer.getvalue()
 
 
-# libsndfile drops WAV texts beyond 2 kB without a word, so the INFO chunk is written and read here.
+# libsndfile silently drops WAV texts beyond 2 kB, so the INFO chunk is written and read here.
 _WAV_IDS = {"title": b"INAM", "comment": b"ICMT", "software": b"ISFT"}
 
 

@@ -1,7 +1,7 @@
 """Phases for magnitudes: a first guess from the frequencies of spectral peaks, then Griffin-Lim with momentum.
 
-torchaudio's Griffin-Lim starts from random phases alone and takes no neighbours that are already fixed; both are what
-makes a few iterations enough here, and pieces of a stream meet.
+torchaudio's Griffin-Lim only starts from random phases and can't keep neighbouring frames fixed. Here a good start
+makes a few iterations enough, and fixed frames let the pieces of a stream join.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _SMALLEST = 1e-7
 
 
 def advance(magnitude: Tensor, before: Tensor, hop: int) -> Tensor:
-    """First phases of consecutive frames by what their peaks do (phase locking, Laroche & Dolson 1999).
+    """Estimate the phases of consecutive frames from their spectral peaks (phase locking, Laroche & Dolson 1999).
 
-    The frequency of each local maximum is read off a parabola through the logarithms of three bins; its phase turns at
-    that frequency from the frame before, and the bins around it alternate in sign with it, as those of a sine under a
-    Hann window of the transform's length do.
+    The frequency of each local maximum is read off a parabola through the logarithms of three bins; its phase advances
+    at that frequency from the frame before, and the bins around it alternate in sign, as those of a sine under a Hann
+    window of the transform's length do.
 
     Args:
         magnitude: (..., frames, bins) of a transform of 2 (bins - 1) samples.
@@ -55,8 +55,8 @@ class GriffinLim:
     Args:
         window: (N,), a Hann window.
         hop: N / 4 samples.
-        iterations: how often the spectrum is made consistent.
-        momentum: how far each goes beyond.
+        iterations: number of projections onto consistent spectra.
+        momentum: how far each step extrapolates beyond its projection; 0 is plain Griffin-Lim.
     """
 
     def __init__(self, window: Tensor, hop: int, iterations: int, momentum: float = 0.99):
@@ -65,9 +65,9 @@ class GriffinLim:
         self.window, self.hop, self.iterations, self.momentum = window, hop, iterations, momentum
 
     def __call__(self, magnitude: Tensor, phase: Tensor, fixed: Tensor | None = None) -> Tensor:
-        """Complex spectra (B, frames, bins) with these magnitudes, from these phases on.
+        """Find complex spectra (B, frames, bins) of these magnitudes, starting from these phases.
 
-        `fixed` (B, frames', bins) are spectra of the first frames, which stay as they are.
+        `fixed` (B, frames', bins) are the spectra of the first frames, which don't change.
         """
         spectrum = torch.polar(magnitude, phase)
         last = torch.zeros_like(spectrum)
@@ -89,7 +89,7 @@ class GriffinLim:
         return torch.fft.rfft(audio.unfold(-1, len(self.window), self.hop) * self.window)
 
     def synthesise(self, spectrum: Tensor) -> Tensor:
-        """Audio (B, (frames + 3) hop), each frame's share added up; complete where four frames overlap."""
+        """Overlap-add frames to audio (B, (frames + 3) hop), which is complete where four frames overlap."""
         pieces = (torch.fft.irfft(spectrum) * (self.window / 1.5)).unflatten(-1, (4, self.hop))
         batch, frames = pieces.shape[:2]
         audio = pieces.new_zeros(batch, frames + 3, self.hop)

@@ -12,7 +12,7 @@ from stable_audio_lite.audio.io import resample
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
-WINDOW = 4096
+_WINDOW = 4096
 BANDS = 320
 _LOWEST_HZ = 30.0
 _COLUMNS = 1600
@@ -26,18 +26,18 @@ def spectrogram_db(samples: Any, sample_rate: int, columns: int = _COLUMNS) -> t
         (C, BANDS, columns) decibels (a full-scale sine reads 0 dB) and the (BANDS,) frequencies in Hz.
     """
     values = np.asarray(samples, dtype=np.float32)
-    window = np.hanning(WINDOW).astype(np.float32)
-    padded = np.pad(values, ((0, 0), (WINDOW // 2, WINDOW // 2)))
-    starts = np.linspace(0, padded.shape[1] - WINDOW, columns).astype(int)
+    window = np.hanning(_WINDOW).astype(np.float32)
+    padded = np.pad(values, ((0, 0), (_WINDOW // 2, _WINDOW // 2)))
+    starts = np.linspace(0, padded.shape[1] - _WINDOW, columns).astype(int)
     frequencies = np.geomspace(_LOWEST_HZ, sample_rate / 2, BANDS)
-    bins = frequencies * WINDOW / sample_rate
-    low = np.minimum(bins.astype(int), WINDOW // 2 - 1)
+    bins = frequencies * _WINDOW / sample_rate
+    low = np.minimum(bins.astype(int), _WINDOW // 2 - 1)
     share = (bins - low).astype(np.float32)
     # A band that spans several bins shows the loudest, or thin lines would fall between the bands.
-    wide = np.diff(low, append=WINDOW // 2 + 1) > 1
+    wide = np.diff(low, append=_WINDOW // 2 + 1) > 1
     out = np.empty((len(values), BANDS, columns), np.float32)
     for column, start in enumerate(starts):
-        frames = padded[:, start : start + WINDOW] * window
+        frames = padded[:, start : start + _WINDOW] * window
         magnitude = np.abs(np.fft.rfft(frames)) * 2 / window.sum()
         between = magnitude[:, low] * (1 - share) + magnitude[:, low + 1] * share
         out[:, :, column] = np.where(wide, np.maximum.reduceat(magnitude, low, axis=1), between)
@@ -74,10 +74,10 @@ def plot_spectrogram(path: str | Path, samples: Any, sample_rate: int, title: st
 
 
 def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tuple[bytes, dict[int, float]]:
-    """A small picture for a page: the louder of all channels of (C, T) samples, without axes.
+    """Draw a small picture for a page: the loudest channel of (C, T) samples at each point, without axes.
 
     Returns:
-        The WebP file, and how far up in it, between 0 and 1, 100, 1,000 and 10,000 Hz lie, where they do.
+        The WebP file, and the heights in it, from 0 to 1, of 100, 1,000 and 10,000 Hz, as far as they are in range.
     """
     from matplotlib.image import imsave
 
@@ -92,13 +92,13 @@ def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tupl
 
 
 def _audible(samples: Any, sample_rate: int) -> tuple[np.ndarray, int]:
-    """At 48 kHz at most: nothing is heard above, and a picture should show what is."""
+    """Resample to 48 kHz at most: a picture should show what can be heard."""
     values = np.asarray(samples, dtype=np.float32)
     return (resample(values, sample_rate, 48000), 48000) if sample_rate > 48000 else (values, sample_rate)
 
 
 def check_plottable(path: str | Path) -> None:
-    """Find out before the work whether `plot_spectrogram` can work.
+    """Check, before the work begins, that `plot_spectrogram` can write to `path`.
 
     Raises:
         UserError: `path` isn't a .png or matplotlib is missing.

@@ -1,1 +1,1 @@
-"""CLAP: one space for texts and sounds, and the text features that generators read; `checkpoints` loads any source."""
+"""CLAP: one embedding space for texts and sounds, and text features for generators; `checkpoints` loads any source."""

@@ -1,4 +1,4 @@
-"""All sources that a CLAP is read from, and the two parts that bundles store it in.
+"""Reading a CLAP from any source, and the two parts that bundles store it in.
 
 A source is the name of a shipped bundle, a bundle's folder, a folder in transformers' format, the id of either on the
 Hugging Face hub, or a LAION-CLAP `.pt`, whose tokenizer is the `tokenizer.json` beside it, else RoBERTa's from the hub.
@@ -87,7 +87,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, clap: Clap, source: str) -> Checkpoint:
-        """The checkpoint that `clap` would be read from; shares its memory."""
+        """Make the checkpoint that `clap` could have been read from; it shares the memory of `clap`."""
         return cls(source=source, config=clap.config, tokenizer=clap.tokenizer, parts=split_clap(clap))
 
     def text_encoder(self) -> TextEncoder:
@@ -120,7 +120,7 @@ class Checkpoint:
 
 
 def read_checkpoint(source: str | Path, config: ClapConfig | None = None, *, text_only: bool = False) -> Checkpoint:
-    """Read the CLAP at `source`, of a bundle those parts that it has, with `text_only` the text encoder alone.
+    """Read the CLAP at `source`: those parts that a bundle has, or only the text encoder with `text_only`.
 
     Raises:
         UserError: there is no such source, a file is missing or damaged, it is no CLAP, or its sizes aren't `config`.
@@ -136,7 +136,7 @@ def read_checkpoint(source: str | Path, config: ClapConfig | None = None, *, tex
 
 
 def load_clap(source: str | Path, config: ClapConfig | None = None, dropout: float = 0.1) -> Clap:
-    """Both towers of the CLAP at `source`, in float32 and eval mode; `dropout` matters to training alone.
+    """Load both towers of the CLAP at `source`, in float32 and eval mode; `dropout` only matters in training.
 
     Raises:
         UserError: as `read_checkpoint`, or the bundle has no audio tower.
@@ -147,7 +147,7 @@ def load_clap(source: str | Path, config: ClapConfig | None = None, dropout: flo
 
 
 def load_text_encoder(source: str | Path, config: ClapConfig | None = None) -> TextEncoder:
-    """The text encoder of the CLAP at `source`, in float32.
+    """Load the text encoder of the CLAP at `source`, in float32.
 
     Raises:
         UserError: as `read_checkpoint`, or a weight is missing, unexpected or of another shape.
@@ -156,7 +156,7 @@ def load_text_encoder(source: str | Path, config: ClapConfig | None = None) -> T
 
 
 def split_clap(clap: Clap) -> dict[str, dict[str, Tensor]]:
-    """State dicts of a bundle's two parts, which share the memory of `clap`."""
+    """Split `clap` into the state dicts of a bundle's two parts, which share its memory."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for name, value in clap.model.state_dict().items():
         ours = text_encoder_name(name, clap.config)
@@ -204,7 +204,7 @@ def _locate(source: str | Path) -> Path:
 
 
 def _fetch(hub_id: str, files: tuple[str, ...]) -> Path:
-    """The local folder of a hub repository's `files`, those of them that it has."""
+    """Download those of `files` that a hub repository has; returns their folder."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -238,7 +238,7 @@ def _read_transformers(folder: Path) -> Checkpoint:
 
 
 def _read_laion(path: Path) -> Checkpoint:
-    state = laion.read_state(path)
+    state = laion.read_laion(path)
     tokenizer = path.with_name(bundle.TOKENIZER_FILE)
     if not tokenizer.is_file():
         tokenizer = _fetch(_ROBERTA, (bundle.TOKENIZER_FILE,)) / bundle.TOKENIZER_FILE
@@ -280,7 +280,7 @@ def _check_sizes(found: ClapConfig, expected: ClapConfig, source: str | Path) ->
 
 
 def _fill(clap: Clap, state: Mapping[str, Tensor], source: str) -> Clap:
-    """Load weights under transformers' names; more than `clap` has are ignored."""
+    """Load weights under transformers' names; those that `clap` lacks are ignored."""
     own = {name: value for name, value in clap.model.state_dict().items() if not name.endswith(_CONSTANTS)}
     for name, value in own.items():
         if name not in state or state[name].shape != value.shape:

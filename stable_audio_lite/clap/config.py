@@ -38,7 +38,7 @@ class ClapConfig:
     """Sizes of both towers; the defaults are those of laion/clap-htsat-fused, the paper's size.
 
     Attributes:
-        text_positions: rows of the position table; at least max_tokens + 2, for RoBERTa counts from 2.
+        text_positions: rows of the position table; at least max_tokens + 2, since RoBERTa counts from 2.
         max_tokens: texts are cut and padded to this many tokens.
         audio_width: channels of the first HTSAT stage; they double with each stage.
         audio_patch: size and stride of the patches of the square image that the mel spectrogram is folded
@@ -90,7 +90,7 @@ class ClapConfig:
 
 
 def transformers_config(config: ClapConfig, dropout: float = 0.1) -> Any:
-    """The `transformers.ClapConfig` of the same network; `dropout` matters to training alone."""
+    """Build the `transformers.ClapConfig` of the same network; `dropout` only matters in training."""
     from transformers import ClapConfig as HubConfig
 
     text = {theirs: getattr(config, ours) for ours, theirs in _TEXT_KEYS.items()} | {
@@ -111,7 +111,7 @@ def transformers_config(config: ClapConfig, dropout: float = 0.1) -> Any:
 
 
 def config_from_transformers(data: dict[str, Any], max_tokens: int = MAX_TOKENS, mel_lowest: float = 0.0) -> ClapConfig:
-    """Our configuration of a transformers `config.json`; keys that it leaves out have transformers' defaults.
+    """Read our configuration from a transformers `config.json`; missing keys take transformers' defaults.
 
     Raises:
         ValueError: it describes no CLAP, or one with parts that this project does not build.

@@ -49,10 +49,10 @@ _ROBERTA_EPS = 1e-5  # roberta-base's layer norm, which LAION trained with
 _LOWEST = 50.0  # Hz, in all of LAION's audio configs
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_laion(path: str | Path) -> dict[str, Tensor]:
     """Weights of a LAION-CLAP checkpoint under the names of transformers' `ClapModel`.
 
-    Tensors and plain values are all that is unpickled: no code in the file runs.
+    Only tensors and plain values are unpickled: no code in the file runs.
 
     Raises:
         UserError: the file is missing or broken, holds anything else, or no weights.
@@ -89,7 +89,7 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: dict[str, Tensor], path: str | Path) -> ClapConfig:
-    """Sizes of the CLAP whose weights `read_state` read from `path`.
+    """Sizes of the CLAP whose weights `read_laion` read from `path`.
 
     Raises:
         UserError: it has no HTSAT and RoBERTa branches.

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms in torch, with the numbers that CLAP models were trained on."""
+"""Log-mel spectrograms in torch, with the parameters that CLAP models were trained with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_audio_lite.clap.config import ClapConfig
 
 # The analysis of every published CLAP, whose audio tower takes 10 s.
 SAMPLE_RATE = 48000
-WINDOW = 1024
+_WINDOW = 1024
 HOP = 480
 MAX_FREQUENCY = 14000.0
 CLIP_SAMPLES = 10 * SAMPLE_RATE
@@ -21,16 +21,16 @@ CLIP_FRAMES = CLIP_SAMPLES // HOP + 1
 def log_mel(config: ClapConfig, waveform: Tensor) -> Tensor:
     """Log-mel spectrogram in dB of 48 kHz mono (..., T) -> (..., frames, mel_bins), frames = T // 480 + 1.
 
-    Fusion models have another filter bank. Same numbers as transformers' `ClapFeatureExtractor`, whose filters begin
-    at 0 Hz.
+    Fusion models have another filter bank. With filters that begin at 0 Hz the result equals that of transformers'
+    `ClapFeatureExtractor`.
     """
     import torchaudio.functional
 
     norm, scale = (None, "htk") if config.audio_fusion else ("slaney", "slaney")
     bank = torchaudio.functional.melscale_fbanks(
-        WINDOW // 2 + 1, config.mel_lowest, MAX_FREQUENCY, config.mel_bins, SAMPLE_RATE, norm, scale
+        _WINDOW // 2 + 1, config.mel_lowest, MAX_FREQUENCY, config.mel_bins, SAMPLE_RATE, norm, scale
     ).to(waveform.device)
-    window = torch.hann_window(WINDOW, device=waveform.device)
+    window = torch.hann_window(_WINDOW, device=waveform.device)
     spectrum = stft(waveform.float(), window, HOP)
     power = spectrum.abs().square().transpose(-1, -2)  # ..., frames, bins
     return 10 * (power @ bank).clamp(min=1e-10).log10()

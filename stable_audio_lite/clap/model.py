@@ -27,7 +27,7 @@ class Clap(nn.Module):
     """Both towers with their tokenizer; `model` is transformers' `ClapModel`, embeddings are of unit length."""
 
     def __init__(self, config: ClapConfig, tokenizer: Tokenizer, dropout: float = 0.1):
-        """Random weights; `stable_audio_lite.clap.checkpoints.load_clap` gives trained ones."""
+        """Start from random weights; `stable_audio_lite.clap.checkpoints.load_clap` loads trained ones."""
         super().__init__()
         from transformers import ClapModel
 
@@ -38,7 +38,7 @@ class Clap(nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor, mels: Tensor, longer: Tensor, corrupted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Text and audio embeddings (B, embedding), and the language loss where `corrupted` ids are given.
+        """Compute text and audio embeddings (B, embedding), and the language loss where `corrupted` ids are given.
 
         Takes token ids and mask (B, N), `mel_views` (B, 1 or 4, 1001, bins), and whether a spectrogram is longer than
         those (B,).
@@ -47,10 +47,11 @@ class Clap(nn.Module):
         return self._embed_tokens(ids, mask), self._embed_views(mels, longer), language
 
     def _language_loss(self, ids: Tensor, mask: Tensor, corrupted: Tensor) -> Tensor:
-        """Cross-entropy (a scalar) of `ids` as the next-to-last text layer says them of `corrupted` ones.
+        """Cross-entropy (a scalar) of `ids` as predicted by the next-to-last text layer from `corrupted` ones.
 
-        A masked language model as RoBERTa is before it becomes a CLAP's text tower (Liu et al. 2019), asked of all
-        tokens: a contrast with sounds alone lets the layer that generators read forget what the audio tower can't hear.
+        It is the masked language model that RoBERTa is before it becomes a CLAP's text tower (Liu et al. 2019), here
+        over all tokens: with the contrastive loss alone, the layer that generators read forgets what the audio tower
+        can't hear.
         """
         hidden = self.model.text_model(
             input_ids=corrupted, attention_mask=mask.long(), output_hidden_states=True
@@ -120,7 +121,7 @@ class Clap(nn.Module):
 def retrieval(text: Tensor, audio: Tensor) -> dict[str, float]:
     """Recall at 1 and 10 in percent of matching unit vectors (N, D), from text to audio and back.
 
-    A match that is no nearer than others counts as found after them.
+    A match that ties with others counts as found after them.
     """
     similarity = text @ audio.T  # N texts, N sounds
     recalls: dict[str, float] = {}

@@ -64,10 +64,10 @@ class TextTower(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Prompts -> condition. Frozen and in eval mode; weights and `tokenizer.json` are all that it needs."""
+    """The frozen text tower, from prompts to a condition; it only needs its weights and `tokenizer.json`."""
 
     def __init__(self, config: ClapConfig, tokenizer: Tokenizer):
-        """Random weights; `stable_audio_lite.clap.checkpoints.load_text_encoder` gives trained ones."""
+        """Start from random weights; `stable_audio_lite.clap.checkpoints.load_text_encoder` loads trained ones."""
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer

@@ -1,7 +1,7 @@
 """The `stable-audio-lite` command, one file per subcommand.
 
-Packages that stand on top of this one add subcommands of their own (`plan`, `evaluate`) through entry points of the
-group `stable_audio_lite.commands`: each names a function that takes the subparsers and adds its parser.
+Packages built on this one add their own subcommands (`plan`, `evaluate`) through entry points of the group
+`stable_audio_lite.commands`: each names a function that takes the subparsers and adds its parser.
 
 Nothing heavy is imported before the arguments are known to be good, so that mistakes and `--help` answer at once.
 """

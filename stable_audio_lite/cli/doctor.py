@@ -20,8 +20,8 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from stable_audio_lite.doctor import examine
+    from stable_audio_lite.doctor import run_checks
 
-    findings = examine(args.source)
+    findings = run_checks(args.source)
     print("\n".join(finding.as_text() for finding in findings))
     return int(any(finding.state == "bad" for finding in findings))

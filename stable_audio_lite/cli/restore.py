@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stable_audio_lite.restoration.degradations import Degradation
 
 _OPTION_OF = {"inpaint": "gap", "bandwidth": "cutoff", "denoise": "noise_db", "dereverb": "room"}
-"""The option that each task alone has."""
+"""The option that only this task takes."""
 
 
 def add_command(commands: Commands) -> None:

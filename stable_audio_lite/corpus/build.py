@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stable_audio_lite.corpus.captions import captions
-from stable_audio_lite.corpus.compose import MOST_PARTS, compose
+from stable_audio_lite.corpus.compose import MAX_PARTS, compose
 from stable_audio_lite.corpus.instruments import INSTRUMENTS
 from stable_audio_lite.corpus.piece import Piece
-from stable_audio_lite.corpus.render import SAMPLE_RATE, find_soundfont, find_synth, render
+from stable_audio_lite.corpus.render import CORPUS_SAMPLE_RATE, find_soundfont, find_synth, render
 from stable_audio_lite.corpus.styles import STYLES
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
-SHORTEST, LONGEST = 2.0, 60.0
+MIN_SECONDS, MAX_SECONDS = 2.0, 60.0
 """Range of lengths, in seconds."""
 _VERSION = 2
 
@@ -49,7 +49,7 @@ class CorpusConfig:
     """Contents of a corpus, checked on construction.
 
     Attributes:
-        items, held_out: numbers of pieces to train on and of further ones.
+        items, held_out: numbers of training pieces and of held-out ones.
         min_seconds, max_seconds: range of their lengths.
         max_parts: largest number of instruments in a piece, not counting drums.
         instruments, styles: names to draw from.
@@ -64,7 +64,7 @@ class CorpusConfig:
     seed: int = 0
     min_seconds: float = 4.0
     max_seconds: float = 30.0
-    max_parts: int = MOST_PARTS
+    max_parts: int = MAX_PARTS
     instruments: tuple[str, ...] = tuple(INSTRUMENTS)
     styles: tuple[str, ...] = tuple(STYLES)
     drums: bool = True
@@ -75,14 +75,14 @@ class CorpusConfig:
             raise UserError(f"items must be at least 1, got {self.items}")
         if self.held_out < 0:
             raise UserError(f"held_out can't be negative, got {self.held_out}")
-        if not SHORTEST <= self.min_seconds <= LONGEST:
-            raise UserError(f"min_seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.min_seconds:g}")
-        if not SHORTEST <= self.max_seconds <= LONGEST:
-            raise UserError(f"max_seconds must lie in {SHORTEST:g}..{LONGEST:g}, got {self.max_seconds:g}")
+        if not MIN_SECONDS <= self.min_seconds <= MAX_SECONDS:
+            raise UserError(f"min_seconds must lie in {MIN_SECONDS:g}..{MAX_SECONDS:g}, got {self.min_seconds:g}")
+        if not MIN_SECONDS <= self.max_seconds <= MAX_SECONDS:
+            raise UserError(f"max_seconds must lie in {MIN_SECONDS:g}..{MAX_SECONDS:g}, got {self.max_seconds:g}")
         if self.min_seconds > self.max_seconds:
             raise UserError(f"min_seconds ({self.min_seconds:g}) is more than max_seconds ({self.max_seconds:g})")
-        if not 1 <= self.max_parts <= MOST_PARTS:
-            raise UserError(f"max_parts must lie in 1..{MOST_PARTS}, got {self.max_parts}")
+        if not 1 <= self.max_parts <= MAX_PARTS:
+            raise UserError(f"max_parts must lie in 1..{MAX_PARTS}, got {self.max_parts}")
         for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
@@ -101,7 +101,7 @@ def build_corpus(
     workers: int | None = None,
     min_seconds: float = 4.0,
     max_seconds: float = 30.0,
-    max_parts: int = MOST_PARTS,
+    max_parts: int = MAX_PARTS,
     instruments: Sequence[str] | None = None,
     styles: Sequence[str] | None = None,
     drums: bool = True,
@@ -253,6 +253,6 @@ def _write_item(out: Path, config: CorpusConfig, piece: Piece, font: Path) -> No
     path = _audio_path(out, config, piece)
     with replacing(path) as temporary:
         try:
-            soundfile.write(temporary, sound, SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(temporary, sound, CORPUS_SAMPLE_RATE, subtype="PCM_16")
         except soundfile.LibsndfileError as error:
             raise UserError(f"{path}: can't be written ({error}); is the disk full?") from error

@@ -1,4 +1,4 @@
-"""Words a piece as people do: tags or sentences, parts left out, synonyms; never anything that is not so."""
+"""Captions of a piece as people write them: tags or sentences, with omissions and synonyms, but never untrue."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ BARE_SENTENCES = (
 
 
 def captions(piece: Piece, count: int = 6) -> list[str]:
-    """`count` distinct captions of a piece, the first naming every instrument; the same for the same piece."""
+    """Write `count` distinct captions of a piece, the first naming every instrument; the same for the same piece."""
     rng = random.Random(f"{piece.seed}/{piece.split}/{piece.index}/captions")
     found: list[str] = []
     while len(found) < count:
@@ -70,21 +70,23 @@ def captions(piece: Piece, count: int = 6) -> list[str]:
 
 
 def speed_of(bpm: int) -> str:
-    """The tempo in a word: slow, medium or fast."""
+    """Name the tempo in a word: slow, medium or fast."""
     return "slow" if bpm <= SLOW_UP_TO else "fast" if bpm >= FAST_FROM else "medium"
 
 
-def facts_told(caption: str, truth: Mapping[str, Any]) -> frozenset[str]:
-    """Which of "tempo" (as a number), "key", "mode", "style" and "drums" the caption of a piece says; `truth` is the
-    piece's metadata."""
-    low, mode, tonic = caption.lower(), truth["mode"], truth["key"]
+def facts_told(caption: str, metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Find out which of "tempo" (as a number), "key", "mode", "style" and "drums" a piece's caption states.
+
+    `metadata` is the piece's row of metadata.jsonl.
+    """
+    low, mode, tonic = caption.lower(), metadata["mode"], metadata["key"]
     names = "|".join((tonic, SHARPS_AS_FLATS.get(tonic, tonic)))
     key = re.search(rf"(?<!\w)({names}) {mode}\b", caption) is not None  # "in a minor key" names no A
     told = {
-        "tempo": re.search(rf"\b{truth['bpm']}(?!\d)", low) is not None,
+        "tempo": re.search(rf"\b{metadata['bpm']}(?!\d)", low) is not None,
         "key": key,
         "mode": key or re.search(rf"\b({mode}|{'|'.join(MOODS[mode])})\b", low) is not None,
-        "style": any(word.lower() in low for word in STYLES[truth["style"]].words),
+        "style": any(word.lower() in low for word in STYLES[metadata["style"]].words),
         "drums": "drum" in low or "percussion" in low,
     }
     return frozenset(name for name, said in told.items() if said)
@@ -115,7 +117,7 @@ def _tags(rng: random.Random, piece: Piece, everything: bool) -> str:
 
 
 def _facts(rng: random.Random, piece: Piece) -> list[tuple[str, float]]:
-    """Tags other than instruments, each with the chance that someone would write it."""
+    """List tags other than instruments, each with the probability that someone would write it."""
     drums = rng.choice(("drums", "drum kit", "with drums")) if piece.drums else rng.choice(_absent(piece))
     bpm = rng.choice((f"{piece.bpm} bpm", f"{piece.bpm} BPM", f"{piece.bpm}bpm", f"tempo {piece.bpm}"))
     mode = f"{piece.mode} key" if rng.random() < 0.5 else piece.mode
@@ -167,7 +169,7 @@ def _fill(rng: random.Random, template: str, piece: Piece, listed: str) -> str:
 
 
 def _adjectives(rng: random.Random, piece: Piece) -> str:
-    """Such as "a slow sad jazz": the style is nearly always said, speed and mood at times."""
+    """Write a phrase such as "a slow sad jazz": nearly always the style, sometimes speed and mood."""
     speed = rng.choice(SPEEDS[speed_of(piece.bpm)][:3]) if rng.random() < 0.35 else ""
     mood = rng.choice(MOODS[piece.mode]) if rng.random() < 0.3 else ""
     style = rng.choice(STYLES[piece.style].words) if rng.random() < 0.85 or not (speed or mood) else ""
@@ -177,7 +179,7 @@ def _adjectives(rng: random.Random, piece: Piece) -> str:
 
 
 def _names(rng: random.Random, piece: Piece, everything: bool) -> list[str]:
-    """Words for the instruments, lead first; sometimes a part or two goes unmentioned."""
+    """Choose words for the instruments, lead first; sometimes a part or two goes unmentioned."""
     found = list(piece.instruments)
     if not everything and len(found) > 1 and rng.random() < 0.2:
         found = found[: rng.randint(1, len(found) - 1)]

@@ -1,8 +1,8 @@
-"""Composes one piece: a pure function of the seed, the split and the item's number.
+"""Composition of one piece: a pure function of the seed, the split and the item's number.
 
 The length is drawn first; the tempo and the number of bars are then chosen so that the last chord, a held tonic,
-fills what is left and everything has died away when the recording ends. What is to be shorter than `SHORTEST_WHOLE`
-is the beginning of such a piece.
+fills what is left and everything has died away when the recording ends. Anything shorter than `SHORTEST_WHOLE` is the
+beginning of such a piece.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from stable_audio_lite.corpus import parts as play
-from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest, progression, voicing
+from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest_pitch, progression, voicing
 from stable_audio_lite.corpus.instruments import INSTRUMENTS, Instrument, balanced, playing
 from stable_audio_lite.corpus.parts import Event, Score
 from stable_audio_lite.corpus.piece import DRUMS, ChordSpan, Note, Part, Piece
@@ -28,7 +28,7 @@ SHORTEST_HOLD, LONGEST_HOLD = 1.0, 3.2
 SHORTEST_WHOLE = 4.0
 """Seconds in which a bar and a last chord fit, in the faster styles."""
 PART_COUNTS = ((1, 0.4), (2, 0.25), (3, 0.2), (4, 0.15))
-MOST_PARTS = len(PART_COUNTS)
+MAX_PARTS = len(PART_COUNTS)
 SOLO_DRUMS = 0.25
 _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
     1: [("solo",)],
@@ -46,8 +46,8 @@ _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Clock:
-    """Turns beats into seconds: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
+class _TempoMap:
+    """Time in seconds of each beat: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
 
     spb: float
     swing: float
@@ -68,14 +68,14 @@ def compose(
     index: int,
     min_seconds: float,
     max_seconds: float,
-    max_parts: int = MOST_PARTS,
+    max_parts: int = MAX_PARTS,
     instruments: Sequence[str] = tuple(INSTRUMENTS),
     styles: Sequence[str] = tuple(STYLES),
     drums: bool = True,
 ) -> Piece:
-    """Compose item `index` of `split`; other items have no influence on it.
+    """Compose item `index` of `split`, independently of all other items.
 
-    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MOST_PARTS); who plays is
+    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MAX_PARTS); who plays is
     drawn from `instruments`, and what from those of `styles` that fit the length. Without `drums` no piece has any.
     """
     rng = random.Random(f"{seed}/{split}/{index}")
@@ -92,18 +92,20 @@ def compose(
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
-    clock = _Clock(
+    tempo_map = _TempoMap(
         spb=60 / bpm,
         swing=style.swing,
         slow_from=(bars - 1) * style.beats,
         slow_beats=style.beats,
         slowing=slowing,
     )
-    hold = (seconds - TAIL - clock.seconds(bars * style.beats)) / clock.spb
+    hold = (seconds - TAIL - tempo_map.seconds(bars * style.beats)) / tempo_map.spb
     score = _score(rng, style, bpm, bars, tonic, mode, hold, drummed or count > 1)
-    notes = [note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, clock, seconds)]
+    notes = [
+        note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, tempo_map, seconds)
+    ]
     if drummed:
-        notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, clock, seconds)
+        notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, tempo_map, seconds)
     piece = Piece(
         seed=seed,
         split=split,
@@ -115,14 +117,14 @@ def compose(
         bpm=bpm,
         drums=drummed,
         parts=tuple(parts),
-        chords=_spans(score, clock, seconds),
+        chords=_spans(score, tempo_map, seconds),
         notes=tuple(sorted(notes, key=lambda n: (n.start, n.part, n.pitch))),
     )
     return piece if wanted == seconds else _beginning(piece, wanted)
 
 
 def _beginning(piece: Piece, seconds: float) -> Piece:
-    """The first `seconds` of a piece: notes stop `TAIL` before the end, who has not played by then is left out."""
+    """Keep the first `seconds` of a piece: notes stop `TAIL` before the end, parts that begin later are left out."""
     end = seconds - TAIL
     notes = [replace(n, duration=round(min(n.duration, end - n.start), 3)) for n in piece.notes if n.start < end - 0.05]
     playing = sorted({note.part for note in notes} - {DRUMS})
@@ -142,12 +144,12 @@ def _fits(style: Style, seconds: float) -> bool:
 
 
 def _shortest(style: Style) -> float:
-    """Seconds of a bar and a last chord."""
+    """Duration of a bar and a last chord, in seconds."""
     return style.beats * 60 / style.tempo[1] * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD
 
 
 def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> tuple[int, int]:
-    """A tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
+    """Draw a tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
     room = seconds - LEAD_IN - TAIL
     best = (math.inf, style.tempo[1], 1)
     for _ in range(24):
@@ -163,12 +165,12 @@ def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> 
 
 
 def _line_ups(count: int, instruments: Sequence[str]) -> list[tuple[str, ...]]:
-    """The ways in which `count` different ones of `instruments` can share the roles."""
+    """List the ways in which `count` different ones of `instruments` can share the roles."""
     return [roles for roles in _LINE_UPS[count] if _castable(roles, instruments)]
 
 
 def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
-    """Whether each role finds an instrument of its own among `free`."""
+    """Check that each role finds an instrument of its own among `free`."""
     if not roles:
         return True
     able = playing(roles[0])
@@ -176,7 +178,7 @@ def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
 
 
 def _cast(rng: random.Random, style: Style, line_ups: list[tuple[str, ...]], instruments: Sequence[str]) -> list[Part]:
-    """Draws the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
+    """Draw the instruments. Solo pieces take any of them, in every style; groups lean on the style's own."""
     roles = rng.choice(line_ups)
     if roles == ("solo",):
         name = rng.choice(list(instruments))
@@ -235,20 +237,22 @@ def _score(
     return Score(style=style, bpm=bpm, bars=bars, entry=int(opening), form=form, chords=tuple(chords), final=final)
 
 
-def _perform(rng: random.Random, score: Score, part: Part, number: int, clock: _Clock, seconds: float) -> list[Note]:
+def _perform(
+    rng: random.Random, score: Score, part: Part, number: int, tempo_map: _TempoMap, seconds: float
+) -> list[Note]:
     instrument = INSTRUMENTS[part.instrument]
     events = _written(rng, score, instrument, part.role)
-    return _humanise(rng, score, events, number, clock, seconds)
+    return _humanise(rng, score, events, number, tempo_map, seconds)
 
 
 def _written(rng: random.Random, score: Score, instrument: Instrument, role: str) -> list[Event]:
-    """Everything one part plays, its last chord included."""
+    """Write everything that one part plays, its last chord included."""
     low, high = instrument.low, instrument.high
     middle = min(max(57, low + 7), high - 7)
     roll = 0.06 if instrument.family in ("guitar", "strings", "piano") and instrument.decay == "long" else 0.0
     triad = voicing(play.tones_for(instrument, score.final), middle, low, high)
     if role == "bass" or (role == "solo" and instrument.solo == "bass"):
-        root = nearest(score.final.tones[0], low + 10, low, high)
+        root = nearest_pitch(score.final.tones[0], low + 10, low, high)
         return play.bassline(rng, score, instrument) + play.closing(score, instrument, [root], 0)
     if role == "chords":
         return play.comping(rng, score, instrument, middle) + play.closing(score, instrument, triad, roll)
@@ -262,14 +266,14 @@ def _written(rng: random.Random, score: Score, instrument: Instrument, role: str
 
 
 def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool, roll: float) -> list[Event]:
-    """A lead; an instrument that plays alone also accompanies itself if it can."""
+    """Write a lead; an instrument that plays alone also accompanies itself if it can."""
     low, high = instrument.low, instrument.high
     center = min(low + 0.58 * (high - low), 76) if high - low > 30 else (low + high) / 2
     center = max(center, low + 9)
     below = max(low + 6.0, center - 17)
     solo = instrument.solo if alone else "line"
     events = play.melody(rng, score, instrument, center)
-    last = nearest(score.final.tones[0], events[-1].pitch if events else center, low, high)
+    last = nearest_pitch(score.final.tones[0], events[-1].pitch if events else center, low, high)
     pitches = [last]
     if solo == "keys":
         manner = rng.choice(("comp", "arpeggio"))
@@ -278,7 +282,7 @@ def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool,
     elif solo == "chorale":
         events += [_softer(event) for event in play.pad(score, instrument, below)]
     if solo != "line":
-        root = nearest(score.final.tones[0], below - 6, low, high)
+        root = nearest_pitch(score.final.tones[0], below - 6, low, high)
         pitches = sorted({root, *voicing(score.final.tones, below, low, high), last})
     return events + play.closing(score, instrument, pitches, roll)
 
@@ -288,9 +292,9 @@ def _softer(event: Event) -> Event:
 
 
 def _humanise(
-    rng: random.Random, score: Score, events: list[Event], part: int, clock: _Clock, seconds: float
+    rng: random.Random, score: Score, events: list[Event], part: int, tempo_map: _TempoMap, seconds: float
 ) -> list[Note]:
-    """Gives events seconds and MIDI velocities that breathe, and keeps a pitch from overlapping itself."""
+    """Give events seconds and MIDI velocities that breathe, and keep a pitch from overlapping itself."""
     lag, loose = rng.gauss(0, 0.004), 0.004 if part == DRUMS else 0.007
     base = rng.uniform(104, 118) * (0.88 if score.style.calm else 1.0)
     phrase = score.style.beats * 4
@@ -298,8 +302,8 @@ def _humanise(
     notes: dict[int, list[Note]] = defaultdict(list)
     for event in sorted(events, key=lambda e: (e.beat, e.pitch, -e.velocity)):
         shift = min(max(lag + rng.gauss(0, loose), -0.02), 0.02)
-        start = min(max(clock.seconds(event.beat) + shift, 0.0), end - 0.05)
-        stop = min(max(clock.seconds(event.beat + event.length), start + 0.04), end)
+        start = min(max(tempo_map.seconds(event.beat) + shift, 0.0), end - 0.05)
+        stop = min(max(tempo_map.seconds(event.beat + event.length), start + 0.04), end)
         swell = 1 + 0.06 * math.sin(2 * math.pi * event.beat / phrase) + rng.gauss(0, 0.03)
         velocity = min(max(round(base * event.velocity * swell), 20), 127)
         start, stop = round(start, 3), round(stop, 3)
@@ -322,8 +326,8 @@ def _shortened(note: Note, stop: float) -> Note:
     )
 
 
-def _spans(score: Score, clock: _Clock, seconds: float) -> tuple[ChordSpan, ...]:
-    bounds = [round(clock.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
+def _spans(score: Score, tempo_map: _TempoMap, seconds: float) -> tuple[ChordSpan, ...]:
+    bounds = [round(tempo_map.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
     bounds.append(round(seconds - TAIL, 3))
     return tuple(
         ChordSpan(start=start, duration=round(stop - start, 3), tones=chord.tones)

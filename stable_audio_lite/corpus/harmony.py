@@ -48,12 +48,12 @@ def progression(degrees: tuple[int, ...], bars: int, mode: str) -> list[int]:
     return found
 
 
-def nearest(pitch_class: int, target: float, low: int, high: int) -> int:
-    """The pitch of a class that lies nearest to `target` within low..high (a range of at least an octave)."""
+def nearest_pitch(pitch_class: int, target: float, low: int, high: int) -> int:
+    """The pitch of a class that is nearest to `target` within low..high (a range of at least an octave)."""
     candidates = [pitch for pitch in range(low, high + 1) if pitch % 12 == pitch_class]
     return min(candidates, key=lambda pitch: (abs(pitch - target), pitch))
 
 
 def voicing(tones: tuple[int, ...], center: float, low: int, high: int) -> list[int]:
     """A close voicing round `center`: one pitch per tone, ascending, within low..high."""
-    return sorted({nearest(tone, center, low, high) for tone in tones})
+    return sorted({nearest_pitch(tone, center, low, high) for tone in tones})

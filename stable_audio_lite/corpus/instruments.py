@@ -1,4 +1,4 @@
-"""The instruments that the corpus knows: General-MIDI program, range, what each plays, and the names people use."""
+"""The instruments of the corpus: General-MIDI program, range, roles, and the names that people use."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ GENERIC: dict[str, tuple[str, ...]] = {
 }
 
 
-# How loud each plays the same phrase in FluidR3_GM (dB against -29 dBFS RMS, measured), so that parts can be balanced.
+# Measured loudness of the same phrase on each in FluidR3_GM (dB against -29 dBFS RMS), so that parts can be balanced.
 _LOUDNESS = {
     "synth pad": -2.1,
     "piano": -1.5,
@@ -152,7 +152,7 @@ _LOUDNESS = {
 
 
 def balanced(name: str, volume: int) -> int:
-    """MIDI volume at which instrument `name` sounds about as loud as the others do at `volume`."""
+    """MIDI volume at which instrument `name` is about as loud as the others are at `volume`."""
     # General MIDI's volume controller attenuates by 40 log10(volume / 127) dB.
     return min(127, round(volume * 10 ** (-_LOUDNESS[name] / 40)))
 

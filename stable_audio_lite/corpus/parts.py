@@ -1,4 +1,4 @@
-"""What each role plays: melody, chords, pad, arpeggio, bass and drums as `Event`s in beats."""
+"""The parts by role: melody, chords, pad, arpeggio, bass and drums as `Event`s in beats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stable_audio_lite.corpus import styles as kit
-from stable_audio_lite.corpus.harmony import Chord, nearest, voicing
+from stable_audio_lite.corpus.harmony import Chord, nearest_pitch, voicing
 from stable_audio_lite.corpus.instruments import Instrument
 from stable_audio_lite.corpus.styles import Style
 
@@ -17,7 +17,7 @@ STEP = 0.25
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """A note before it gets seconds: MIDI pitch, start and length in beats, velocity from 0 to 1."""
+    """A note in musical time: MIDI pitch, start and length in beats, velocity from 0 to 1."""
 
     pitch: int
     beat: float
@@ -27,7 +27,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What all parts share: style, tempo, bars, where the tune enters, chords up to the last one, and that one.
+    """The plan that all parts share: style, tempo, bars, the tune's entry, chords up to the last one, and that one.
 
     `form` names each bar's section ("A" or "B"); bars of one section share patterns and motifs.
     """
@@ -154,12 +154,12 @@ def bassline(rng: random.Random, score: Score, instrument: Instrument) -> list[E
 
 def _bass_pitch(rng: random.Random, score: Score, beat: float, mark: str, center: float, instrument: Instrument) -> int:
     tones = score.chord_on(beat).tones
-    root = nearest(tones[0], center, instrument.low, instrument.high)
+    root = nearest_pitch(tones[0], center, instrument.low, instrument.high)
     if mark == "a":
         bar_end = (int(beat // score.style.beats) + 1) * score.style.beats
         last = bar_end >= score.bars * score.style.beats
         coming = score.final if last else score.chord_on(bar_end)
-        goal = nearest(coming.tones[0], center, instrument.low, instrument.high)
+        goal = nearest_pitch(coming.tones[0], center, instrument.low, instrument.high)
         pitch = goal + rng.choice((-1, 1, 2))
     elif mark == "3":
         pitch = root + (tones[1] - tones[0]) % 12

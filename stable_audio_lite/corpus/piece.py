@@ -1,4 +1,4 @@
-"""What the composer hands on: a `Piece` with its truth, its parts and every note, times in seconds."""
+"""A composed `Piece`: its ground truth, its parts and every note, with times in seconds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Piece:
 
     @property
     def instruments(self) -> list[str]:
-        """Names of the instruments, lead first, drums not among them."""
+        """Names of the instruments, lead first, without drums."""
         return [part.instrument for part in self.parts]
 
     @property

@@ -1,4 +1,4 @@
-"""Turns a `Piece` into stereo sound at 44.1 kHz with FluidSynth and a General-MIDI soundfont.
+"""Rendering of a `Piece` to stereo sound at 44.1 kHz with FluidSynth and a General-MIDI soundfont.
 
 Every recording is brought to the same level (-20 dBFS RMS over its sounding parts, peaks no higher than -1 dBFS), so
 that a solo harp is as audible as a rock band, and fades to silence over its last `FADE` seconds.
@@ -20,7 +20,7 @@ from stable_audio_lite.corpus.instruments import INSTRUMENTS
 from stable_audio_lite.corpus.piece import DRUMS, Part, Piece
 from stable_audio_lite.errors import UserError
 
-SAMPLE_RATE = 44100
+CORPUS_SAMPLE_RATE = 44100
 LEVEL_DBFS, PEAK_DBFS = -20.0, -1.0
 FADE = 0.15
 INSTALL = "install it with: apt-get install fluidsynth fluid-soundfont-gm (macOS: brew install fluid-synth)"
@@ -124,14 +124,14 @@ def render(piece: Piece, soundfont: str | os.PathLike[str] | None = None) -> NDA
         except OSError as error:
             raise UserError(f"{folder}: can't be written ({error.strerror}); free some disk or set TMPDIR") from error
         sound = _play(synth, font, midi, wav, piece.seconds)
-    return _levelled(_cut(sound, round(piece.seconds * SAMPLE_RATE)))
+    return _levelled(_cut(sound, round(piece.seconds * CORPUS_SAMPLE_RATE)))
 
 
 def _play(synth: str, font: Path, midi: Path, wav: Path, seconds: float) -> NDArray[np.float32]:
     import soundfile
 
     # Loading only the samples that the piece needs halves the start; floats can't clip before levelling.
-    command = [synth, "-niq", "-T", "wav", "-O", "float", "-r", str(SAMPLE_RATE), "-g", "0.6", "-C", "0"]
+    command = [synth, "-niq", "-T", "wav", "-O", "float", "-r", str(CORPUS_SAMPLE_RATE), "-g", "0.6", "-C", "0"]
     command += ["-o", "synth.dynamic-sample-loading=1", "-o", "synth.cpu-cores=1"]
     done = subprocess.run([*command, "-F", str(wav), str(font), str(midi)], capture_output=True, text=True, check=False)
     problem = " ".join(done.stderr.split())[-200:]
@@ -144,7 +144,7 @@ def _play(synth: str, font: Path, midi: Path, wav: Path, seconds: float) -> NDAr
         raise UserError(
             f"fluidsynth wrote no sound ({problem or error}); is {font} a General-MIDI soundfont?"
         ) from error
-    if rate != SAMPLE_RATE or len(sound) < (seconds - 1) * SAMPLE_RATE or not np.abs(sound).max() > 0:
+    if rate != CORPUS_SAMPLE_RATE or len(sound) < (seconds - 1) * CORPUS_SAMPLE_RATE or not np.abs(sound).max() > 0:
         raise UserError(
             f"fluidsynth's recording is cut short or silent ({problem}); check {font} and {wav.parent}'s disk"
         )
@@ -155,14 +155,14 @@ def _cut(sound: NDArray[np.float32], length: int) -> NDArray[np.float32]:
     """Exactly `length` samples, cut or filled with silence, the end faded out."""
     whole = np.zeros((length, 2), np.float32)
     whole[: len(sound)] = sound[:length]
-    fade = round(FADE * SAMPLE_RATE)
+    fade = round(FADE * CORPUS_SAMPLE_RATE)
     whole[-fade:] *= (0.5 + 0.5 * np.cos(np.linspace(0, np.pi, fade, dtype=np.float32)))[:, None]
     return whole
 
 
 def _levelled(sound: NDArray[np.float32]) -> NDArray[np.float32]:
     """The sound at the common level; frames more than 40 dB under the loudest don't count."""
-    frame = SAMPLE_RATE // 10
+    frame = CORPUS_SAMPLE_RATE // 10
     whole = sound[: len(sound) // frame * frame].reshape(-1, frame * 2)
     power = np.mean(whole.astype(np.float64) ** 2, axis=1)
     loud = power[power > power.max() * 1e-4].mean() ** 0.5

@@ -1,4 +1,4 @@
-"""The styles that the corpus knows, as data: tempo, chords, and rhythm, bass, drum and melody patterns.
+"""The styles of the corpus, as data: tempo, chords, and rhythm, bass, drum and melody patterns.
 
 A pattern is one bar of sixteenths (16 in 4/4, 12 in 3/4). In melody and chord patterns `X` starts a strong note, `x` a
 plain one, `-` holds it and `.` is silence. In bass patterns the start names the tone: `1` root, `3` third, `5` fifth,

@@ -28,16 +28,16 @@ class Crop:
 
 
 class Crops:
-    """Crops of `samples` samples at `sample_rate`, silence-padded where the file ends before.
+    """Crops of `samples` samples at `sample_rate`, padded with silence where the file ends earlier.
 
-    Batches are functions of (seed, number, process), so that a resumed run sees the same ones. In the place of a crop
-    that can't be read comes one of the next file.
+    Batches are functions of (seed, number, process), so that a resumed run sees the same ones. A crop that can't be
+    read is replaced by one of the next file.
 
     Args:
-        endings: share of the crops that lie across an item's end, where half a crop on average is silence.
+        endings: share of the crops that cross an item's end; half of such a crop is silence on average.
         gain_db: the level of each crop is changed by up to this many dB either way.
         panned: share of the crops whose stereo image is changed: mixed to mono and placed anywhere, or sides exchanged.
-        unreadable: takes note of what can't be read; None allows nothing of that.
+        unreadable: records the files that can't be read; None allows no such file.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Crops:
         """Audio (batch_size, 2, samples) of the `number`-th batch; each epoch goes through all items in a new order.
 
         Raises:
-            UserError: more of the items can't be read than may be.
+            UserError: more items can't be read than are allowed.
         """
         return torch.stack([self.crop(n).audio for n in item_numbers(number, rank, world, batch_size)])
 
@@ -76,7 +76,7 @@ class Crops:
         raise UserError(f"none of the {len(self.items)} files can be read")
 
     def _cut(self, item: Item, rng: random.Random) -> Crop:
-        """A uniformly placed crop of an item, or of the stretch around its end."""
+        """Cut a uniformly placed crop from an item, or from the stretch around its end."""
         seconds = self.samples / self.sample_rate
         total = audio_info(item.path).seconds
         first, last = 0.0, max(total - seconds, 0.0)
@@ -91,7 +91,7 @@ class Crops:
 
 
 def _pan(audio: Tensor, rng: random.Random) -> Tensor:
-    """(2, T) sound mixed to mono and panned with constant power, often to the middle or a side; or sides exchanged."""
+    """Mix (2, T) sound to mono and pan it with constant power, often to the middle or a side; or exchange its sides."""
     if rng.random() < 0.4:
         return audio.flip(0)
     place = rng.choice((0.0, 0.5, 1.0, rng.random(), rng.random(), rng.random())) * math.pi / 2
@@ -106,15 +106,16 @@ def _order(epoch: int, size: int, seed: int) -> tuple[int, ...]:
 
 
 def item_numbers(batch: int, rank: int, world: int, batch_size: int) -> range:
-    """The numbers of the items in the `batch`-th batch of process `rank` of `world`.
+    """Numbers of the items in the `batch`-th batch of process `rank` of `world`.
 
-    Over all processes they depend on batch_size * world only, so one process with a doubled batch sees what two see.
+    Over all processes the numbers only depend on batch_size * world, so one process with a doubled batch sees what two
+    see.
     """
     first = (batch * world + rank) * batch_size
     return range(first, first + batch_size)
 
 
 def epoch_index(number: int, size: int, seed: int) -> int:
-    """Which of `size` items is the `number`-th drawn: every epoch visits all of them, each in its own order."""
+    """Index of the `number`-th of `size` items drawn: every epoch visits all of them, each in its own order."""
     epoch, position = divmod(number, size)
     return _order(epoch, size, seed)[position]

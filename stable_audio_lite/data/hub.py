@@ -14,7 +14,7 @@ from stable_audio_lite.errors import UserError
 PREFIX = "hf:"
 
 
-def read_items(name: str) -> list[Item]:
+def read_hub_items(name: str) -> list[Item]:
     """The items of `hf:owner/name`, `hf:owner/name:split` (train without one) or a folder that `save_to_disk` wrote.
 
     The texts are in the column "captions" (lists) or "text". Audio stays as it is stored until it is read.
@@ -46,7 +46,7 @@ def read_items(name: str) -> list[Item]:
     for index, row in enumerate(texts if texts.num_columns else [{}] * len(table)):
         where = f"{name}[{index}]"
         source = Stored(where, partial(_open, table, index, column))
-        items.append(Item(path=source, captions=captions_of(row, where), truth=row))
+        items.append(Item(path=source, captions=captions_of(row, where), metadata=row))
     return items
 
 

@@ -19,16 +19,16 @@ class Item:
     Attributes:
         path: where it is read from.
         captions: texts that describe it, the first one the main one; may be empty.
-        truth: the whole metadata row.
+        metadata: the whole row of the data set.
     """
 
     path: AudioSource
     captions: tuple[str, ...] = ()
-    truth: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """The file's name, without the folder that it lies in."""
+        """The file's name, without its folder."""
         return PurePath(str(self.path)).name
 
 

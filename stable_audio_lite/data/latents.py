@@ -25,21 +25,21 @@ _INDEX, _MARK = "latents.json", "cache.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
-    """What is known of a cached item.
+class LatentMetadata:
+    """Facts about a cached item.
 
     Attributes:
         name: of its file.
         captions: texts that describe it.
-        truth: its metadata row.
+        metadata: its row of the data set.
         seconds_start: second of the file at which the latent begins.
         seconds: length of the sound that the latent covers; its last frame may cover more.
-        audio: SHA-256 of the file, "" where it is not known.
+        audio: SHA-256 of the file, "" if unknown.
     """
 
     name: str
     captions: tuple[str, ...]
-    truth: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     seconds_start: float
     seconds: float
     audio: str = ""
@@ -47,24 +47,24 @@ class About:
 
 @dataclass(frozen=True)
 class CachedLatent:
-    """Item `number` of a data set: its latent (C, F) and what is known of it."""
+    """Item `number` of a data set: its latent (C, F) and the facts about it."""
 
     number: int
     latent: Tensor
-    about: About
+    about: LatentMetadata
 
 
 class LatentCache:
     """A folder of shards with the latents of `items` items, made by the encoder with hash `encoder`.
 
     Args:
-        folder: where the shards lie; made if need be.
+        folder: of the shards; created if it doesn't exist.
         encoder: hash of the VAE's encoder.
-        items: of the data set.
-        shard_items: of each shard but the last.
+        items: number of items in the data set.
+        shard_items: number of items in each shard but the last.
 
     Raises:
-        UserError: the folder holds latents of another VAE or data set, or in other shards.
+        UserError: the folder holds latents of another VAE or data set, or in shards of another size.
     """
 
     def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256):
@@ -81,15 +81,15 @@ class LatentCache:
 
     @property
     def shards(self) -> list[range]:
-        """Numbers of the items of each shard."""
+        """Item numbers of each shard."""
         return [range(i, min(i + self.shard_items, self.items)) for i in range(0, self.items, self.shard_items)]
 
     def path(self, shard: int) -> Path:
-        """File of a shard."""
+        """Path of a shard."""
         return self.folder / f"{shard:06d}.tar"
 
     def holds(self, shard: int, names: Sequence[str]) -> bool:
-        """Whether a shard is there; `names` are the data set's files.
+        """Check that a shard exists and holds the latents of the data set, whose files are `names`.
 
         Raises:
             UserError: it holds the latents of other files.
@@ -111,13 +111,13 @@ class LatentCache:
                 array = io.BytesIO()
                 np.save(array, entry.latent.half().cpu().numpy(), allow_pickle=False)
                 _add(tar, f"{entry.number:08d}.npy", array.getvalue())
-                _add(tar, f"{entry.number:08d}.json", json.dumps(asdict(entry.about)).encode())
+                _add(tar, f"{entry.number:08d}.json", json.dumps(_to_row(entry.about)).encode())
 
     def finish(self) -> None:
         """Write the index: which items have latents, and mean and deviation per channel over all frames.
 
         Raises:
-            UserError: none has, or a shard is missing.
+            UserError: no item has a latent, or a shard is missing.
         """
         frames, total, squares = 0, torch.zeros(()), torch.zeros(())
         present = []
@@ -140,13 +140,13 @@ class LatentCache:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    header = tarfile.TarInfo(name)  # of the year 1970 and no one's: the same latents make the same bytes
+    header = tarfile.TarInfo(name)  # dated 1970 and without an owner, so that the same latents make the same bytes
     header.size = len(data)
     tar.addfile(header, io.BytesIO(data))
 
 
 def read_shard(path: Path) -> list[CachedLatent]:
-    """All latents of a shard.
+    """Read all latents of a shard.
 
     Raises:
         UserError: it is missing or damaged.
@@ -158,7 +158,7 @@ def read_shard(path: Path) -> list[CachedLatent]:
             CachedLatent(
                 int(name.removesuffix(".npy")),
                 torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)),
-                _about(json.loads(files[name.replace(".npy", ".json")])),
+                _from_row(json.loads(files[name.replace(".npy", ".json")])),
             )
             for name, data in files.items()
             if name.endswith(".npy")
@@ -167,17 +167,23 @@ def read_shard(path: Path) -> list[CachedLatent]:
         raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
 
 
-def _about(row: dict[str, Any]) -> About:
-    return About(**row | {"captions": tuple(row["captions"])})
+def _to_row(about: LatentMetadata) -> dict[str, Any]:
+    """Plain JSON of an item's facts; `metadata` is stored under the key "truth"."""
+    return {"truth" if key == "metadata" else key: value for key, value in asdict(about).items()}
+
+
+def _from_row(row: dict[str, Any]) -> LatentMetadata:
+    facts = {"metadata" if key == "truth" else key: value for key, value in row.items()}
+    return LatentMetadata(**facts | {"captions": tuple(row["captions"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheIndex:
-    """What the index of a finished folder says.
+    """The index of a finished folder.
 
     Attributes:
-        items: of the data set, also those without latents.
-        shards, frames: how many there are in all.
+        items: number of items in the data set, those without latents included.
+        shards, frames: total numbers.
         mean, std: of each channel over all frames.
     """
 
@@ -189,10 +195,10 @@ class CacheIndex:
 
 
 def read_index(folder: str | Path, encoder: str) -> CacheIndex:
-    """The index of a finished folder.
+    """Read the index of a finished folder.
 
     Raises:
-        UserError: the folder is unfinished or of another VAE than that with the hash `encoder`.
+        UserError: the folder is unfinished, or its VAE is not the one with the hash `encoder`.
     """
     path = Path(folder) / _INDEX
     if not path.exists():
@@ -207,7 +213,7 @@ def read_index(folder: str | Path, encoder: str) -> CacheIndex:
 
 
 def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
-    """Everything in a finished folder.
+    """Read everything in a finished folder.
 
     Raises:
         UserError: the folder is unfinished, of another VAE, or damaged.

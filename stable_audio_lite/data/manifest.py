@@ -24,14 +24,14 @@ def read_items(source: str | Path) -> list[Item]:
     A listed file that is missing or broken is found when it is read.
 
     Raises:
-        UserError: the source is missing, a row is not as it should be, or nothing is found.
+        UserError: the source is missing, a row is malformed, or nothing is found.
     """
     name = str(source)
     folder = Path(source)
     if name.startswith(hub.PREFIX) or (folder / "dataset_info.json").is_file():
-        items = hub.read_items(name)
+        items = hub.read_hub_items(name)
     elif name.endswith(".tar"):
-        items = shards.read_items(shards.expand(name))
+        items = shards.read_shard_items(shards.expand(name))
     elif folder.suffix in _LISTS and folder.is_file():
         items = [_item(folder.parent, *row) for row in _LISTS[folder.suffix](folder)]
     elif not folder.is_dir():
@@ -41,7 +41,7 @@ def read_items(source: str | Path) -> list[Item]:
     elif (folder / "metadata.csv").exists():
         items = [_item(folder, *row) for row in _csv_rows(folder / "metadata.csv")]
     elif tars := sorted(folder.glob("*.tar")):
-        items = shards.read_items([str(tar) for tar in tars])
+        items = shards.read_shard_items([str(tar) for tar in tars])
     else:
         items = [Item(path=p) for p in sorted(folder.rglob("*")) if p.suffix.lower() in SUFFIXES]
     if not items:
@@ -87,4 +87,4 @@ def _text(listing: Path) -> str:
 def _item(folder: Path, where: str, row: Any) -> Item:
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
         raise UserError(f"{where} is not an object with 'file_name'")
-    return Item(path=folder / row["file_name"], captions=captions_of(row, where), truth=row)
+    return Item(path=folder / row["file_name"], captions=captions_of(row, where), metadata=row)

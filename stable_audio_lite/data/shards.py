@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which `KEY.flac`, `KEY.json` and `KEY.txt` belong together.
 
-Audio is read by seeking in the tar, which may lie on a disk or at any address that fsspec opens (s3://, gs://, https://).
+Audio is read by seeking in the tar, which may be on disk or at any address that fsspec opens (s3://, gs://, https://).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stable_audio_lite.errors import UserError
 
 
 def expand(pattern: str) -> list[str]:
-    """`a{00..11}.tar` as `a00.tar` to `a11.tar`; a name without braces as itself."""
+    """Expand `a{00..11}.tar` to `a00.tar` ... `a11.tar`; a name without braces stays as it is."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return [pattern]
@@ -32,11 +32,11 @@ def expand(pattern: str) -> list[str]:
     ]
 
 
-def read_items(addresses: list[str]) -> list[Item]:
-    """The items of some shards, in their order; the texts are in `KEY.json` ("text", "captions") or `KEY.txt`.
+def read_shard_items(addresses: list[str]) -> list[Item]:
+    """List the items of shards, in order; the texts are in `KEY.json` ("text", "captions") or `KEY.txt`.
 
     Raises:
-        UserError: a shard is missing, no tar file, or a text is not as it should be.
+        UserError: a shard is missing or no tar file, or a text is malformed.
     """
     return [item for address in addresses for item in _read_shard(address)]
 
@@ -65,7 +65,7 @@ def _read_shard(address: str) -> list[Item]:
     for key, member in audio.items():
         where, row = f"{address}/{member.name}", rows.get(key, {})
         source = Stored(where, partial(_open_member, address, member.offset_data, member.size))
-        items.append(Item(path=source, captions=captions_of(row, where), truth=row))
+        items.append(Item(path=source, captions=captions_of(row, where), metadata=row))
     return items
 
 

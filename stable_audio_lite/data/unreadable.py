@@ -1,4 +1,4 @@
-"""Files of a data set that can't be read: left out, counted and listed, up to a share of them."""
+"""Files of a data set that can't be read: skipped, counted and listed, up to an allowed share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Unreadable:
         reasons: messages by file.
 
     Raises:
-        UserError: the share is none.
+        UserError: `allowed` is not in 0..1.
     """
 
     def __init__(self, total: int, allowed: float, folder: str | Path | None = None):
@@ -39,12 +39,12 @@ class Unreadable:
         return len(self.reasons)
 
     def add(self, path: AudioSource, error: UserError) -> None:
-        """Note that `path` can't be read.
+        """Record that `path` can't be read.
 
         Raises:
-            UserError: more than the share that may be.
+            UserError: more than the allowed share of the files can't be read.
         """
-        self._read()  # what other processes have met
+        self._read()  # what other processes have recorded
         if str(path) not in self.reasons:
             self.reasons[str(path)] = str(error)
             if self.report:
@@ -66,4 +66,4 @@ class Unreadable:
                 row = json.loads(line)
                 self.reasons.setdefault(row["file"], row["error"])
             except (ValueError, KeyError, TypeError):
-                continue  # a row that a killed process began
+                continue  # a row cut short when a process was killed

@@ -1,4 +1,4 @@
-"""What is in a data set, before anyone waits for training: counts, lengths, formats, and what is wrong with it."""
+"""Validation of a data set before training: counts, lengths, formats, and everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class FileReport:
 
 @dataclass
 class DatasetReport:
-    """The figures of a data set.
+    """Statistics of a data set.
 
     Attributes:
         files, seconds: number of files and length of the readable ones.
-        rates, channels: how many readable files have which sample rate and how many channels.
+        rates, channels: numbers of readable files by sample rate and by number of channels.
         shortest, longest: seconds.
         faults: files by what is wrong: "broken", "silent", "clipped", "without caption".
         errors: why the broken ones can't be read.
@@ -78,7 +78,7 @@ class DatasetReport:
         self.channels[file.channels] += 1
 
     def as_json(self) -> dict[str, Any]:
-        """All figures and every faulty file as plain values."""
+        """All statistics and every faulty file as plain values."""
         readable = bool(self.rates)
         return {
             "files": self.files,
@@ -125,7 +125,7 @@ def validate(path: str | Path, workers: int = 4) -> DatasetReport:
 
 
 def inspect(item: Item) -> FileReport:
-    """Read one file whole, in blocks."""
+    """Read all of one file, in blocks."""
     captioned = any(caption.strip() for caption in item.captions)
     try:
         info = audio_info(item.path)
@@ -144,7 +144,7 @@ def inspect(item: Item) -> FileReport:
 
 
 def _levels(blocks: Iterable[np.ndarray]) -> tuple[float, bool]:
-    """Highest level of the (C, T) blocks, and whether samples at full scale stand side by side."""
+    """Find the highest level of the (C, T) blocks, and whether neighbouring samples are at full scale."""
     peak, clipped = 0.0, False
     for left, block in _with_tail(blocks):
         peak = max(peak, float(np.abs(block).max(initial=0.0)))
@@ -157,7 +157,7 @@ def _levels(blocks: Iterable[np.ndarray]) -> tuple[float, bool]:
 
 
 def _with_tail(blocks: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each block with the last samples of the one before it, for what straddles the boundary."""
+    """Yield each block with the last samples of the one before it, for runs that straddle the boundary."""
     tail: np.ndarray | None = None
     for block in blocks:
         yield (block[:, :0] if tail is None else tail), block

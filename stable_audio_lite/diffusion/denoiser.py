@@ -1,6 +1,7 @@
-"""From a trained network to a denoiser, and classifier-free guidance.
+"""Denoisers made from trained networks, and classifier-free guidance.
 
-A denoiser is a callable (x, sigma) -> x0 with x (B, ...) = x0 + sigma * eps and sigma (B,), all that a sampler knows.
+A denoiser is a callable (x, sigma) -> x0 with x (B, ...) = x0 + sigma * eps and sigma (B,). A sampler knows nothing
+else about the model.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion.process import Process, like
+from stable_audio_lite.diffusion.process import Process, append_dims
 from stable_audio_lite.nn.attention import Condition
 
 
 class Network(Protocol):
-    """A prediction for data, times and a ready context."""
+    """A network that predicts from noisy data, times and a prepared context."""
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor: ...
 
 
 class Conditional(Network, Protocol):
-    """A network that can be guided: it prepares conditions and has learned one that says nothing."""
+    """A network that can be guided: it prepares conditions and has a learned null condition."""
 
     def context(self, condition: Condition) -> Any:
-        """`condition` as its forward takes it."""
+        """Prepare `condition` for the forward pass."""
         ...
 
     def null_condition(self, batch: int) -> Condition:
@@ -37,8 +38,8 @@ class NetworkDenoiser:
 
     Args:
         network: the predictor.
-        process: that it was trained with.
-        context: the network's condition, ready for it.
+        process: the one that it was trained with.
+        context: the prepared condition.
     """
 
     def __init__(self, network: Network, process: Process, context: Any = None) -> None:
@@ -46,7 +47,7 @@ class NetworkDenoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
-        x_t = x * like((1 + sigma**2).rsqrt(), x)
+        x_t = x * append_dims((1 + sigma**2).rsqrt(), x)
         return self.process.to_x0(self.network(x_t, self.process.time(sigma), self.context), x_t, sigma)
 
 
@@ -57,9 +58,9 @@ class Guidance:
 
     Args:
         network: the predictor.
-        process: that it was trained with.
-        cond: what is asked for, of B items.
-        negative: what to move away from, of B items; the learned null where None.
+        process: the one that it was trained with.
+        cond: condition to move towards, of B items.
+        negative: condition to move away from, of B items; None is the learned null.
         scale: 1 is no guidance (and one plain forward).
         rescale: phi in 0..1, how far each item's standard deviation returns to the unguided one.
 

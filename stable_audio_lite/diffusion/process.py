@@ -1,4 +1,4 @@
-"""Diffusion processes: how data become noise, at which times, and what a network learns to predict of it.
+"""Diffusion processes: how data become noise over time, and what a network learns to predict.
 
 x_t = alpha_t x0 + sigma_t eps with alpha_t^2 + sigma_t^2 = 1. Samplers count by the noise level of x_t / alpha_t:
 sigma = sigma_t / alpha_t. `CosineProcess` has continuous times, `DiscreteProcess` DDPM's steps. Times and noise levels
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 Objective = Literal["v", "eps", "x0"]
-_MOST_BETA = 0.999
+_MAX_BETA = 0.999
 
 
-def like(values: Tensor, data: Tensor) -> Tensor:
-    """Give (B,) values trailing axes so that they multiply data (B, ...)."""
+def append_dims(values: Tensor, data: Tensor) -> Tensor:
+    """Append axes of size 1 to (B,) values so that they broadcast against data (B, ...)."""
     return values.reshape(-1, *[1] * (data.ndim - 1))
 
 
@@ -50,24 +50,24 @@ class Process(ABC):
 
     @abstractmethod
     def at(self, share: Tensor) -> Tensor:
-        """The time up to which that share, 0..1, of all times lies."""
+        """Quantile of the times: the time below which that share, 0..1, of them lies."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t of data and noise (B, ...) at times (B,)."""
+        """Mix data and noise (B, ...) to x_t at times (B,)."""
         alpha, sigma = self._weights(t, x0)
         return alpha * x0 + sigma * eps
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """The right prediction (B, ...) for `add_noise(x0, eps, t)`."""
+        """The ideal prediction (B, ...) for `add_noise(x0, eps, t)`."""
         if self.objective == "v":
             alpha, sigma = self._weights(t, x0)
             return alpha * eps - sigma * x0
         return eps if self.objective == "eps" else x0
 
     def to_x0(self, prediction: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
-        """The clean data that a prediction (B, ...) for x_t at noise levels (B,) stands for."""
-        sigma = like(sigma, x_t)
-        # From sigma itself: by way of t, alpha would lose its digits where there is almost only noise.
+        """Turn a prediction (B, ...) for x_t at noise levels (B,) into clean data."""
+        sigma = append_dims(sigma, x_t)
+        # From sigma itself: computed from t, alpha would lose its digits where there is almost only noise.
         alpha = (1 + sigma**2).rsqrt()
         if self.objective == "v":
             return alpha * x_t - alpha * sigma * prediction
@@ -75,7 +75,7 @@ class Process(ABC):
 
     def _weights(self, t: Tensor, data: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t)
-        return like(alpha, data), like(sigma, data)
+        return append_dims(alpha, data), append_dims(sigma, data)
 
 
 class CosineProcess(Process):
@@ -98,7 +98,7 @@ class ScheduleConfig:
 
     Attributes:
         kind: "cosine" (Nichol & Dhariwal 2021, arXiv 2102.09672) or "linear" betas.
-        steps: how many there are.
+        steps: number of steps.
     """
 
     kind: Literal["cosine", "linear"] = "cosine"
@@ -122,16 +122,16 @@ class DiscreteProcess(Process):
         if config.kind == "cosine":
             grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
             kept = (((grid + 0.008) / 1.008) * (math.pi / 2)).cos().square()
-            beta = (1 - kept[1:] / kept[:-1]).clamp(max=_MOST_BETA)
-        else:  # the total of a thousand steps from 1e-4 to 0.02, whatever their number
-            ends = (1e-4 * 1000 / steps, min(0.02 * 1000 / steps, _MOST_BETA))
+            beta = (1 - kept[1:] / kept[:-1]).clamp(max=_MAX_BETA)
+        else:  # as much noise in total as a thousand steps from 1e-4 to 0.02 add
+            ends = (1e-4 * 1000 / steps, min(0.02 * 1000 / steps, _MAX_BETA))
             beta = torch.linspace(*ends, steps, dtype=torch.float64)
         self.abar = (1 - beta).cumprod(0)
         self._log_sigma = ((1 - self.abar) / self.abar).log() / 2
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of steps."""
         return len(self.abar)
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,7 +140,7 @@ class DiscreteProcess(Process):
         return abar.sqrt().float(), (1 - abar).sqrt().float()
 
     def time(self, sigma: Tensor) -> Tensor:
-        """The step, a fraction between two; the nearest there is beyond them."""
+        """The step, interpolated between two; beyond the first and the last, the nearer of them."""
         wanted = sigma.detach().cpu().double().log().clamp(self._log_sigma[0], self._log_sigma[-1])
         low = (torch.searchsorted(self._log_sigma, wanted) - 1).clamp(0, self.steps - 2)
         part = (wanted - self._log_sigma[low]) / (self._log_sigma[low + 1] - self._log_sigma[low])

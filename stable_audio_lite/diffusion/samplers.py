@@ -1,4 +1,4 @@
-"""Solvers of k-diffusion over any denoiser, with noise that belongs to each item.
+"""k-diffusion's solvers for any denoiser, with noise seeded per item.
 
 The one module that knows k-diffusion. A sampler takes x (B, ...) from noise level sigmas[0] to sigmas[-1]:
 
@@ -25,7 +25,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sampler(Protocol):
-    """Solves from sigmas[0] to sigmas[-1]."""
+    """A solver from sigmas[0] to sigmas[-1]."""
 
     def __call__(
         self,
@@ -39,12 +39,12 @@ class Sampler(Protocol):
         """Draw a sample.
 
         Args:
-            denoiser: what estimates x0.
+            denoiser: estimates x0.
             x: (B, ...) at noise level sigmas[0], which is standard normal noise times that.
             sigmas: (steps + 1,) falling noise levels; end in 0 for a clean result.
-            noise: gives fresh standard normal noise like x at each call; ddpm and the `-sde` samplers add it at each
-                step.
-            on_step: called as each step is denoised.
+            noise: returns fresh standard normal noise of x's shape at each call; ddpm and the `-sde` samplers add it
+                at each step.
+            on_step: called after the denoiser in each step.
 
         Returns:
             (B, ...) in x's dtype.
@@ -56,21 +56,28 @@ class Sampler(Protocol):
 
 
 class ItemNoise:
-    """Standard normal noise from one seed per item: an item's is the same alone, in any batch and on any device.
+    """Standard normal noise from one seed per item, the same for an item alone, in any batch and on any device.
 
     Args:
         seeds: one per item.
         shape: of one item.
         device: where the noise goes; it is drawn on the CPU.
+        frames: of the last axis, the first so many of the noise; None: all.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+        frames: int | None = None,
+    ) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.shape, self.device = tuple(shape), device
+        self.shape, self.device, self.frames = tuple(shape), device, frames
 
     def __call__(self) -> Tensor:
-        """The next (items, *shape), float32."""
-        rows = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        """Draw the next (items, *shape), float32."""
+        rows = [torch.randn(self.shape, generator=generator)[..., : self.frames] for generator in self.generators]
         return torch.stack(rows).to(self.device)
 
 
@@ -124,7 +131,7 @@ def polyexponential_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: 
 
 @functools.cache
 def _k_sampling() -> types.ModuleType:
-    """k_diffusion.sampling alone.
+    """Import k_diffusion.sampling alone.
 
     Importing k_diffusion runs its training and evaluation code with torchvision and more, which takes seconds. So its
     folder is opened under another package name, which runs no __init__, and its `utils` (which wants torchvision) is

@@ -1,1 +1,1 @@
-"""The networks: VAE, discriminator, U-Net and CLAP."""
+"""The networks: VAEs and their discriminator, U-Nets, a transformer, and the conditioner."""

@@ -1,9 +1,9 @@
-"""Joins text features and the two timing tokens into the one condition that the U-Net attends to.
+"""The condition that the U-Net attends to: text features joined with two timing tokens.
 
 Source: Evans et al. 2024, "Fast Timing-Conditioned Latent Audio Diffusion": `seconds_start` and
 `seconds_total` are each one learned embedding per whole second, appended to the text tokens along the
-sequence. Between whole seconds the two nearest embeddings are mixed: rounded, sounds of 3.5 and of 4.5 s
-would be asked for alike, and end half a second from where they should.
+sequence. Between whole seconds the two nearest embeddings are mixed: with rounding, 3.5 and 4.5 s would be
+the same request, and sounds would end half a second off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
     Args:
         condition: of B items.
         null: of B items or of one, with the same S and D; gradients reach it.
-        dropped: (B,) bool, which items lose theirs.
+        dropped: (B,) bool, True for items that lose their condition.
     """
     expected, got = tuple(condition.tokens.shape[1:]), tuple(null.tokens.shape[1:])
     if got != expected:
@@ -44,7 +44,7 @@ class TimingConfig:
 
 
 class Conditioner(nn.Module):
-    """Appends a `seconds_start` and a `seconds_total` token to text features.
+    """Timing conditioner: appends a `seconds_start` and a `seconds_total` token to text features.
 
     Its only parameters are the two embedding tables; they are trained with the U-Net, unlike the text
     encoder.

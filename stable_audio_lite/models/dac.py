@@ -25,7 +25,7 @@ class DacWeights:
 
 
 def read_dac(path: str | Path) -> DacWeights:
-    """What descript-audio-codec saved in a `weights.pth`; only tensors and plain values are unpickled.
+    """Read a `weights.pth` of descript-audio-codec; only tensors and plain values are unpickled.
 
     Raises:
         UserError: the file is missing, damaged, holds code, or is no DAC.
@@ -47,11 +47,11 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[st
     """Turn a descript-audio-codec state dict into one for `vae` of the same widths and strides.
 
     DAC is mono: its first convolution is widened to `audio_channels` inputs (divided by their number, so that equal
-    channels give DAC's response) and its last to as many outputs. What DAC lacks (the posterior's projection) or has in
-    another width (the decoder's entrance from its quantizer) keeps `vae`'s present values.
+    channels give DAC's response) and its last to as many outputs. Tensors that DAC lacks (the posterior's projection)
+    or has in another width (the decoder's first convolution, behind DAC's quantizer) keep the values of `vae`.
 
     Raises:
-        UserError: a tensor that both have differs in shape otherwise.
+        UserError: any other tensor that both have differs in shape.
     """
     channels = vae.config.audio_channels
     last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
@@ -65,7 +65,7 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[st
         if mono and name == "encoder.layers.0.weight_v":
             value = value.repeat(1, channels, 1)
         elif mono and name == "encoder.layers.0.weight_g":
-            # |v| grew by sqrt(channels) with the copies and the response by channels: undo the latter.
+            # The copies made |v| grow by sqrt(channels) and the response by channels: undo the latter.
             value = value / math.sqrt(channels)
         elif channels > 1 and name.startswith(last) and value.shape[0] == 1:
             value = value.repeat(channels, *[1] * (value.ndim - 1))

@@ -25,7 +25,7 @@ from stable_audio_lite.nn.attention import (
 )
 from stable_audio_lite.nn.steps import step_features
 
-TIME_MULTIPLIER = 4  # hidden width of the time mapping, in units of the width
+_TIME_MULTIPLIER = 4  # hidden width of the time embedding, in units of the width
 POSITION_STD = 0.02
 
 
@@ -35,11 +35,11 @@ class SpectrogramTransformerConfig:
 
     Attributes:
         width: features of a token.
-        blocks: how many.
+        blocks: number of blocks.
         heads: attention heads, of (width // heads) features each.
         patch: bins and frames on the side of a square patch.
         feed_forward: hidden width of the feed-forwards, in units of the width.
-        time_base: of the sinusoids that stand for a step index, see `step_features`.
+        time_base: base of the sinusoidal features of a step index, see `step_features`.
         text: whether the blocks cross-attend to a condition.
     """
 
@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         return self.to_out(merge_heads(F.scaled_dot_product_attention(queries, keys, values)))
 
 
-class Block(nn.Module):
+class PatchBlock(nn.Module):
     """Attention, cross-attention where there is text, and a feed-forward, each behind a norm and added to its input."""
 
     def __init__(self, config: SpectrogramTransformerConfig, context_width: int | None) -> None:
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 class SpectrogramTransformer(nn.Module):
-    """Predicts the clean spectrogram from a noisy one of a fixed size.
+    """Transformer that predicts the clean spectrogram from a noisy one of a fixed size.
 
     Args:
         config: its shape.
@@ -128,7 +128,7 @@ class SpectrogramTransformer(nn.Module):
         null: (context_tokens, context_width), the learned "no condition", or None without text.
 
     Raises:
-        ValueError: sizes don't fit the patch, or the context's are missing or given in vain.
+        ValueError: sizes don't fit the patch, or those of the context are missing with text or given without it.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class SpectrogramTransformer(nn.Module):
                 f"got {context_width} and {context_tokens} with text = {str(config.text).lower()}"
             )
         self.config, self.shape = config, (channels, bins, frames)
-        width, patch, hidden = config.width, config.patch, TIME_MULTIPLIER * config.width
+        width, patch, hidden = config.width, config.patch, _TIME_MULTIPLIER * config.width
         grid = (bins // patch, frames // patch)
         self.patch_in = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(POSITION_STD * torch.randn(grid[0] * grid[1], width))
         self.time = nn.Sequential(linear(width, hidden), nn.Tanh(), linear(hidden, width))
-        self.blocks = nn.ModuleList(Block(config, context_width) for _ in range(config.blocks))
+        self.blocks = nn.ModuleList(PatchBlock(config, context_width) for _ in range(config.blocks))
         self.patch_out = nn.ConvTranspose2d(width, channels, patch, stride=patch)
         self.null = None
         if context_width is not None and context_tokens is not None:
@@ -193,7 +193,7 @@ class SpectrogramTransformer(nn.Module):
         Args:
             x: (B, channels, bins, frames) noisy spectrograms of about unit variance.
             t: (B,) diffusion step indices, fractions allowed.
-            context: `self.context(condition)`; None is the null condition where there is text.
+            context: `self.context(condition)`; None is the null condition of a transformer with text.
 
         Returns:
             (B, channels, bins, frames) in x's dtype, whatever the dtype of the weights.

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from stable_audio_lite.nn.attention import merge_heads, split_heads
 from stable_audio_lite.nn.steps import step_features
 
-TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 MAX_PERIOD = 10_000.0  # of the time's slowest sinusoid, in steps, over 2 pi
-LEAST_BOTTLENECK = 16  # narrowest bottleneck of a TDF, in bins
+MIN_BOTTLENECK = 16  # narrowest bottleneck of a TDF, in bins
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class SpectrogramUNetConfig:
 
     @property
     def factor(self) -> int:
-        """By how much the innermost level has fewer bins and frames than the outermost: what divides both."""
+        """Total downsampling factor, by which bins and frames must be divisible."""
         return 2 ** (len(self.multipliers) - 1)
 
     def level_bins(self, bins: int) -> tuple[int, ...]:
@@ -87,7 +87,7 @@ class SpectrogramUNetConfig:
 # Layers over (B, C, T, F)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm2d(nn.Module):
     """Group norm with an optional adaptive scale and shift (Dhariwal & Nichol 2021, section 4.3)."""
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
@@ -115,7 +115,7 @@ class TDF(nn.Module):
 
     def __init__(self, bins: int, divisor: int) -> None:
         super().__init__()
-        width = max(bins // divisor, LEAST_BOTTLENECK)
+        width = max(bins // divisor, MIN_BOTTLENECK)
         self.layers = nn.Sequential(
             nn.Linear(bins, width),
             nn.LayerNorm(width),
@@ -126,17 +126,17 @@ class TDF(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform x (B, C, T, F), added to it."""
+        """Transform x (B, C, T, F) and add the result to it."""
         return x + self.layers(x).to(x.dtype)
 
 
-class Attention(nn.Module):
+class Attention2d(nn.Module):
     """Self-attention over all bins and frames, added to its input; adds nothing at first."""
 
     def __init__(self, channels: int, heads: int, groups: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(groups, channels)
+        self.norm = GroupNorm2d(groups, channels)
         self.to_qkv = nn.Linear(channels, 3 * channels)
         self.to_out = zeroed(nn.Linear(channels, channels))
 
@@ -148,32 +148,32 @@ class Attention(nn.Module):
         return x + out.transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """Halves bins and frames by a strided convolution."""
+class Downsample2d(nn.Module):
+    """Strided convolution that halves bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, T, F) -> (B, C, T / 2, F / 2)."""
         return self.conv(x)
 
 
-class Upsample(nn.Module):
-    """Doubles bins and frames by repetition and a convolution."""
+class Upsample2d(nn.Module):
+    """Repetition and a convolution, which double bins and frames."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, T, F) -> (B, C, 2 T, 2 F)."""
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """The layer with all parameters set to zero."""
+    """Set all parameters of a layer to zero; returns the layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -182,27 +182,27 @@ def zeroed(layer: nn.Module) -> nn.Module:
 # Blocks
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock2d(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip; then a TDF.
 
-    `bins` is the number of bins that it gives.
+    `bins` is the number of bins of its output.
     """
 
     def __init__(self, config: SpectrogramUNetConfig, channels: int, out_channels: int, bins: int) -> None:
         super().__init__()
-        self.norm_in = GroupNorm(config.groups, channels)
+        self.norm_in = GroupNorm2d(config.groups, channels)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.film = nn.Linear(TIME_MULTIPLIER * config.width, 2 * out_channels)
-        self.norm_out = GroupNorm(config.groups, out_channels)
+        self.film = nn.Linear(_TIME_MULTIPLIER * config.width, 2 * out_channels)
+        self.norm_out = GroupNorm2d(config.groups, out_channels)
         self.dropout = nn.Dropout(config.dropout)
         self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
         self.tdf = nn.Identity() if config.tdf is None else TDF(bins, config.tdf)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, C, T, F) given the time mapping (B, M)."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, C, T, F) given the time embedding (B, E)."""
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = F.silu(self.norm_out(hidden, self.film(F.silu(mapping))))
+        hidden = F.silu(self.norm_out(hidden, self.film(F.silu(embedding))))
         return self.tdf(self.skip(x) + self.conv_out(self.dropout(hidden)))
 
 
@@ -218,22 +218,22 @@ class Stage(nn.Module):
         resample: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.block = ResidualBlock(config, channels, out_channels, bins)
+        self.block = ResidualBlock2d(config, channels, out_channels, bins)
         attend = bins in config.attention
-        self.attention = Attention(out_channels, config.heads, config.groups) if attend else nn.Identity()
+        self.attention = Attention2d(out_channels, config.heads, config.groups) if attend else nn.Identity()
         self.resample = resample
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, C, T, F) given the time mapping (B, M)."""
-        x = self.attention(self.block(x, mapping))
-        return x if self.resample is None else self.resample(x, mapping)
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, C, T, F) given the time embedding (B, E)."""
+        x = self.attention(self.block(x, embedding))
+        return x if self.resample is None else self.resample(x, embedding)
 
 
 # Model
 
 
 class SpectrogramUNet(nn.Module):
-    """Predicts the noise in noisy spectrograms.
+    """U-Net that predicts the noise in noisy spectrograms.
 
     Args:
         config: its shape.
@@ -247,8 +247,8 @@ class SpectrogramUNet(nn.Module):
     def __init__(self, config: SpectrogramUNetConfig, bins: int = 512, channels: int = 2) -> None:
         super().__init__()
         self.config, self.bins, self.channels = config, bins, channels
-        mapping = TIME_MULTIPLIER * config.width
-        self.mapping = nn.Sequential(nn.Linear(config.width, mapping), nn.SiLU(), nn.Linear(mapping, mapping))
+        time_width = _TIME_MULTIPLIER * config.width
+        self.mapping = nn.Sequential(nn.Linear(config.width, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         levels = list(zip(config.level_bins(bins), (config.width * m for m in config.multipliers), strict=True))
 
         self.conv_in = nn.Conv2d(channels, config.width, 3, padding=1)
@@ -260,17 +260,17 @@ class SpectrogramUNet(nn.Module):
                 width = level_width
                 skips.append(width)
             if level_bins > levels[-1][0]:
-                self.down.append(Downsample(width))
+                self.down.append(Downsample2d(width))
                 skips.append(width)
-        middle = Stage(config, width, width, level_bins), ResidualBlock(config, width, width, level_bins)
+        middle = Stage(config, width, width, level_bins), ResidualBlock2d(config, width, width, level_bins)
         self.middle = nn.ModuleList(middle)
         for level_bins, level_width in reversed(levels):
             for left in reversed(range(config.blocks + 1)):
                 step = left == 0 and level_bins < bins
-                resample = Upsample(level_width) if step else None
+                resample = Upsample2d(level_width) if step else None
                 self.up.append(Stage(config, width + skips.pop(), level_width, level_bins, resample))
                 width = level_width
-        self.norm_out = GroupNorm(config.groups, width)
+        self.norm_out = GroupNorm2d(config.groups, width)
         self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: None = None) -> Tensor:
@@ -289,16 +289,16 @@ class SpectrogramUNet(nn.Module):
         """
         self._check(x, context)
         dtype = self.conv_in.weight.dtype
-        mapping = self.mapping(step_features(t, self.config.width, MAX_PERIOD).to(dtype))
+        embedding = self.mapping(step_features(t, self.config.width, MAX_PERIOD).to(dtype))
         hidden = self.conv_in(x.to(dtype).transpose(2, 3).contiguous())
         skips = [hidden]
         for layer in self.down:
-            hidden = layer(hidden, mapping)
+            hidden = layer(hidden, embedding)
             skips.append(hidden)
         for layer in self.middle:
-            hidden = layer(hidden, mapping)
+            hidden = layer(hidden, embedding)
         for layer in self.up:
-            hidden = layer(torch.cat((hidden, skips.pop()), dim=1), mapping)
+            hidden = layer(torch.cat((hidden, skips.pop()), dim=1), embedding)
         out = self.conv_out(F.silu(self.norm_out(hidden)))
         return out.transpose(2, 3).contiguous().to(x.dtype)
 

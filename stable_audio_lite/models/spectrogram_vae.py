@@ -1,8 +1,8 @@
 """A VAE on magnitudes and stereo parameters: small, quick to train on a CPU, with latents that are easy to generate.
 
-What is compressed of 2048-sample spectra, two to a latent frame, are magnitudes, in single bins up to 5.5 kHz and in
-bands above, and how the channels are alike in each of some bands (parametric stereo, Breebaart et al. 2005, as Stokes
-parameters). Phase is not: decoding finds one that fits. Reads upward: features, blocks, VAE.
+It compresses 2048-sample spectra, two to a latent frame: their magnitudes, in single bins up to 5.5 kHz and in bands
+above, and how the channels are related in a few bands (parametric stereo, Breebaart et al. 2005, as Stokes parameters).
+Phase is dropped: decoding finds one that fits. Reads upward: features, blocks, VAE.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from stable_audio_lite.audio.phase import GriffinLim, advance
 from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
 
-WINDOW, HOP = 2048, 512
-"""Samples of a spectrum and from one to the next."""
+WINDOW_SAMPLES, HOP_SAMPLES = 2048, 512
+"""Length of a spectrum's window, and the step from one spectrum to the next, in samples."""
 PAIR = 2  # spectra to a latent frame
-_BINS = WINDOW // 2 + 1
+_BINS = WINDOW_SAMPLES // 2 + 1
 _SINGLE, _BANDS, _STEREO = 256, 64, 32  # single bins, bands above them, bands of stereo parameters
 _LEVELS = _SINGLE + _BANDS
-_PADDING = (WINDOW - HOP) // 2  # spectra are centred in their hops
+_PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their hops
 FLOOR = 1e-4
-"""Magnitude, that of a full-scale sine being 1, below which nothing is told apart: -80 dB."""
-_PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra before and after that phases are found with
+"""Magnitude, where a full-scale sine has 1, below which everything counts as silence: -80 dB."""
+_PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra of context on each side for finding phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SpectrogramVAEConfig:
     Attributes:
         kind: which VAE this is.
         width: channels of encoder and decoder.
-        encoder_blocks, decoder_blocks: how many blocks they have.
+        encoder_blocks, decoder_blocks: numbers of blocks.
         latent_channels: channels of the latent.
         iterations: of Griffin-Lim.
     """
@@ -64,11 +64,11 @@ class SpectrogramVAEConfig:
     @property
     def hop(self) -> int:
         """Samples per latent frame."""
-        return PAIR * HOP
+        return PAIR * HOP_SAMPLES
 
 
 class SpectralFeatures(NamedTuple):
-    """What is compressed of stereo sound.
+    """The features of stereo sound that are compressed.
 
     Attributes:
         levels: (B, 320, 2 F) natural logarithms of magnitudes (root mean square of both channels) above `FLOOR`.
@@ -94,9 +94,9 @@ class FeatureTransform(nn.Module):
         super().__init__()
         bands, centres = _log_bands()
         pooled, stereo_centres = _stereo_bands()
-        self.scale = 2 / (WINDOW / 2)  # of spectra by the window's sum: a full-scale sine has magnitude 1
+        self.scale = 2 / (WINDOW_SAMPLES / 2)  # of spectra by the window's sum: a full-scale sine has magnitude 1
         tables = {
-            "window": 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW),
+            "window": 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW_SAMPLES) / WINDOW_SAMPLES),
             "bands": bands,
             "spread": _between(centres, np.arange(_SINGLE, _BINS)),
             "stereo_bands": pooled,
@@ -109,8 +109,8 @@ class FeatureTransform(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def features(self, audio: Tensor) -> SpectralFeatures:
-        """Of (B, 2, F * 1024) audio, in float32."""
-        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW, HOP)
+        """Compute the features of (B, 2, F * 1024) audio, in float32."""
+        frames = F.pad(audio.float(), (_PADDING, _PADDING)).unfold(-1, WINDOW_SAMPLES, HOP_SAMPLES)
         spectra = torch.fft.rfft(frames * self.window)  # B, 2, 2F, bins
         power = spectra.real.square() + spectra.imag.square()
         mean = power.mean(1) * self.scale**2
@@ -124,17 +124,18 @@ class FeatureTransform(nn.Module):
         return SpectralFeatures(levels.transpose(1, 2), stereo.transpose(2, 3))
 
     def components(self, features: SpectralFeatures) -> tuple[Tensor, Tensor]:
-        """Magnitudes (B, 2, 2F, bins) of two incoherent components, and the (B, 2, 2, 2F, bins) complex weights with
-        which they add up to left and right: `sum over component of weights[:, channel, component] * spectrum`.
+        """Split features into two incoherent components.
 
-        The components are the principal ones of the channels' covariance, so mono sound has one alone.
+        Returns their magnitudes (B, 2, 2F, bins) and the (B, 2, 2, 2F, bins) complex weights with which they add up to
+        left and right: `sum over component of weights[:, channel, component] * spectrum`. They are the principal
+        components of the channels' covariance, so mono sound has only one.
         """
         levels = features.levels.transpose(1, 2)
         low, high = levels.split((_SINGLE, _BANDS), -1)
         magnitude = torch.cat((low, high @ self.spread.T), -1).exp() - FLOOR
         magnitude = (magnitude - FLOOR / 2).clamp_min(0) / self.scale  # what can't be told from silence is silence
         power = (2 * magnitude.square()).unflatten(1, (-1, PAIR)).sum(2) @ self.stereo_bands.T  # B, F, bands
-        # Loud bands reach into quiet ones and not the other way round; undo what `features` took from quiet bands.
+        # Loud bands leak into quiet ones and not the other way round; undo what `features` took from quiet bands.
         weighted = features.stereo.transpose(2, 3) * (power + self.least.minimum(3 * power))[:, None]
         spread = (power @ self.stereo_spread.T).clamp_min(1e-12)[:, None]
         stokes = ((weighted @ self.stereo_spread.T) / spread).repeat_interleave(PAIR, 2)
@@ -148,7 +149,7 @@ class FeatureTransform(nn.Module):
         return magnitude[:, None] * powers.sqrt(), weights
 
 
-class Block(nn.Module):
+class ConvNeXtBlock(nn.Module):
     """ConvNeXt block (Liu et al. 2022): depthwise convolution over 7 frames, layer norm, two linear layers."""
 
     def __init__(self, width: int):
@@ -160,12 +161,12 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, F), the same."""
+        """(B, width, F) -> (B, width, F)."""
         hidden = self.norm(self.mix(x).transpose(1, 2))
         return x + self.down(F.gelu(self.up(hidden), approximate="tanh")).transpose(1, 2)
 
 
-class Encoder(nn.Module):
+class SpectrogramEncoder(nn.Module):
     """Normalised features (B, C, F) -> (B, 2 latent_channels, F): mean and scale.
 
     Attributes:
@@ -180,7 +181,7 @@ class Encoder(nn.Module):
         self.register_buffer("level_mean", torch.full((_LEVELS, 1), -6.0))
         self.register_buffer("level_std", torch.full((_LEVELS, 1), 2.0))
         self.enter = nn.Conv1d(_PACKED, config.width, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.encoder_blocks)))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(config.width) for _ in range(config.encoder_blocks)))
         self.norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, 2 * config.latent_channels)
         # At first the noise must not drown the mean: std = softplus(-2) = 0.13.
@@ -192,24 +193,24 @@ class Encoder(nn.Module):
         return self.project(self.norm(self.blocks(self.enter(x)).transpose(1, 2))).transpose(1, 2)
 
     def pack(self, features: SpectralFeatures) -> Tensor:
-        """Both spectra of a frame and its stereo parameters, normalised, (B, C, F)."""
+        """Normalise both spectra of each frame and its stereo parameters, and stack them as (B, C, F)."""
         levels = ((features.levels - self.level_mean) / self.level_std).unflatten(2, (-1, PAIR))
         return torch.cat((levels.permute(0, 3, 1, 2).flatten(1, 2), 2 * features.stereo.flatten(1, 2)), 1)
 
     def unpack(self, packed: Tensor) -> SpectralFeatures:
-        """The inverse of `pack`."""
+        """Invert `pack`."""
         levels, stereo = packed.float().split((PAIR * _LEVELS, 3 * _STEREO), 1)
         levels = levels.unflatten(1, (PAIR, _LEVELS)).permute(0, 2, 3, 1).flatten(2)
         return SpectralFeatures(levels * self.level_std + self.level_mean, stereo.unflatten(1, (3, _STEREO)) / 2)
 
 
-class Decoder(nn.Module):
+class SpectrogramDecoder(nn.Module):
     """(B, latent_channels, F) -> normalised features (B, C, F)."""
 
     def __init__(self, config: SpectrogramVAEConfig):
         super().__init__()
         self.enter = nn.Conv1d(config.latent_channels, config.width, 7, padding=3)
-        self.blocks = nn.Sequential(*(Block(config.width) for _ in range(config.decoder_blocks)))
+        self.blocks = nn.Sequential(*(ConvNeXtBlock(config.width) for _ in range(config.decoder_blocks)))
         self.norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, _PACKED)
 
@@ -218,16 +219,16 @@ class Decoder(nn.Module):
 
 
 class SpectrogramVAE(VAE):
-    """The VAE; its training compares features, as `Encoder.pack` normalises them."""
+    """The VAE; its training compares features, as `SpectrogramEncoder.pack` normalises them."""
 
     config: SpectrogramVAEConfig
-    encoder: Encoder
+    encoder: SpectrogramEncoder
 
     def __init__(self, config: SpectrogramVAEConfig):
         super().__init__()
         self.config = config
         self.transform = FeatureTransform()
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = SpectrogramEncoder(config), SpectrogramDecoder(config)
 
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.encode(audio)
@@ -238,13 +239,13 @@ class SpectrogramVAE(VAE):
 
     @torch.no_grad()
     def calibrate(self, audio: Tensor) -> None:
-        """Normalise levels by the statistics of (B, 2, T) audio; before training begins."""
+        """Set the normalisation of levels to the statistics of (B, 2, T) audio; call it before training."""
         levels = self.transform.features(audio).levels.transpose(0, 1).flatten(1)
         self.encoder.level_mean.copy_(levels.mean(1, keepdim=True))
         self.encoder.level_std.copy_(levels.std(1, keepdim=True).clamp_min(0.3))
 
     def decode_features(self, latents: Tensor) -> SpectralFeatures:
-        """Features of F frames of (B, latent_channels, F) latents.
+        """Decode (B, latent_channels, F) latents to the features of F frames.
 
         Raises:
             ValueError: they have another shape.
@@ -262,9 +263,9 @@ class SpectrogramVAE(VAE):
         return 3 + 3 * self.config.decoder_blocks
 
     def decode_stream(self, latents: Tensor, chunk_frames: int = _PIECE) -> Iterator[Tensor]:
-        """Successive pieces (B, 2, any) of what `decode` gives, in float32.
+        """Yield what `decode` returns in successive pieces (B, 2, any), in float32.
 
-        Phases are found piece by piece of a fixed length whatever `chunk_frames` is, each going on from the last, so
+        Phases are found in pieces of a fixed length, whatever `chunk_frames` is, each continuing the one before, so
         that the same latents always give the same sound.
 
         Raises:
@@ -276,7 +277,7 @@ class SpectrogramVAE(VAE):
         return stream.sound(lambda first, last: self._features(latents, first, last), len(latents), latents.shape[2])
 
     def _features(self, latents: Tensor, first: int, last: int) -> SpectralFeatures:
-        """Of frames first..last, computed from all that they depend on."""
+        """Features of frames first..last, computed with all the context that they depend on."""
         left = max(first - self.decoder_halo, 0)
         features = self.decode_features(latents[:, :, left : last + self.decoder_halo])
         own = slice(PAIR * (first - left), PAIR * (last - left))
@@ -292,27 +293,27 @@ class SpectrogramVAE(VAE):
 
 
 class SpectrumStream:
-    """Sound of features that come piece by piece; holds the last spectra, and samples that are not complete.
+    """Synthesis of sound from features piece by piece; holds the last spectra and the samples not yet complete.
 
     Args:
-        transform: of the features.
+        transform: the transform of the features.
         iterations: of Griffin-Lim.
     """
 
     def __init__(self, transform: FeatureTransform, iterations: int):
         self.transform = transform
         self.window = transform.window.float()
-        self.phases = GriffinLim(self.window, HOP, iterations)
+        self.phases = GriffinLim(self.window, HOP_SAMPLES, iterations)
 
     def sound(self, features: Callable[[int, int], SpectralFeatures], batch: int, frames: int) -> Iterator[Tensor]:
-        """Successive pieces (batch, 2, any) of the sound of `frames` latent frames.
+        """Yield the sound of `frames` latent frames in successive pieces (batch, 2, any).
 
-        `features(first, last)` gives those of the frames in between.
+        `features(first, last)` returns those of frames first..last.
         """
         random = torch.rand(2, _BINS, generator=torch.Generator().manual_seed(0)) * (2 * math.pi)
         phase = random.to(self.window.device).repeat(batch, 1)
         fixed: Tensor | None = None  # the last spectra (batch * component, _CONTEXT, bins) of the piece before
-        rest: Tensor | None = None  # of it, (batch, 2, 3 hops) that spectra to come will add to
+        rest: Tensor | None = None  # its last samples (batch, 2, 3 hops), which the next spectra add to
         for start in range(0, frames, _PIECE):
             stop = min(start + _PIECE, frames)
             first = start - _CONTEXT // PAIR if start else 0
@@ -326,17 +327,17 @@ class SpectrumStream:
             yield piece
 
     def _spectrum(self, magnitude: Tensor, before: Tensor, fixed: Tensor | None) -> Tensor:
-        """Spectra (N, frames, bins) of these magnitudes, of which the first are known already."""
+        """Find spectra (N, frames, bins) of these magnitudes, the first of which may be fixed already."""
         if fixed is None:
-            return self.phases(magnitude, advance(magnitude, before, HOP))
+            return self.phases(magnitude, advance(magnitude, before, HOP_SAMPLES))
         known = fixed.shape[1]
-        phase = torch.cat((fixed.angle(), advance(magnitude[:, known:], before, HOP)), 1)
+        phase = torch.cat((fixed.angle(), advance(magnitude[:, known:], before, HOP_SAMPLES)), 1)
         return self.phases(magnitude, phase, fixed)
 
     def _samples(self, spectra: Tensor, rest: Tensor | None, last: bool) -> tuple[Tensor, Tensor]:
-        """Complete samples of spectra (B, 2, frames, bins) and what was left before, and what is left now."""
+        """Overlap-add spectra (B, 2, frames, bins) to the last `rest`; returns complete samples and the new rest."""
         audio = self.phases.synthesise(spectra.flatten(0, 1)).unflatten(0, spectra.shape[:2])
-        overlap = 3 * HOP
+        overlap = 3 * HOP_SAMPLES
         rising = 1.5 / self._overlaps()  # at both ends fewer windows overlap
         if rest is None:
             audio[..., :overlap] *= rising
@@ -350,7 +351,7 @@ class SpectrumStream:
 
     def _overlaps(self) -> Tensor:
         """Sum of the squared windows over the first three hops."""
-        squared = self.window.square().unflatten(0, (4, HOP)).cumsum(0)[:3].flatten()
+        squared = self.window.square().unflatten(0, (4, HOP_SAMPLES)).cumsum(0)[:3].flatten()
         return squared.clamp_min(1e-3)
 
 

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
 
-TIME_MULTIPLIER = 4  # width of the time mapping, in units of the base width
+_TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 SKIP_SCALE = 0.5**0.5
 Run = Callable[..., Tensor]
-"""Calls its first argument with the others, perhaps checkpointed."""
+"""Calls its first argument with the others, perhaps with gradient checkpointing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class UNetConfig:
     Attributes:
         width: base width; level i has `width * multipliers[i]` channels.
         multipliers: one per level, outermost first, the last also of the bottleneck.
-        factors: by how much each step between levels shortens time (len(multipliers) - 1 of them).
+        factors: strides in time of the steps between levels (len(multipliers) - 1 of them).
         blocks: residual blocks of each such step.
         attentions: transformer layers of each step (0: none), then of the bottleneck.
         heads: attention heads, of (channels // heads) features each.
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
-        rotary: self-attention knows how far frames lie apart, which the paper leaves to the convolutions.
+        rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
     """
 
     width: int = 256
@@ -96,7 +96,7 @@ class UNetContext(NamedTuple):
 
 
 LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
-"""One transformer's share of a `UNetContext`, and its mask."""
+"""One transformer's layers of a `UNetContext`, and its mask."""
 
 
 # Layers over (B, T, C)
@@ -193,20 +193,22 @@ class TimeFeatures(nn.Module):
 class ResidualBlock(nn.Module):
     """Two of (norm, SiLU, convolution), the second modulated by the diffusion time, around a skip."""
 
-    def __init__(self, channels: int, out_channels: int, groups: int, mapping: int, *, zero_skip: bool = False) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, groups: int, time_width: int, *, zero_skip: bool = False
+    ) -> None:
         super().__init__()
         self.norm_in = GroupNorm(groups, channels)
         self.conv_in = Conv(channels, out_channels, kernel=3)
-        self.film = linear(mapping, 2 * out_channels)
+        self.film = linear(time_width, 2 * out_channels)
         self.norm_out = GroupNorm(groups, out_channels)
         self.conv_out = Conv(out_channels, out_channels, kernel=3, zero=True)
         same = channels == out_channels
         self.skip = nn.Identity() if same else Conv(channels, out_channels, kernel=1, zero=zero_skip)
 
-    def forward(self, x: Tensor, mapping: Tensor) -> Tensor:
-        """Transform x (B, T, C) given the time mapping (B, M)."""
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Transform x (B, T, C) given the time embedding (B, E)."""
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(mapping)))))
+        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(embedding)))))
         return self.skip(x) + hidden
 
 
@@ -239,33 +241,33 @@ class Transformer(nn.Module):
         return self.to_out(x)
 
 
-class Level(nn.Module):
-    """What both directions have at one resolution: residual blocks and an optional transformer."""
+class UNetLevel(nn.Module):
+    """Residual blocks and an optional transformer at one resolution, on the way down or up."""
 
     def __init__(
-        self, config: UNetConfig, step: int, mapping: int, context_width: int, *, blocks: int, incoming: int
+        self, config: UNetConfig, step: int, time_width: int, context_width: int, *, blocks: int, incoming: int
     ) -> None:
         super().__init__()
         channels, depth = config.level_channels[step + 1], config.attentions[step]
-        self.blocks = nn.ModuleList(ResidualBlock(incoming, channels, config.groups, mapping) for _ in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(incoming, channels, config.groups, time_width) for _ in range(blocks))
         self.transformer = Transformer(config, channels, depth, context_width) if depth else None
 
 
-class Down(Level):
-    """Shortens time, then transforms; keeps a skip after each block and after the transformer."""
+class Down(UNetLevel):
+    """Strided convolution, then the level's blocks; keeps a skip after each block and after the transformer."""
 
-    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+    def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
-        super().__init__(config, step, mapping, context_width, blocks=config.blocks[step], incoming=channels)
-        factor = config.factors[step]
-        self.resample = Conv(outer, channels, kernel=2 * factor + 1, stride=factor)
+        super().__init__(config, step, time_width, context_width, blocks=config.blocks[step], incoming=channels)
+        stride = config.factors[step]
+        self.resample = Conv(outer, channels, kernel=2 * stride + 1, stride=stride)
 
-    def forward(self, x: Tensor, mapping: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
-        """(B, T, C) -> (B, T / factor, C') and the skips; `layers` are its transformer's."""
+    def forward(self, x: Tensor, embedding: Tensor, layers: LayersMask, run: Run) -> tuple[Tensor, list[Tensor]]:
+        """(B, T, C) -> (B, T / stride, C') and the skips; `layers` are those of its transformer."""
         x = self.resample(x)
         skips = []
         for block in self.blocks:
-            x = run(block, x, mapping)
+            x = run(block, x, embedding)
             skips.append(x)
         if self.transformer is not None:
             x = run(self.transformer, x, *layers)
@@ -273,20 +275,20 @@ class Down(Level):
         return x, skips
 
 
-class Up(Level):
-    """Joins a skip to the input of each block, transforms, then lengthens time."""
+class Up(UNetLevel):
+    """The level's blocks, with a skip joined to the input of each, then upsampling."""
 
-    def __init__(self, config: UNetConfig, step: int, mapping: int, context_width: int) -> None:
+    def __init__(self, config: UNetConfig, step: int, time_width: int, context_width: int) -> None:
         outer, channels = config.level_channels[step : step + 2]
         skips = config.blocks[step] + (1 if config.attentions[step] else 0)
-        super().__init__(config, step, mapping, context_width, blocks=skips, incoming=2 * channels)
-        factor = config.factors[step]
-        self.resample = Upsample(channels, outer, factor) if factor > 1 else Conv(channels, outer, kernel=3)
+        super().__init__(config, step, time_width, context_width, blocks=skips, incoming=2 * channels)
+        stride = config.factors[step]
+        self.resample = Upsample(channels, outer, stride) if stride > 1 else Conv(channels, outer, kernel=3)
 
-    def forward(self, x: Tensor, skips: list[Tensor], mapping: Tensor, layers: LayersMask, run: Run) -> Tensor:
-        """(B, T, C) and its level's skips -> (B, T * factor, C')."""
+    def forward(self, x: Tensor, skips: list[Tensor], embedding: Tensor, layers: LayersMask, run: Run) -> Tensor:
+        """(B, T, C) and its level's skips -> (B, T * stride, C')."""
         for block, skip in zip(self.blocks, reversed(skips), strict=True):
-            x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), mapping)
+            x = run(block, torch.cat((x, skip * SKIP_SCALE), dim=-1), embedding)
         if self.transformer is not None:
             x = run(self.transformer, x, *layers)
         return self.resample(x)
@@ -296,7 +298,7 @@ class Up(Level):
 
 
 class UNet(nn.Module):
-    """Predicts v of noisy latents.
+    """U-Net that predicts v from noisy latents.
 
     Args:
         config: its shape.
@@ -306,8 +308,8 @@ class UNet(nn.Module):
 
     Attributes:
         null: (context_tokens, context_width), the learned "no condition".
-        latent_mean, latent_std: (channels,) buffers. Whoever feeds latents here normalises them by these; the
-            network itself does not apply them.
+        latent_mean, latent_std: (channels,) buffers by which latents have to be normalised; the network itself does
+            not apply them.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
     """
 
@@ -323,19 +325,21 @@ class UNet(nn.Module):
         self.config = config
         self.channels = channels
         self.gradient_checkpointing = False
-        mapping = TIME_MULTIPLIER * config.width
+        time_width = _TIME_MULTIPLIER * config.width
         outer, inner = config.level_channels[0], config.level_channels[-1]
         steps = range(len(config.factors))
-        self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, mapping), nn.GELU())
-        self.mapping = nn.Sequential(linear(mapping, mapping), nn.GELU(), linear(mapping, mapping), nn.GELU())
-        self.block_in = ResidualBlock(channels, outer, 1, mapping)
-        self.down = nn.ModuleList(Down(config, i, mapping, context_width) for i in steps)
-        self.middle_in = ResidualBlock(inner, inner, config.groups, mapping)
+        self.time = nn.Sequential(TimeFeatures(config.width), linear(config.width + 1, time_width), nn.GELU())
+        self.mapping = nn.Sequential(
+            linear(time_width, time_width), nn.GELU(), linear(time_width, time_width), nn.GELU()
+        )
+        self.block_in = ResidualBlock(channels, outer, 1, time_width)
+        self.down = nn.ModuleList(Down(config, i, time_width, context_width) for i in steps)
+        self.middle_in = ResidualBlock(inner, inner, config.groups, time_width)
         depth = config.attentions[-1]
         self.middle = Transformer(config, inner, depth, context_width) if depth else None
-        self.middle_out = ResidualBlock(inner, inner, config.groups, mapping)
-        self.up = nn.ModuleList(Up(config, i, mapping, context_width) for i in reversed(steps))
-        self.block_out = ResidualBlock(outer, channels, 1, mapping, zero_skip=True)
+        self.middle_out = ResidualBlock(inner, inner, config.groups, time_width)
+        self.up = nn.ModuleList(Up(config, i, time_width, context_width) for i in reversed(steps))
+        self.block_out = ResidualBlock(outer, channels, 1, time_width, zero_skip=True)
         self.null = nn.Parameter(torch.randn(context_tokens, context_width))
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
@@ -355,7 +359,7 @@ class UNet(nn.Module):
         if cond.tokens.shape[-1] != width:
             raise ValueError(f"condition tokens must be (B, S, {width}), got {tuple(cond.tokens.shape)}")
         tokens = cond.tokens.to(self.null.dtype)
-        down, up = (cast("Iterable[Level]", levels) for levels in (self.down, self.up))
+        down, up = (cast("Iterable[UNetLevel]", levels) for levels in (self.down, self.up))
         transformers = [*(d.transformer for d in down), self.middle, *(u.transformer for u in up)]
         layers = tuple(() if t is None else t.keys_values(tokens) for t in transformers)
         return UNetContext(layers, attention_mask(cond.mask))
@@ -364,7 +368,7 @@ class UNet(nn.Module):
         """Predict v.
 
         Args:
-            x: (B, C, T) noisy latents, any T: padded to a multiple of the factors' product, then cropped.
+            x: (B, C, T) noisy latents, any T: padded to a multiple of the strides' product, then cropped.
             t: (B,) diffusion times in 0..1.
             context: `self.context(condition)`.
 
@@ -375,26 +379,26 @@ class UNet(nn.Module):
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")
         frames, dtype = x.shape[-1], self.null.dtype
         hidden = F.pad(x.to(dtype), (0, -frames % math.prod(self.config.factors))).transpose(1, 2)
-        mapping = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
-        out = self._levels(hidden.contiguous(), mapping, context)
+        embedding = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
+        out = self._levels(hidden.contiguous(), embedding, context)
         return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
 
-    def _levels(self, x: Tensor, mapping: Tensor, context: UNetContext) -> Tensor:
+    def _levels(self, x: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
         """Down, through the bottleneck and up again, over (B, T, C)."""
         run, middle = self._run, len(self.down)
         contexts = [(layers, context.mask) for layers in context.layers]
-        x = first = run(self.block_in, x, mapping)
+        x = first = run(self.block_in, x, embedding)
         skips = []
         for down, layers in zip(self.down, contexts[:middle], strict=True):
-            x, level_skips = down(x, mapping, layers, run)
+            x, level_skips = down(x, embedding, layers, run)
             skips.append(level_skips)
-        x = run(self.middle_in, x, mapping)
+        x = run(self.middle_in, x, embedding)
         if self.middle is not None:
             x = run(self.middle, x, *contexts[middle])
-        x = run(self.middle_out, x, mapping)
+        x = run(self.middle_out, x, embedding)
         for up, layers in zip(self.up, contexts[middle + 1 :], strict=True):
-            x = up(x, skips.pop(), mapping, layers, run)
-        return run(self.block_out, x + first, mapping)
+            x = up(x, skips.pop(), embedding, layers, run)
+        return run(self.block_out, x + first, embedding)
 
     def _run(self, module: Callable[..., Tensor], *inputs: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -25,7 +25,7 @@ class Posterior:
 
     @classmethod
     def of(cls, hidden: Tensor) -> Posterior:
-        """From means and scales (B, 2 latent_channels, F): std = softplus(scale) + 1e-4, in float32."""
+        """Build it from means and scales (B, 2 latent_channels, F): std = softplus(scale) + 1e-4, in float32."""
         mean, scale = hidden.float().chunk(2, dim=1)  # softplus and the KL's logarithm lose too much in bf16
         return cls(mean, F.softplus(scale) + 1e-4)
 
@@ -59,22 +59,22 @@ class VAE(nn.Module, ABC):
     @property
     @abstractmethod
     def encoder_halo(self) -> int:
-        """Latent frames on each side that an encoded frame's samples reach into."""
+        """One-sided receptive field of the encoder in latent frames, rounded up."""
 
     @abstractmethod
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training pass: audio (B, audio_channels, T) and noise (B, latent_channels, T / hop) -> output, mean, std.
 
-        What is put out is compared with `target(audio)`.
+        Training compares the output with `target(audio)`.
         """
 
     @abstractmethod
     def target(self, audio: Tensor) -> Tensor:
-        """What training compares the output with, of audio (B, audio_channels, T)."""
+        """The training target of audio (B, audio_channels, T), in the form of the output."""
 
     @abstractmethod
     def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
-        """Successive pieces (B, audio_channels, any) of what `decode` gives, in float32 and in constant memory.
+        """Yield what `decode` returns in successive pieces (B, audio_channels, any), in float32 and constant memory.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
@@ -99,7 +99,7 @@ class VAE(nn.Module, ABC):
         return self._encode(F.pad(audio, (0, -audio.shape[2] % self.hop)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Audio (B, audio_channels, F * hop) of (B, latent_channels, F) latents, whole.
+        """Decode (B, latent_channels, F) latents to audio (B, audio_channels, F * hop), all at once.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0.
@@ -107,22 +107,22 @@ class VAE(nn.Module, ABC):
         return self.decode_chunked(latents)
 
     def decode_chunked(self, latents: Tensor, chunk_frames: int = 32) -> Tensor:
-        """As `decode`, in float32 and in pieces that stay in the processor's cache."""
+        """Decode in float32 and in pieces that stay in the processor's cache."""
         return torch.cat(list(self.decode_stream(latents, chunk_frames)), 2)
 
     def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
-        """As `encode`, in pieces of `chunk_frames` latent frames."""
+        """Encode in pieces of `chunk_frames` latent frames."""
         pieces = list(self.encode_stream([audio], chunk_frames))
         return Posterior(torch.cat([p.mean for p in pieces], 2), torch.cat([p.std for p in pieces], 2))
 
     def encode_stream(self, blocks: Iterable[Tensor], chunk_frames: int = 128) -> Iterator[Posterior]:
-        """Posteriors of up to `chunk_frames` frames each of audio that comes in (B, audio_channels, any) blocks.
+        """Yield posteriors of up to `chunk_frames` frames of audio that arrives in (B, audio_channels, any) blocks.
 
-        Each is computed from as much of the sound before and after as it depends on, so together they equal `encode` of
-        the whole; no more than that and a block is held.
+        Each is computed with all the context that it depends on, so together they equal `encode` of the whole; only
+        that context and one block are held.
 
         Raises:
-            ValueError: the blocks' shape is not (B, audio_channels, T), all are empty, or chunks are.
+            ValueError: the blocks' shape is not (B, audio_channels, T), all blocks are empty, or chunks are empty.
         """
         check_chunks(chunk_frames)
         halo = self.encoder_halo
@@ -141,19 +141,19 @@ class VAE(nn.Module, ABC):
             yield self._encode_part(held, left, begin, min(begin + chunk_frames, total))
 
     def _encode_part(self, held: Tensor, left: int, start: int, stop: int) -> Posterior:
-        """Frames start..stop of sound whose samples from frame `left` on are held."""
+        """Encode frames start..stop of sound whose samples from frame `left` on are held."""
         first = max(start - self.encoder_halo, left)
         part = self.encode(held[:, :, (first - left) * self.hop : (stop + self.encoder_halo - left) * self.hop])
         own = slice(start - first, stop - first)
         return Posterior(part.mean[:, :, own], part.std[:, :, own])
 
     def check_latents(self, latents: Tensor) -> None:
-        """Raises ValueError where the shape is not (B, latent_channels, F) with F > 0."""
+        """Raise ValueError unless the shape is (B, latent_channels, F) with F > 0."""
         if latents.ndim != 3 or latents.shape[1] != self.config.latent_channels or latents.shape[2] == 0:
             raise ValueError(f"expected latents (B, {self.config.latent_channels}, F), got {tuple(latents.shape)}")
 
 
 def check_chunks(frames: int) -> None:
-    """Raises ValueError where pieces would be empty."""
+    """Raise ValueError if pieces would be empty."""
     if frames < 1:
         raise ValueError(f"chunk_frames must be at least 1, got {frames}")

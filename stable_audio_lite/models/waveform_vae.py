@@ -30,7 +30,7 @@ class WaveformVAEConfig:
         audio_channels: channels of the waveform, 2 for stereo.
         encoder_width: channels after the encoder's first convolution; they double at each stride.
         decoder_width: channels after the decoder's first convolution; they halve at each stride.
-        strides: time factors of the encoder's blocks, all even; the decoder takes them backwards.
+        strides: of the encoder's blocks, all even; the decoder uses them in reverse order.
         latent_channels: channels of the latent.
     """
 
@@ -64,7 +64,7 @@ class ResidualUnit(nn.Module):
             Snake(channels),
             WeightNormConv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
             Snake(channels),
-            # Near the identity at the start, so that depth does not blow up the signal.
+            # Near the identity at the start, so that depth does not amplify the signal.
             WeightNormConv1d(channels, channels, 1, gain=0.125),
         )
 
@@ -75,7 +75,7 @@ class ResidualUnit(nn.Module):
         return self.layers(x).float().add_(x)
 
 
-class Down(nn.Module):
+class EncoderBlock(nn.Module):
     """Encoder block: three residual units, Snake, strided convolution that doubles the channels."""
 
     def __init__(self, channels: int, stride: int):
@@ -90,7 +90,7 @@ class Down(nn.Module):
         return self.layers(x)
 
 
-class Up(nn.Module):
+class DecoderBlock(nn.Module):
     """Decoder block: Snake, transposed convolution that halves the channels, three residual units."""
 
     def __init__(self, channels: int, stride: int):
@@ -105,16 +105,16 @@ class Up(nn.Module):
         return self.layers(x)
 
 
-class Encoder(nn.Module):
+class WaveformEncoder(nn.Module):
     """(B, audio_channels, T) -> (B, 2 latent_channels, T / hop): mean and scale."""
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
         width = config.encoder_width
-        # Music is quiet beside full scale: raise it to where Snake bends.
+        # Music is far below full scale: amplify it to where Snake is nonlinear.
         layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3, gain=8.0)]
         for stride in config.strides:
-            layers.append(Down(width, stride))
+            layers.append(EncoderBlock(width, stride))
             width *= 2
         layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
         self.layers = nn.Sequential(*layers)
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         return self.project(self.layers(channels_last(x)))
 
 
-class Decoder(nn.Module):
+class WaveformDecoder(nn.Module):
     """(B, latent_channels, F) -> (B, audio_channels, F * hop)."""
 
     def __init__(self, config: WaveformVAEConfig):
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
         width = config.decoder_width
         layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
         for stride in reversed(config.strides):
-            layers.append(Up(width, stride))
+            layers.append(DecoderBlock(width, stride))
             width //= 2
         # Untrained output at the level of music rather than of full scale.
         layers += [Snake(width), WeightNormConv1d(width, config.audio_channels, 7, padding=3, gain=0.1)]
@@ -153,13 +153,13 @@ class WaveformVAE(VAE):
     """The paper's VAE; its training compares waveforms."""
 
     config: WaveformVAEConfig
-    encoder: Encoder
+    encoder: WaveformEncoder
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = WaveformEncoder(config)
+        self.decoder = WaveformDecoder(config)
 
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = self.encode(audio)
@@ -176,11 +176,11 @@ class WaveformVAE(VAE):
         return self.decoder(latents.to(self.encoder.project.weight.dtype))
 
     def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
-        """Successive pieces (B, audio_channels, chunk_frames * hop) of what `decode` gives, in float32.
+        """Yield what `decode` returns in successive pieces (B, audio_channels, chunk_frames * hop), in float32.
 
-        The layers of the lowest rate, whose reach counts in whole frames, run over long pieces; the rest, whose reach
-        is a fraction of a frame but whose activations are large, over pieces of `chunk_frames` frames. Each sees as
-        much around it as it depends on, so the pieces equal the whole.
+        The layers of the lowest rate, whose receptive field spans whole frames, run over long pieces; the others, whose
+        receptive field is a fraction of a frame but whose activations are large, run over pieces of `chunk_frames`
+        frames. Each piece is computed with all the context that it depends on, so the pieces equal the whole.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
@@ -191,7 +191,7 @@ class WaveformVAE(VAE):
         layers = list(self.decoder.layers)
         low, high = layers[:2], layers[2:]
         rate = self.config.strides[-1]
-        halo_low, halo_high = _reach(low), _reach(high)
+        halo_low, halo_high = _receptive_field(low), _receptive_field(high)
         outer = 16 * chunk_frames
         for start in range(0, x.shape[2], outer):
             stop = min(start + outer, x.shape[2])
@@ -210,7 +210,7 @@ class WaveformVAE(VAE):
 
     @property
     def encoder_halo(self) -> int:
-        return math.ceil(_reach(list(self.encoder.layers)) / self.hop)
+        return math.ceil(_receptive_field(list(self.encoder.layers)) / self.hop)
 
     def prepare_for_inference(self) -> WaveformVAE:
         """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
@@ -224,7 +224,7 @@ class WaveformVAE(VAE):
 
 
 def _fold_snakes(layers: nn.Sequential) -> None:
-    """Leave sin(u)^2 + u of every Snake; its frequency goes to the convolution before, its inverse to the one after."""
+    """Reduce every Snake to u + sin(u)^2: its frequency moves to the convolution before, the inverse to that after."""
     for index, layer in enumerate(layers):
         if not isinstance(layer, Snake):
             continue
@@ -250,12 +250,12 @@ def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
     return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
 
 
-def _reach(layers: list[nn.Module]) -> int:
-    """Input samples on each side of an output sample's own position that it depends on (one-sided receptive field)."""
-    reach = 0
+def _receptive_field(layers: list[nn.Module]) -> int:
+    """One-sided receptive field: the input samples on each side of an output sample's position that it depends on."""
+    context = 0
     for conv in reversed(_convolutions(layers)):
         if conv.transposed:
-            reach = math.ceil((reach + conv.kernel_size - conv.padding) / conv.stride)
+            context = math.ceil((context + conv.kernel_size - conv.padding) / conv.stride)
         else:
-            reach = reach * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
-    return reach
+            context = context * conv.stride + max(conv.padding, conv.dilation * (conv.kernel_size - 1) - conv.padding)
+    return context

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROTARY_BASE = 1000.0
-"""The slowest pair of features turns once in about 2 pi times as many places."""
+"""The slowest pair of features rotates once in about 2 pi times as many positions."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention layer, each (B, heads, S, C / heads)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What the U-Net cross-attends to.
+    """Tokens for a network to cross-attend to.
 
     Attributes:
         tokens: (B, S, D) float.
@@ -71,7 +71,7 @@ def linear(in_features: int, out_features: int, *, bias: bool = True, zero: bool
 
 
 class Attention(nn.Module):
-    """Multi-head attention with its own norm for queries and for what they look at.
+    """Multi-head attention with one norm for the queries and one for the context.
 
     The output projection starts at zero, so that a new residual branch adds nothing at first.
     """
@@ -93,7 +93,7 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None, *, rotary: bool = False) -> Tensor:
         """Attend from x (B, T, C); `mask` (B, 1, 1, S) is True where a key counts, None where all do.
 
-        With `rotary`, queries and keys are of the same sequence and know their distance.
+        With `rotary`, which needs queries and keys of the same sequence, both get rotary positions.
         """
         queries = split_heads(self.to_q(self.norm(x)), self.heads)
         keys, values = keys_values
@@ -103,8 +103,10 @@ class Attention(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary position embedding of (B, heads, T, D), D even: pairs of features turn with their place in the sequence,
-    so that products of queries and keys depend on how far they lie apart (Su et al. 2021, arXiv 2104.09864).
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of (B, heads, T, D), D even.
+
+    Pairs of features rotate with their position in the sequence, so that products of queries and keys depend on their
+    distance.
     """
     half = x.shape[-1] // 2
     rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
@@ -136,7 +138,7 @@ class TransformerBlock(nn.Module):
 def attention_mask(mask: Tensor) -> Tensor | None:
     """Turn a (B, S) mask into (B, 1, 1, S), or into None (which is faster) if nothing is masked.
 
-    Looking into the mask waits for the device, so call it once per batch and not within a compiled forward.
+    Reading the mask waits for the device, so call this once per batch and outside a compiled forward.
     """
     if not torch.compiler.is_compiling() and not mask.is_meta and bool(mask.all()):
         return None

@@ -57,11 +57,11 @@ class WeightNormConv1d(nn.Module):
 
     @property
     def is_folded(self) -> bool:
-        """Whether `fold` has been called."""
+        """True once `fold` has been called."""
         return "folded" in self._parameters
 
     def fold(self) -> None:
-        """Replace g and v by one weight, laid out for speed; training can't go on after that."""
+        """Replace g and v by one weight, laid out for speed; there is no training after that."""
         if self.is_folded:
             return
         weight = torch._weight_norm(self.weight_v.detach().float(), self.weight_g.detach().float(), 0)
@@ -70,7 +70,7 @@ class WeightNormConv1d(nn.Module):
         self.folded = nn.Parameter(weight, requires_grad=False)
 
     def scale(self, *, inputs: Tensor | None = None, outputs: Tensor | None = None) -> None:
-        """Multiply the folded weight so that inputs come, or outputs leave, multiplied by (C,) factors."""
+        """Scale the folded weight as if inputs or outputs were multiplied by (C,) factors."""
         weight, bias = self.folded.data.float(), self.bias.data.float()
         for factors, axis in zip((inputs, outputs), self._axes, strict=True):
             if factors is not None:
@@ -84,7 +84,7 @@ class WeightNormConv1d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, T) -> (B, out, T')."""
-        # Element-wise layers may hand float32 over to folded bf16 weights.
+        # Element-wise layers may pass float32 on to folded bf16 weights.
         weight, x = (self.folded, x.to(self.folded.dtype)) if self.is_folded else (self.weight, x)
         y = F.conv2d(
             x.unsqueeze(2), weight.unsqueeze(2), self.bias, (1, self.stride), (0, self.padding), (1, self.dilation)
@@ -110,9 +110,9 @@ class WeightNormConvTranspose1d(WeightNormConv1d):
         return weight.unflatten(2, (2, self.stride)).permute(3, 1, 2, 0).contiguous()
 
     def _as_product(self, x: Tensor) -> Tensor:
-        """The same as one matrix product: `stride` outputs depend on two neighbouring inputs.
+        """Convolve by one matrix product, since `stride` outputs depend on two neighbouring inputs.
 
-        Libraries take several times as long for the few long kernels of a decoder, most of it to rearrange weights.
+        Libraries take several times as long for the few long kernels of a decoder, mostly to rearrange weights.
         """
         length, stride = x.shape[2], self.stride
         frames = F.pad(x.transpose(1, 2), (0, 0, 1, 1))  # B, T + 2, in

@@ -28,10 +28,10 @@ class Snake(nn.Module):
 
 
 class FoldedSnake(nn.Module):
-    """Snake for inference between convolutions that carry its factors: u + sin(u)^2, u = alpha x.
+    """Snake for inference between convolutions that absorb its factors: u + sin(u)^2, u = alpha x.
 
-    Snake is (u + sin(u)^2) / alpha: the division is the next convolution's, and the product is the previous one's or,
-    where x is used elsewhere too, done here with `frequency` (1, C, 1): two or three passes over memory, not four.
+    Snake is (u + sin(u)^2) / alpha: the next convolution absorbs the division and the previous one the product, unless
+    x is used elsewhere too, when `frequency` (1, C, 1) does it here: two or three passes over memory, not four.
     Without `frequency` the input is overwritten. `frequency` stays float32 whatever type the module is moved to.
     """
 
@@ -55,7 +55,7 @@ class FoldedSnake(nn.Module):
 
 
 class _RecomputingSnake(torch.autograd.Function):
-    """Keeps only x for the backward pass and computes sin(2 alpha x) again, instead of four saved tensors."""
+    """Snake that saves only x for the backward pass, where it recomputes sin(2 alpha x), instead of four tensors."""
 
     @staticmethod
     def forward(ctx, x: Tensor, alpha: Tensor) -> Tensor:  # type: ignore[override]

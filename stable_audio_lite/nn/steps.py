@@ -1,4 +1,4 @@
-"""Diffusion step indices as features for a network."""
+"""Sinusoidal features of diffusion step indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def step_features(t: Tensor, width: int, base: float) -> Tensor:
     Args:
         t: (B,) step indices, fractions allowed.
         width: features, an even number.
-        base: of the frequencies; the slowest wave takes about 2 pi base steps.
+        base: of the frequencies; the slowest wave has a period of about 2 pi base steps.
 
     Returns:
         (B, width) float32.

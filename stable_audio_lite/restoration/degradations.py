@@ -1,6 +1,6 @@
-"""Degradations of sound and their observation models: an operator, its output, and the noise in that.
+"""Degradations of sound and their observation models: an operator, its output, and the noise in the output.
 
-Each turns mono sound at a model's rate into an `Observation`, which is what DDRM takes.
+Each turns mono sound at a model's rate into an `Observation`, the input of DDRM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stable_audio_lite.restoration.wpe import wpe
 SIGMA_Y = 1e-3
 """Least standard deviation of an observation's noise (Saito et al. 2022), for data of variance near 1."""
 
-_LEAKAGE = 2  # frequency rows beyond its own that a partial reaches in a Hann window
+_LEAKAGE = 2  # frequency rows beyond its own that a partial leaks into under a Hann window
 _LOWER_QUARTILE = -math.log(0.75)  # of an exponential distribution of mean 1
 _MAX_NOISE_DB = 100.0
 
@@ -90,10 +90,10 @@ class Inpaint:
         return {"gaps": self.gaps}
 
     def segments(self, seconds: float, window: float) -> list[tuple[float, float, Inpaint]]:
-        """Cut out the segments (start, stop) of a sound that reach at least half a `window` around each gap.
+        """Cut out the segments (start, stop) of a sound that extend at least half a `window` around each gap.
 
-        All is in seconds; the gaps of a segment count from its start. Sound farther from a gap neither changes nor
-        helps.
+        All times are in seconds; those of a segment's gaps are relative to its start. Sound farther from a gap neither
+        changes nor helps.
         """
         segments: list[tuple[float, float, list[tuple[float, float]]]] = []
         for start, stop in sorted(self.gaps):
@@ -135,7 +135,7 @@ class Bandwidth:
             raise UserError(f"cutoff must be above 0 Hz and finite, got {self.cutoff:g}")
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, min_frames: int) -> Observation:
-        """Treat rows that reach beyond the cut-off as unknown.
+        """Treat rows that extend beyond the cut-off as unknown.
 
         Raises:
             UserError: the cut-off leaves nothing, or everything.

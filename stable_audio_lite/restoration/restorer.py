@@ -6,9 +6,9 @@
     restorer = Restorer.from_pretrained("restorer")
     restorer.restore_file("old.wav", "new.wav", Inpaint(((1.5, 1.8),)), RestoreSettings(seed=1))
 
-A sound of any length is one spectrogram, which the model denoises by overlapping windows at each step; this takes about
-6 MB of memory per second of sound. Channels are repaired one by one with the same noise, so that what is alike in them
-stays alike.
+A sound of any length is one spectrogram, which the model denoises in overlapping windows at each step; this takes about
+6 MB of memory per second of sound. Channels are repaired one by one with the same noise, so that what they have in
+common stays the same.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Restorer:
         return restored
 
     def _segments(self, samples: int, degradation: Degradation) -> list[tuple[int, int, Degradation]]:
-        """Samples start..stop to work on, each with its own degradation: all, or the surroundings of the gaps."""
+        """List ranges of samples to work on, each with its own degradation: all, or the surroundings of the gaps."""
         if not isinstance(degradation, Inpaint):
             return [(0, samples, degradation)]
         rate = self.sample_rate

@@ -1,4 +1,4 @@
-"""A denoiser of any length, made from one of a fixed length by overlapping windows."""
+"""A denoiser of any length, made from one of a fixed length with overlapping windows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stable_audio_lite.diffusion.samplers import Denoiser
 
 
 class WindowedDenoiser:
-    """A denoiser of (B, C, F, T), T >= frames, that works by windows along the last axis.
+    """A denoiser of (B, C, F, T), T >= frames, that works in overlapping windows along the last axis.
 
     At each step all windows are denoised and their estimates cross-faded where they overlap, so the result is one
     sound without seams.
