@@ -21,7 +21,7 @@ import numpy as np
 from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.errors import UserError
 
-SAMPLE_RATE = 44100
+NOISE_RATE = 44100
 _REFERENCE = 20  # clips
 
 
@@ -45,8 +45,8 @@ def write_clips(folder: Path, count: int, seconds: float, seed: int) -> Path:
     folder.mkdir()
     rng = np.random.default_rng(seed)
     for number in range(count):
-        samples = rng.integers(-4, 5, (round(seconds * SAMPLE_RATE), 2), np.int16)
-        soundfile.write(folder / f"{number:05d}.flac", samples, SAMPLE_RATE)
+        samples = rng.integers(-4, 5, (round(seconds * NOISE_RATE), 2), np.int16)
+        soundfile.write(folder / f"{number:05d}.flac", samples, NOISE_RATE)
     return folder
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.benchmarks.memory import SAMPLE_RATE, peak_megabytes
+from evaluation.benchmarks.memory import NOISE_RATE, peak_megabytes
 from stable_audio_lite.audio.io import write_audio_blocks
 from stable_audio_lite.command import Parser, guarded
 
@@ -24,16 +24,16 @@ from stable_audio_lite.command import Parser, guarded
 def noise(seconds: float) -> Iterator[np.ndarray]:
     """Stereo noise, a second at a time."""
     rng = np.random.default_rng(0)
-    left = round(seconds * SAMPLE_RATE)
+    left = round(seconds * NOISE_RATE)
     while left > 0:
-        yield (0.1 * rng.standard_normal((2, min(left, SAMPLE_RATE)))).astype(np.float32)
-        left -= SAMPLE_RATE
+        yield (0.1 * rng.standard_normal((2, min(left, NOISE_RATE)))).astype(np.float32)
+        left -= NOISE_RATE
 
 
 def codec_peaks(bundle: str, minutes: float, folder: Path) -> tuple[float, float]:
     """Peak memory in MB of encoding and of decoding a file of `minutes`."""
     sound, latents = folder / "noise.wav", folder / "noise.safetensors"
-    write_audio_blocks(sound, noise(60 * minutes), SAMPLE_RATE)
+    write_audio_blocks(sound, noise(60 * minutes), NOISE_RATE)
     model = ["--model", bundle, "-o", str(folder)]
     encoding = peak_megabytes("stable_audio_lite.cli", ["encode", str(sound), *model])
     return encoding, peak_megabytes("stable_audio_lite.cli", ["decode", str(latents), "--overwrite", *model])

@@ -27,7 +27,7 @@ from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.systems import load_model_config
 
-SAMPLE_RATE = 44100
+_SAMPLE_RATE = 44100
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -97,7 +97,7 @@ def time_decoding(
 ) -> list[DecodingSpeed]:
     """Decode `seconds` of random latents with both, `repeats` times each in turn, and compare."""
     vae, peer = (module.to(device) for module in decoder_pair(config))
-    frames = math.ceil(seconds * SAMPLE_RATE / config.hop)
+    frames = math.ceil(seconds * _SAMPLE_RATE / config.hop)
     latents = torch.randn(1, config.latent_channels, frames, generator=torch.Generator().manual_seed(1)).to(device)
     reference = peer(latents)
     rows = []

@@ -31,13 +31,13 @@ def load_embedder(
     if name == "openl3":
         from evaluation.embedders import openl3
 
-        path = openl3.PUBLISHED[content].find(source, folder)
+        path = openl3.OPENL3_WEIGHTS[content].find(source, folder)
         return openl3.OpenL3Embedder(openl3.load_openl3(path).to(device), level, batch)
     if name == "passt":
         from evaluation.embedders import passt
 
         passt.check_installed()
-        path = passt.PUBLISHED.find(source, folder)
+        path = passt.PASST_WEIGHTS.find(source, folder)
         return passt.PaSSTEmbedder(passt.load_passt(path).to(device), level, batch)
     from evaluation.embedders import clap
 

@@ -18,7 +18,7 @@ from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
 
-PUBLISHED = Published(
+CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
     address="https://huggingface.co/lukewys/laion_clap/resolve/main/630k-audioset-fusion-best.pt",
     option="--clap",
@@ -81,12 +81,12 @@ def streamed_log_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> Tensor:
 
 
 def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: TargetLevel) -> ClapEmbedder:
-    """The embedder at `source`; None, or a LAION file that isn't here, is found as `PUBLISHED` says.
+    """The embedder at `source`; None, or a LAION file that isn't here, is found as `CLAP_WEIGHTS` says.
 
     Raises:
         Missing: none is given, and `folder` has no LAION file.
         UserError: there is no such thing, it is damaged, or the bundle has no audio tower.
     """
     if source is None or source.endswith(LAION_SUFFIXES):
-        source = str(PUBLISHED.find(source, folder))
+        source = str(CLAP_WEIGHTS.find(source, folder))
     return ClapEmbedder(load_clap(source).to(device), level)
