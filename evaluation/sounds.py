@@ -25,7 +25,7 @@ DESCRIBED_SECONDS = 300.0
 """Seconds from the beginning of a file by which it is described, and its loudness measured."""
 
 _USUAL_RATE = 44100
-_FULL_BAND = 32000  # Hz: a lower rate lacks what others have and metrics hear
+_FULL_BAND = 32000  # Hz: a lower rate lacks frequencies that others have and networks take in
 _SHORT = 1.0  # seconds of OpenL3's window, the shortest
 
 

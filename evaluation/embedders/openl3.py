@@ -1,7 +1,7 @@
 """OpenL3 (Cramer et al. 2019, "Look, Listen, and Learn More: Design Choices for Deep Audio Embeddings"), mel256.
 
-The front end is that of openl3 0.4.2 with kapre 0.3.7, by which stable-audio-metrics' published figures were made: a
-Slaney mel scale over magnitudes, frames that begin at the window's start. openl3 0.3 and torchopenl3 hear otherwise (an
+The front end is that of openl3 0.4.2 with kapre 0.3.7, by which stable-audio-metrics' published values were made: a
+Slaney mel scale over magnitudes, frames that begin at the window's start. openl3 0.3 and torchopenl3 have another (an
 HTK scale over powers, centred frames), so their embeddings differ; the weights are the same.
 """
 

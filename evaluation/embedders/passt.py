@@ -1,4 +1,4 @@
-"""PaSST (Koutini et al. 2022, arXiv 2110.05069) through hear21passt: what an AudioSet tagger hears.
+"""PaSST (Koutini et al. 2022, arXiv 2110.05069) through hear21passt: an AudioSet tagger.
 
 Windows as stable-audio-metrics takes them: of 10 s every 5 s, the last one filled up with silence; a sound of at most
 1.5 s is taken as it is.
@@ -96,9 +96,9 @@ class PaSSTEmbedder:
         for batch in batches(overlapping_windows(counted(), _WINDOW, _HOP, 1), self.batch):
             # A window comes when it is full or nothing follows it, so that `length` is known by then.
             used = _WINDOW if length > _ALONE else max(length, _SHORTEST)
-            heard = self.network(batch[:, 0, :used].to(device))
-            logits.append(heard[0].cpu())
-            features.append(heard[1].cpu())
+            outputs = self.network(batch[:, 0, :used].to(device))
+            logits.append(outputs[0].cpu())
+            features.append(outputs[1].cpu())
         return {"embedding": torch.cat(features), "logits": torch.cat(logits)}
 
 

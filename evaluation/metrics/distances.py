@@ -60,7 +60,7 @@ def frechet_metric(metric: str, embedder: Embedder, inputs: MetricInputs) -> Cal
         resamples = _RESAMPLES_INFINITE if infinite else _RESAMPLES
         half = half_width(lambda weights: distance(made, real, weights), len(made.counts), resamples)
     rows = _baselines(inputs, embedder, distance, real)
-    figure = MetricValue(
+    found = MetricValue(
         name=metric,
         value=value,
         low=value - half if infinite else max(0.0, value - half),
@@ -71,7 +71,7 @@ def frechet_metric(metric: str, embedder: Embedder, inputs: MetricInputs) -> Cal
         baselines={name: baseline for name, (baseline, _) in rows.items()},
     )
     table = [{"metric": metric, "baseline": name, "value": value, "n": size} for name, (value, size) in rows.items()]
-    return CalibratedMetric(figure, table)
+    return CalibratedMetric(found, table)
 
 
 def _reference(inputs: MetricInputs, embedder: Embedder, width: int) -> Gaussian:

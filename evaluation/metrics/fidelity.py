@@ -105,9 +105,9 @@ def octave_errors(output: Tensor, target: Tensor, sample_rate: int) -> tuple[flo
         band = (frequencies >= centre / math.sqrt(2)) & (frequencies < centre * math.sqrt(2))
         ours, theirs = (p[band].sum(0) for p in powers)
         floor = _QUIET * float(powers[1].sum(0).max())
-        heard = theirs > floor
+        audible = theirs > floor
         difference = 10 * ((ours + floor) / (theirs + floor)).log10().abs()
-        errors.append(float(difference[heard].mean()) if bool(heard.any()) else 0.0)
+        errors.append(float(difference[audible].mean()) if bool(audible.any()) else 0.0)
     return tuple(errors)
 
 
