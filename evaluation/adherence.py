@@ -1,266 +1,253 @@
-"""Does the music do what its prompt says? Every fact of held-out prompts, beside real recordings and shuffled prompts.
+"""Adherence to prompts: every fact of held-out prompts, beside real recordings, the VAE alone and shuffled prompts.
 
     python -m evaluation.adherence starter --corpus corpus --items 200
     python -m evaluation.adherence starter --corpus corpus --tagger tagger --json
+    python -m evaluation.adherence starter --corpus corpus --tagger tagger --cfg 3,6,9 --sampler dpmpp-2m,dpmpp-3m-sde
+    python -m evaluation.adherence runs/vae/bundle --corpus piano --only-vae    # nothing is generated
 
 Each prompt is the first caption of a held-out piece of the corpus, which names all its instruments. A sound is made for
-it, of a random length between 2 s and the window, untrimmed. Then:
+it, as long as the piece but at most the window, untrimmed. Then:
 
-- instruments, families: of the k that the piece has, the share among the k that the tagger hears most clearly
-- drums, style: as the tagger hears them; tempo within 4 %, key and mode by `evaluation.music`; each over those prompts
-  that say it. Half, double, a third and thrice the tempo are counted apart
+- instruments, families: of the k that the piece has, the share among the k that the tagger finds most probable
+- drums, style: as the tagger finds them; tempo within 4 %, key and mode by `evaluation.metrics.music`; each over those
+  prompts that say it. Half, double, a third and thrice the tempo are counted apart
 - end: whether sound ends within 0.5 s of the length that was asked for
 - width: whether left - right beside left + right is within 6 dB of the piece's own
 
-The ceiling is the same of the pieces' own recordings, the floor that of the sounds with each other's prompts; intervals
-are 95 % bootstrap. Where the bundle holds a whole CLAP: the Fréchet distance between the embeddings of half the sounds
-and of the other half of the recordings, beside that between both halves of the recordings.
+The ceiling ("real") is the same of the pieces' own recordings, "VAE" that of the recordings encoded and decoded by the
+bundle's VAE, the floor ("shuffled") that of the sounds with each other's prompts; intervals are 95 % bootstrap. The
+level between partials is compared with the recording's own where one sustained instrument plays alone: noise fills what
+is quiet in the recording. With a whole CLAP: the Fréchet distance between the embeddings of half the sounds and of the
+other half of the recordings, beside that between both halves of the recordings.
+
+A setting with several values gives a line for every combination, the same seeds for all.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import random
+import itertools
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.bootstrap import interval
-from evaluation.frechet import Gaussian, frechet_distance
-from evaluation.music import key, tempo, width_db
-from evaluation.obedience import sound_end
-from evaluation.result import without_nan
-from evaluation.tagger import Tagger, Tags, load_tagger, share_heard, train_on_corpus
-from stable_audio_lite.audio.io import read_audio
-from stable_audio_lite.clap.checkpoints import read_checkpoint
-from stable_audio_lite.clap.model import Clap
-from stable_audio_lite.corpus.captions import facts_told
-from stable_audio_lite.data.manifest import Item, read_items
+from evaluation.output import print_result
+from evaluation.prompt_facts import Adherence, Analysis, HeldOutPrompt, ShareRight, analyse, score_adherence
+from evaluation.tagger import load_tagger, train_on_corpus
+from stable_audio_lite.audio.io import audio_info, read_audio
+from stable_audio_lite.bundle import part_path, resolve
+from stable_audio_lite.clap.checkpoints import load_clap
+from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.devices import choose_device
+from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.representation import LatentRepresentation, load_latents
+from stable_audio_lite.systems import load_model_config
 
-MEASURES = ("families", "instruments", "drums", "style", "tempo", "tempo octave", "key", "mode", "end", "width")
-SHORTEST = 2.0  # seconds asked for at least
-TEMPO_SHARE, END_SECONDS, WIDTH_DB = 0.04, 0.5, 6.0
-OCTAVES = (1 / 3, 1 / 2, 2.0, 3.0)
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "sampler": str,
+    "steps": int,
+    "cfg": float,
+    "rescale": float,
+    "sigma_min": float,
+    "sigma_max": float,
+    "rho": float,
+}
+ITEMS, ITEMS_EACH = 200, 16  # prompts, and prompts for each of several combinations
+_SHOWN = ("families", "instruments", "drums", "style", "end")  # of several combinations
+_COLUMNS = {"n": 5, "right": 8, "95 %": 14, "real": 8, "VAE": 8, "VAE/real": 10, "shuffled": 10}  # widths
 
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A held-out piece, the words for it, and the length that a sound is asked to have."""
-
-    item: Item
-    prompt: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Heard:
-    """What is heard in one sound; None where it is silent, or has no such thing."""
-
-    tags: Tags | None
-    tempo: float | None
-    tonic: str | None
-    mode: str | None
-    end: float
-    width: float
+Analyser = Callable[..., Analysis]
+"""`analyse` whose sample rate, tagger and CLAP are given."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
-    """Mean share of right answers over `n` sounds with its 95 % interval (NaN of one), beside ceiling and floor."""
-
-    name: str
-    n: int
-    value: float
-    low: float
-    high: float
-    ceiling: float
-    floor: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Distances:
-    """Fréchet distances of CLAP embeddings, each between `n` sounds and `n` others."""
-
-    n: int
-    generated: float
-    real: float
-
-
-def requests_of(corpus: Path, count: int, window: float, seed: int) -> list[Request]:
-    """The first `count` held-out pieces, with random lengths between `SHORTEST` and `window` s.
+def held_out_prompts(corpus: Path, count: int, window: float) -> list[HeldOutPrompt]:
+    """Prompts for the first `count` held-out pieces, each as long as its piece but at most `window` s.
 
     Raises:
-        UserError: the corpus has fewer, or its pieces have no metadata.
+        UserError: the corpus has fewer, or its pieces have no captions.
     """
-    items = read_items(corpus / "held_out")
+    items = read_items(corpus / "held_out")[:count]
     if len(items) < count:
         raise UserError(f"{corpus / 'held_out'}: holds {len(items)} pieces, --items asks for {count}; render more")
-    rng = random.Random(seed)
-    return [
-        Request(item=i, prompt=i.captions[0], seconds=round(rng.uniform(SHORTEST, window), 1)) for i in items[:count]
-    ]
+    if mute := [item for item in items if not item.captions]:
+        raise UserError(f"{mute[0].path}: has no caption; give a corpus that stable-audio-lite corpus rendered")
+    return [HeldOutPrompt(item=i, text=i.captions[0], seconds=min(audio_info(i.path).seconds, window)) for i in items]
 
 
-def generate(model: StableAudio, requests: Sequence[Request], seed: int, **settings: Any) -> list[Tensor]:
-    """A sound (2, T) of the whole window for each request; `settings` go to the model's `generate`."""
+@torch.inference_mode()
+def through_vae(latents: LatentRepresentation, audio: Tensor) -> Tensor:
+    """(2, T) audio encoded (posterior mean) and decoded again, float32 on the CPU."""
+    return latents.decode(latents.encode(audio[None].to(latents.device)), audio.shape[1])[0].cpu()
+
+
+def analyse_recordings(
+    find: Analyser, prompts: Sequence[HeldOutPrompt], sample_rate: int, vae: LatentRepresentation | None = None
+) -> tuple[list[Analysis], list[Analysis]]:
+    """Analyses of the pieces' recordings, and of the same through a VAE; none of these without one."""
     from tqdm import tqdm
 
-    sounds = []
-    for number, request in enumerate(tqdm(requests, unit="sound")):
-        made = model.generate(request.prompt, seconds_total=request.seconds, seed=seed + number, **settings)
-        sounds.append(made.audio[0])
-    return sounds
+    plain, passed = [], []
+    for prompt in tqdm(prompts, unit="recording"):
+        audio = read_audio(prompt.item.path, sample_rate)
+        plain.append(find(audio))
+        if vae is not None:
+            passed.append(find(through_vae(vae, audio)))
+    return plain, passed
 
 
-def hear(tagger: Tagger, audio: Tensor, sample_rate: int, seconds: float) -> Heard:
-    """What is heard in the first `seconds` of (2, T) audio, and where the sound ends in all of it."""
-    asked = audio[:, : round(seconds * sample_rate)]
-    silent = not bool(asked.any())
-    found = None if silent else key(asked, sample_rate)
-    return Heard(
-        tags=None if silent else tagger.hear(asked, sample_rate),
-        tempo=None if silent else tempo(asked, sample_rate),
-        tonic=found.tonic if found else None,
-        mode=found.mode if found else None,
-        end=sound_end(audio, sample_rate),
-        width=width_db(asked),
-    )
+def analyse_generated(
+    find: Analyser, prompts: Sequence[HeldOutPrompt], model: StableAudio, seed: int
+) -> tuple[list[Analysis], float]:
+    """Analyses of a sound of the whole window for each prompt, and the mean seconds that it took to make one."""
+    from tqdm import tqdm
+
+    found, seconds = [], 0.0
+    for number, prompt in enumerate(tqdm(prompts, unit="sound")):
+        begun = time.perf_counter()
+        made = model.generate(prompt.text, seconds_total=prompt.seconds, seed=seed + number)
+        seconds += time.perf_counter() - begun
+        found.append(find(made.audio[0], seconds=prompt.seconds))
+    return found, seconds / len(prompts)
 
 
-def score(heard: Heard, truth: dict[str, Any], prompt: str, seconds: float, width: float) -> dict[str, float]:
-    """1 for what is right, 0 for what is wrong, of those measures that apply to the prompt.
-
-    Args:
-        heard: in a sound.
-        truth: metadata of the piece that the prompt describes.
-        prompt: its words.
-        seconds: where the sound should end.
-        width: of the piece's recording, in dB.
-    """
-    told = facts_told(prompt, truth)
-    tags, bpm = heard.tags, heard.tempo or 0.0
-    right: dict[str, float] = {
-        "families": share_heard(tags.families, truth["families"]) if tags else 0.0,
-        "instruments": share_heard(tags.instruments, truth["instruments"]) if tags else 0.0,
-        "drums": bool(tags and (tags.drums > 0.5) == truth["drums"]),
-        "style": bool(tags and tags.style == truth["style"]),
-        "tempo": _near(bpm, truth["bpm"]),
-        "tempo octave": any(_near(bpm, share * truth["bpm"]) for share in OCTAVES),
-        "key": (heard.tonic, heard.mode) == (truth["key"], truth["mode"]),
-        "mode": heard.mode == truth["mode"],
-        "end": abs(heard.end - seconds) <= END_SECONDS,
-        "width": abs(heard.width - width) <= WIDTH_DB,
-    }
-    unsaid = {"tempo", "tempo octave", "key", "mode", "style", "drums"} - told
-    unsaid -= {"tempo octave"} if "tempo" in told else set()
-    return {name: float(value) for name, value in right.items() if name not in unsaid}
+def combinations(chosen: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the chosen values, the last setting changing fastest."""
+    return [dict(zip(chosen, values, strict=True)) for values in itertools.product(*chosen.values())]
 
 
-def _near(value: float, wanted: float) -> bool:
-    return abs(value - wanted) <= TEMPO_SHARE * wanted
-
-
-def measure(
-    tagger: Tagger, requests: Sequence[Request], sounds: Sequence[Tensor], sample_rate: int, seed: int = 0
-) -> list[Measure]:
-    """Every measure of the sounds made for `requests`."""
-    recordings = [read_audio(request.item.path, sample_rate) for request in requests]
-    widths = [width_db(recording) for recording in recordings]
-    heard = [hear(tagger, s, sample_rate, r.seconds) for s, r in zip(sounds, requests, strict=True)]
-    own = [hear(tagger, a, sample_rate, a.shape[1] / sample_rate) for a in recordings]
-    lengths = [audio.shape[1] / sample_rate for audio in recordings]
-
-    def scores(sounds: Sequence[Heard], others: Sequence[int], seconds: Sequence[float]) -> list[dict[str, float]]:
-        pieces = [requests[i] for i in others]
-        rows = zip(sounds, pieces, seconds, (widths[i] for i in others), strict=True)
-        return [score(h, r.item.metadata, r.prompt, s, w) for h, r, s, w in rows]
-
-    order = list(range(len(requests)))
-    turned = order[1:] + order[:1]
-    asked = [request.seconds for request in requests]
-    tables = (
-        scores(heard, order, asked),
-        scores(own, order, lengths),
-        scores(heard, turned, [asked[i] for i in turned]),
-    )
-    return [row for name in MEASURES if (row := _summary(name, *tables, seed=seed))]
-
-
-def _summary(
-    name: str, made: list[dict[str, float]], real: list[dict[str, float]], shuffled: list[dict[str, float]], seed: int
-) -> Measure | None:
-    values, ceiling, floor = (np.array([row[name] for row in rows if name in row]) for rows in (made, real, shuffled))
-    if not len(values):
-        return None
-    low, high = interval(values, seed)
-    means = {"value": values.mean(), "low": low, "high": high, "ceiling": ceiling.mean(), "floor": floor.mean()}
-    return Measure(name=name, n=len(values), **{k: float(v) for k, v in means.items()})
-
-
-def distances(clap: Clap, requests: Sequence[Request], sounds: Sequence[Tensor], sample_rate: int) -> Distances:
-    """Fréchet distances of the first half of the sounds, and of the recordings, to the other half of the recordings.
-
-    Silence at the end of a sound is left out.
-    """
-    half = len(requests) // 2
-    made = [s[:, : round(r.seconds * sample_rate)] for s, r in zip(sounds[:half], requests, strict=False)]
-    real = [read_audio(request.item.path, sample_rate) for request in requests[: 2 * half]]
-    generated, first, second = (
-        Gaussian.of(torch.cat([clap.embed_audio(audio[None], sample_rate) for audio in group]))
-        for group in (made, real[:half], real[half:])
-    )
-    return Distances(n=half, generated=frechet_distance(generated, second), real=frechet_distance(first, second))
-
-
-def as_text(measures: Sequence[Measure], apart: Distances | None) -> str:
-    """A table."""
-    lines = [f"{'':14}{'n':>5}{'right':>8}{'95 %':>14}{'real':>8}{'shuffled':>10}"]
-    for row in measures:
-        span = f"{row.low:.0%} to {row.high:.0%}" if row.n > 1 else ""
-        lines.append(f"{row.name:14}{row.n:5}{row.value:8.0%}{span:>14}{row.ceiling:8.0%}{row.floor:10.0%}")
-    if apart:
-        lines.append(
-            f"Fréchet distance of CLAP embeddings ({apart.n} and {apart.n} sounds): generated to real "
-            f"{apart.generated:.4f}, real to real {apart.real:.4f}: {apart.generated / apart.real:.1f} times"
-        )
+def adherence_table(found: Adherence) -> str:
+    """A line for each fact, and for what is measured otherwise."""
+    rows = {row.name: _cells(row) for row in found.measures}
+    used = {title: width for title, width in _COLUMNS.items() if any(cells[title] for cells in rows.values())}
+    lines = [f"{'':14}" + "".join(f"{title:>{width}}" for title, width in used.items())]
+    lines += [f"{name:14}" + "".join(f"{cells[t]:>{w}}" for t, w in used.items()) for name, cells in rows.items()]
+    if found.width_kept is not None:
+        lines.append(f"width within 3 dB through the VAE: {found.width_kept:.0%}")
+    for name, level in found.valley.items():
+        span = f" ({level.low:+.1f} to {level.high:+.1f})" if level.n > 1 else ""
+        told = f"{level.median:+.1f} dB{span}, median of {level.n} sustained solos"
+        lines.append(f"level between partials, {name} minus recordings: {told}")
+    if (apart := found.frechet) is not None:
+        sizes = f"{apart.n} and {apart.n} sounds"
+        lines.append(f"Fréchet distance of CLAP embeddings ({sizes}): real to real {apart.real:.4f}")
+        others = {"generated": apart.generated, "through the VAE": apart.vae}
+        lines += [f"  {k} to real {v:.4f}: {v / apart.real:.1f} times" for k, v in others.items() if v is not None]
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command; mistakes end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id")
-    parser.add_argument("--corpus", type=Path, required=True, help="whose held-out captions are the prompts")
-    parser.add_argument("--tagger", type=Path, help="folder that evaluation.tagger wrote (default: trains one)")
-    parser.add_argument("--items", type=int, default=200, help="prompts (default: 200)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
+def _cells(row: ShareRight) -> dict[str, str]:
+    ratio = row.vae / row.ceiling if row.vae is not None and row.ceiling else None
+    shares = {"right": row.value, "real": row.ceiling, "VAE": row.vae, "VAE/real": ratio, "shuffled": row.floor}
+    span = f"{row.low:.0%} to {row.high:.0%}" if row.low is not None and row.n > 1 else ""
+    return {"n": str(row.n), "95 %": span} | {k: "" if v is None else f"{v:.0%}" for k, v in shares.items()}
+
+
+def combination_heading(settings: Iterable[str]) -> str:
+    """Names of the columns of `combination_line`."""
+    return "".join(f"{name:>14}" for name in (*settings, *_SHOWN, "valley", "Fréchet", "s a sound"))
+
+
+def combination_line(settings: dict[str, Any], found: Adherence, seconds: float) -> str:
+    """One combination's results, of which each sound took `seconds`."""
+    shares = {row.name: f"{row.value:.0%}" for row in found.measures}
+    valley = f"{found.valley['generated'].median:+.1f} dB" if "generated" in found.valley else ""
+    apart = f"{found.frechet.generated:.4f}" if found.frechet else ""
+    cells = (*settings.values(), *(shares.get(name, "") for name in _SHOWN), valley, apart, f"{seconds:.2f}")
+    return "".join(f"{cell!s:>14}" for cell in cells)
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("model", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id")
+    add("--corpus", type=Path, required=True, help="whose held-out captions are the prompts")
+    add("--tagger", type=Path, help="folder that evaluation.tagger wrote (default: trains one)")
+    add("--clap", metavar="SOURCE", help="for the Fréchet distance (default: the bundle's, if it is whole)")
+    add("--items", type=int, help=f"prompts (default: {ITEMS}, or {ITEMS_EACH} for each of several combinations)")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
+    add("--only-vae", action="store_true", help="recordings beside the same through the VAE; nothing is generated")
+    for name in SETTINGS:
+        add(f"--{name.replace('_', '-')}", metavar="A,B,...", help="one or several (default: the model's)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    chosen = {name: _values(name, text) for name in SETTINGS if (text := getattr(args, name)) is not None}
+    settings = combinations(chosen)
+    count = (ITEMS_EACH if len(settings) > 1 else ITEMS) if args.items is None else args.items
+    if count < 4:
+        raise UserError(f"--items must be at least 4, got {count}")
+    if args.only_vae and chosen:
+        raise UserError(f"--only-vae generates nothing; leave out --{next(iter(chosen)).replace('_', '-')}")
+    folder = resolve(args.model)
+    latents = load_latents(folder, load_model_config(folder)).to(choose_device(args.device), torch.float32)
+    models: list[StableAudio] = []
+    if not args.only_vae:
+        model = StableAudio.from_pretrained(folder, device=args.device)
+        models = [model.with_defaults(**own) for own in settings]
+    prompts = held_out_prompts(args.corpus, count, latents.window_seconds)
+    find = _analyser(args, folder, latents.sample_rate)
+    vae = latents if len(settings) == 1 else None
+    recordings, passed = analyse_recordings(find, prompts, latents.sample_rate, vae)
+    if len(models) > 1:
+        _print_combinations(args, settings, models, find, prompts, recordings)
+        return
+    generated = analyse_generated(find, prompts, models[0], args.seed)[0] if models else ()
+    found = score_adherence(prompts, recordings, generated, passed)
+    print_result(args.json, asdict(found), adherence_table(found))
+
+
+def _analyser(args: argparse.Namespace, folder: Path, sample_rate: int) -> Analyser:
+    tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
+    whole = part_path(folder, "audio_encoder").is_file()
+    clap = load_clap(args.clap or folder) if args.clap or whole else None
+    return partial(analyse, sample_rate=sample_rate, tagger=tagger, clap=clap)
+
+
+def _print_combinations(
+    args: argparse.Namespace,
+    settings: Sequence[dict[str, Any]],
+    models: Sequence[StableAudio],
+    find: Analyser,
+    prompts: Sequence[HeldOutPrompt],
+    recordings: Sequence[Analysis],
+) -> None:
+    """Print a line for each model's settings as soon as it is there, or all as JSON."""
+    rows = []
+    if not args.json:
+        print(combination_heading(settings[0]))
+    for own, model in zip(settings, models, strict=True):
+        generated, seconds = analyse_generated(find, prompts, model, args.seed)
+        found = score_adherence(prompts, recordings, generated)
+        rows.append({"settings": own, "seconds": seconds, **asdict(found)})
+        if not args.json:
+            print(combination_line(own, found, seconds), flush=True)
+    if args.json:
+        print_result(True, rows, "")
+
+
+def _values(name: str, text: str) -> list[Any]:
     try:
-        if args.items < 4:
-            raise UserError(f"--items must be at least 4, got {args.items}")
-        model = StableAudio.from_pretrained(args.model, device=args.device)
-        requests = requests_of(args.corpus, args.items, model.config.window_seconds, args.seed)
-        tagger = load_tagger(args.tagger) if args.tagger else train_on_corpus(args.corpus)
-        sounds = generate(model, requests, args.seed)
-        measures = measure(tagger, requests, sounds, model.config.sample_rate)
-        clap = read_checkpoint(model.folder).clap()
-        apart = distances(clap, requests, sounds, model.config.sample_rate) if clap else None
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    whole = {"measures": [asdict(row) for row in measures], "frechet": asdict(apart) if apart else None}
-    print(json.dumps(without_nan(whole), indent=2) if args.json else as_text(measures, apart))
+        values = [SETTINGS[name](part.strip()) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--{name.replace('_', '-')}: {text!r} is no list of values such as 3,6,9") from error
+    if name == "sampler" and (unknown := set(values) - SAMPLERS.keys()):
+        raise UserError(f"--sampler: unknown {min(unknown)}; choose some of {', '.join(SAMPLERS)}")
+    return values
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

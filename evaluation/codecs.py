@@ -1,6 +1,6 @@
-"""Codecs that a person knows, to compare a VAE with: Opus and MP3 by ffmpeg, and descript-audio-codec.
+"""Codecs to compare a VAE with: Opus and MP3 by ffmpeg, and descript-audio-codec.
 
-Each is a function from (2, T) audio to what is left of it, aligned and of the same length.
+Each is a function from (2, T) audio to its coded version, aligned and of the same length.
 """
 
 from __future__ import annotations
@@ -85,10 +85,8 @@ def align(output: Tensor, target: Tensor) -> Tensor:
     """`output` moved by the delay at which it is most like `target`, and brought to its length; both (2, T)."""
     n = 1 << (output.shape[1] + target.shape[1]).bit_length()
     product = torch.fft.rfft(output.sum(0), n) * torch.fft.rfft(target.sum(0), n).conj()
-    likeness = torch.fft.irfft(product, n)
-    delays = torch.cat((likeness[: _LONGEST_DELAY + 1], likeness[-_LONGEST_DELAY:]))
+    correlation = torch.fft.irfft(product, n)
+    delays = torch.cat((correlation[: _LONGEST_DELAY + 1], correlation[-_LONGEST_DELAY:]))
     best = int(delays.argmax())
     delay = best if best <= _LONGEST_DELAY else best - len(delays)
-    moved = output[:, delay:] if delay >= 0 else F.pad(output, (-delay, 0))
-    moved = moved[:, : target.shape[1]]
-    return F.pad(moved, (0, target.shape[1] - moved.shape[1]))
+    return F.pad(output, (-delay, target.shape[1] - output.shape[1] + delay))  # negative padding cuts

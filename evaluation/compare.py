@@ -16,7 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.result import Figure, Result, different_settings, load_result, shown
+from evaluation.result import MetricValue, Result, different_settings, format_value, load_result
+from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.errors import UserError
 
 ALIKE = "≈"
@@ -35,12 +36,12 @@ def check_comparable(results: Sequence[Result], paths: Sequence[Path]) -> None:
     """
     for result, path in zip(results[1:], paths[1:], strict=True):
         if different := different_settings(results[0].settings, result.settings):
-            keys = "; ".join(f"{key} ({_value(a)}, {_value(b)})" for key, (a, b) in different.items())
+            keys = "; ".join(f"{key} ({_shortened(a)}, {_shortened(b)})" for key, (a, b) in different.items())
             raise UserError(f"{paths[0]} and {path} don't compare, their settings differ: {keys}; evaluate both alike")
 
 
-def differ(one: Figure, other: Figure) -> bool:
-    """Whether two figures differ at the 5 % level, by their intervals: those of independent, roughly normal errors add.
+def differ(one: MetricValue, other: MetricValue) -> bool:
+    """True where two values differ at the 5 % level, by their intervals: independent, roughly normal errors add.
 
     Half the width of a 95 % interval is 1.96 standard errors, and a difference's error is the root of the sum of both
     squares. Overlap of the intervals alone is a stricter rule (Schenker & Gentleman 2001). Without an interval, no.
@@ -49,36 +50,37 @@ def differ(one: Figure, other: Figure) -> bool:
     return abs(one.value - other.value) > spread
 
 
-def best(figures: Sequence[Figure | None]) -> Figure | None:
-    """The best of one metric's figures; None where neither direction is better, or there is none."""
-    known = [figure for figure in figures if figure and math.isfinite(figure.value)]
+def best(metrics: Sequence[MetricValue | None]) -> MetricValue | None:
+    """The best of one metric's values; None where neither direction is better, or there is none."""
+    known = [metric for metric in metrics if metric and math.isfinite(metric.value)]
     if not known or known[0].higher_is_better is None:
         return None
-    return (max if known[0].higher_is_better else min)(known, key=lambda figure: figure.value)
+    return (max if known[0].higher_is_better else min)(known, key=lambda metric: metric.value)
 
 
-def as_markdown(results: Sequence[Result], paths: Sequence[Path]) -> str:
-    """The table and what its signs mean."""
+def comparison_table(results: Sequence[Result], paths: Sequence[Path]) -> str:
+    """The table in Markdown, and what its signs mean."""
     lines = ["| metric | " + " | ".join(_names(results, paths)) + " |", "|---|" + "---|" * len(results)]
-    for name in dict.fromkeys(figure.name for result in results for figure in result.figures):
-        figures = [result.figure(name) for result in results]
-        first = next(figure for figure in figures if figure)
-        winner = best(figures)
-        sizes = {figure.n for figure in figures if figure}
-        cells = [_cell(figure, winner, winner or first, several=len(sizes) > 1) for figure in figures]
+    for name in dict.fromkeys(metric.name for result in results for metric in result.metrics):
+        metrics = [result.metric(name) for result in results]
+        first = next(metric for metric in metrics if metric)
+        winner = best(metrics)
+        sizes = {metric.n for metric in metrics if metric}
+        cells = [_cell(metric, winner, winner or first, several=len(sizes) > 1) for metric in metrics]
         sign = {True: " ↑", False: " ↓", None: ""}[first.higher_is_better]
         size = f" (n = {first.n} {first.unit}".rstrip() + ")" if len(sizes) == 1 else ""
         lines.append(f"| {_plain(name + sign + size)} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", LEGEND])
 
 
-def _cell(figure: Figure | None, winner: Figure | None, held_against: Figure, several: bool) -> str:
-    if figure is None:
+def _cell(metric: MetricValue | None, winner: MetricValue | None, held_against: MetricValue, several: bool) -> str:
+    if metric is None:
         return "not measured"
-    value = f"**{shown(figure.value)}**" if winner and figure.value == winner.value else shown(figure.value)
-    size = f", n = {figure.n}" if several else ""
-    alike = "" if figure is held_against or differ(figure, held_against) else f" {ALIKE}"
-    span = f" [{shown(figure.low)}, {shown(figure.high)}]" if figure.has_interval else ""
+    value = format_value(metric.value)
+    value = f"**{value}**" if winner and metric.value == winner.value else value
+    size = f", n = {metric.n}" if several else ""
+    alike = "" if metric is held_against or differ(metric, held_against) else f" {ALIKE}"
+    span = f" [{format_value(metric.low)}, {format_value(metric.high)}]" if metric.has_interval else ""
     return f"{value}{span}{size}{alike}"
 
 
@@ -96,28 +98,27 @@ def _plain(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(readable, quote=False))
 
 
-def _value(value: object) -> str:
+def _shortened(value: object) -> str:
     text = "not there" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def main() -> None:
-    """Run the command; mistakes end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="JSON that evaluation.run wrote")
-    args = parser.parse_args()
-    try:
-        if len(args.results) < 2:
-            raise UserError("give at least two results to compare")
-        results = [load_result(path) for path in args.results]
-        check_comparable(results, args.results)
-        table = as_markdown(results, args.results)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if len(args.results) < 2:
+        raise UserError("give at least two results to compare")
+    results = [load_result(path) for path in args.results]
+    check_comparable(results, args.results)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # the table's signs are in no Windows code page
-    print(table)
+    print(comparison_table(results, args.results))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

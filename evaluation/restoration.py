@@ -1,9 +1,9 @@
-"""Does restoration help? Held-out sounds are spoiled and repaired: by nothing, by classical means, by the model.
+"""Restoration of held-out sounds that are degraded first: by nothing, by classical methods, by the model.
 
     python -m evaluation.restoration BUNDLE corpus/held_out --task inpaint --items 30
     python -m evaluation.restoration BUNDLE corpus/held_out --task dereverb --rt60 0.8 --blind --json
 
-A stretch of each sound, `--seconds` or two windows of the model long, is spoiled in one way:
+An excerpt of each sound, `--seconds` or two windows of the model long, is degraded in one way:
 
 - inpaint: `--gap` ms in its middle are silent; "line" draws the waveform straight across the gap, "magnitudes" draws
   those of the spectrogram across it and lets phases turn on as they did before
@@ -12,31 +12,31 @@ A stretch of each sound, `--seconds` or two windows of the model long, is spoile
 - dereverb: a room whose noise decays by 60 dB in `--rt60` s; "wpe" is weighted prediction error. With `--blind` the
   room is estimated, otherwise it is known to the model (not to WPE)
 
-SI-SDR of the stretch, and the log-spectral distance over the frames of the gap, the rows above the cut-off, or
-everything: each with its 95 % bootstrap interval, as is the difference between restoration and each other answer on the
+SI-SDR of the excerpt, and the log-spectral distance over the frames of the gap, the rows above the cut-off, or
+everything: each with its 95 % bootstrap interval, as is the difference between restoration and each other method on the
 same sounds. Sounds that are shorter, or silent in the middle, are passed over.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.bootstrap import interval
-from evaluation.reconstruction import si_sdr
+from evaluation.metrics.bootstrap import interval
+from evaluation.metrics.fidelity import si_sdr
+from evaluation.output import print_result
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
+from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Dereverb, Inpaint, noise_std
@@ -45,36 +45,37 @@ from stable_audio_lite.restoration.room import convolve
 from stable_audio_lite.restoration.wpe import wpe
 
 TASKS = ("inpaint", "bandwidth", "denoise", "dereverb")
-WINDOWS = 2  # of the model, that a stretch is long at least
+_WINDOWS = 2  # of the model, that an excerpt is long at least
 _FLOOR = 1e-4  # -80 dB: magnitude, relative to the loudest, below which a cell counts as silent
 _REVERB_DB = -3.0  # energy of a room's reverberation relative to its direct sound
+_EVERYTHING = torch.ones(1, 1, dtype=torch.bool)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spoiled:
+class DegradedSound:
     """A sound and what was done to it.
 
     Attributes:
         clean: (1, T).
-        heard: (1, T), what is left of it.
+        degraded: (1, T), what is left of it.
         task: for the model.
-        classical: (1, T) by name, the classical answers.
+        classical: (1, T) by name, the results of classical methods.
         cells: boolean, broadcastable to (F, frames), which the log-spectral distance is measured over.
     """
 
     clean: Tensor
-    heard: Tensor
+    degraded: Tensor
     task: Degradation
     classical: dict[str, Tensor]
-    cells: Tensor
+    cells: Tensor = _EVERYTHING
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """Mean over the sounds with its 95 % interval; `gain` is that of restoration minus this answer, paired."""
+class MethodScore:
+    """Mean over the sounds with its 95 % interval; `gain` is that of restoration minus this method, paired."""
 
-    answer: str
-    measure: str
+    method: str
+    metric: str
     mean: float
     low: float
     high: float
@@ -84,8 +85,12 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spoiling:
-    """How sounds are spoiled: see the options of the command."""
+class DegradationSettings:
+    """Kind and amount of degradation; `gap`, `rt60` and `seconds` in s, `cutoff` in Hz, `snr` in dB.
+
+    Raises:
+        UserError: one is out of range.
+    """
 
     task: str = "inpaint"
     gap: float = 0.05
@@ -102,35 +107,39 @@ class Spoiling:
             raise UserError("--gap, --cutoff, --rt60 and --seconds must be above 0, and --snr finite")
 
     def samples(self, config: SpectrogramConfig) -> int:
-        """Samples of a stretch: two windows of the model at least, and whole frames."""
+        """Samples of an excerpt: two windows of the model at least, and whole frames."""
         frames = math.ceil(self.seconds * config.sample_rate / config.hop)
-        return max(frames, WINDOWS * config.frames) * config.hop
+        return max(frames, _WINDOWS * config.frames) * config.hop
 
 
-def spoil(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, seed: int) -> Spoiled:
-    """Spoil (1, T) sound, T a multiple of the hop, by the generator of `seed`."""
+def degrade(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, seed: int) -> DegradedSound:
+    """Degrade (1, T) sound, T a multiple of the hop, by the generator of `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    return {"inpaint": _gap, "bandwidth": _band, "denoise": _noise, "dereverb": _room}[how.task](
-        clean, how, spectrogram, generator
-    )
+    if how.task == "inpaint":
+        return _with_gap(clean, how, spectrogram)
+    if how.task == "bandwidth":
+        return _band_limited(clean, how, spectrogram)
+    return (_with_noise if how.task == "denoise" else _in_room)(clean, how, spectrogram, generator)
 
 
-def _gap(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: torch.Generator) -> Spoiled:
+def _with_gap(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram) -> DegradedSound:
     config = spectrogram.config
     first = (clean.shape[1] - round(how.gap * config.sample_rate)) // 2
     last = clean.shape[1] - first
-    heard = clean.clone()
-    heard[:, first:last] = 0
+    degraded = clean.clone()
+    degraded[:, first:last] = 0
     task = Inpaint(((first / config.sample_rate, last / config.sample_rate),))
     unknown = task.observe(spectrogram, clean[0], 1).operator.singular[0] == 0
-    line, magnitudes = heard.clone(), heard.clone()
-    line[0, first:last] = torch.lerp(heard[0, first - 1], heard[0, last], torch.linspace(0, 1, last - first + 2)[1:-1])
-    magnitudes[:, first:last] = spectrogram.decode(interpolate(spectrogram.encode(heard), unknown))[:, first:last]
+    line, magnitudes = degraded.clone(), degraded.clone()
+    steps = torch.linspace(0, 1, last - first + 2)[1:-1]
+    line[0, first:last] = torch.lerp(degraded[0, first - 1], degraded[0, last], steps)
+    filled = interpolate_frames(spectrogram.encode(degraded), unknown)
+    magnitudes[:, first:last] = spectrogram.decode(filled)[:, first:last]
     classical = {"line": line, "magnitudes": magnitudes}
-    return Spoiled(clean=clean, heard=heard, task=task, classical=classical, cells=unknown[None])
+    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical, cells=unknown[None])
 
 
-def interpolate(x: Tensor, unknown: Tensor) -> Tensor:
+def interpolate_frames(x: Tensor, unknown: Tensor) -> Tensor:
     """Fill unknown frames of (1, 2, F, T), which are neighbours: magnitudes on a line, phases turning on as before."""
     z = torch.complex(x[0, 0], x[0, 1])
     first, last = int(unknown.nonzero()[0]), int(unknown.nonzero()[-1])
@@ -142,42 +151,33 @@ def interpolate(x: Tensor, unknown: Tensor) -> Tensor:
     return torch.stack((z.real, z.imag))[None]
 
 
-def _band(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: torch.Generator) -> Spoiled:
+def _band_limited(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram) -> DegradedSound:
     config = spectrogram.config
     task = Bandwidth(how.cutoff)
     known = task.observe(spectrogram, clean[0], 1).operator.singular[:, 0] > 0
     spectrum = torch.fft.rfft(clean)
     hertz = torch.arange(spectrum.shape[1]) * config.sample_rate / clean.shape[1]
-    heard = torch.fft.irfft(spectrum * (hertz <= how.cutoff), clean.shape[1])
-    x = spectrogram.encode(heard)
-    count = int(known.sum())
-    fill = x.clone()
+    degraded = torch.fft.irfft(spectrum * (hertz <= how.cutoff), clean.shape[1])
+    x = spectrogram.encode(degraded)
+    fill, count = x.clone(), int(known.sum())
     rows = torch.arange(count, config.bins)
     fill[:, :, rows] = x[:, :, count - 1 - (rows - count) % max(1, count // 2)] * 0.25
-    return Spoiled(
-        clean=clean,
-        heard=heard,
-        task=task,
-        classical={"octave": spectrogram.decode(fill)},
-        cells=~known[:, None],
-    )
+    classical = {"octave": spectrogram.decode(fill)}
+    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical, cells=~known[:, None])
 
 
-def _noise(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: torch.Generator) -> Spoiled:
+def _with_noise(
+    clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, generator: torch.Generator
+) -> DegradedSound:
     level = float(clean.square().mean().sqrt()) * 10 ** (-how.snr / 20)
-    heard = clean + level * torch.randn(clean.shape, generator=generator)
+    degraded = clean + level * torch.randn(clean.shape, generator=generator)
     level_db = 20 * math.log10(level)
-    y = spectrogram.encode(heard)
+    y = spectrogram.encode(degraded)
     noise = 2 * noise_std(spectrogram.config, level_db) ** 2
     power = F.avg_pool1d(y.square().sum(1), 3, stride=1, padding=1, count_include_pad=False)
     gain = (1 - noise / power.clamp_min(1e-20)).clamp_min(0.01)
-    return Spoiled(
-        clean=clean,
-        heard=heard,
-        task=Denoise(level_db),
-        classical={"wiener": spectrogram.decode(y * gain[:, None])},
-        cells=torch.ones(1, 1, dtype=torch.bool),
-    )
+    classical = {"wiener": spectrogram.decode(y * gain[:, None])}
+    return DegradedSound(clean=clean, degraded=degraded, task=Denoise(level_db), classical=classical)
 
 
 def room_response(rt60: float, sample_rate: int, generator: torch.Generator) -> Tensor:
@@ -189,16 +189,14 @@ def room_response(rt60: float, sample_rate: int, generator: torch.Generator) -> 
     return response
 
 
-def _room(clean: Tensor, how: Spoiling, spectrogram: Spectrogram, generator: torch.Generator) -> Spoiled:
+def _in_room(
+    clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, generator: torch.Generator
+) -> DegradedSound:
     response = room_response(how.rt60, spectrogram.config.sample_rate, generator)
-    heard = convolve(clean[0], response)[None]
-    return Spoiled(
-        clean=clean,
-        heard=heard,
-        task=Dereverb(None if how.blind else response),
-        classical={"wpe": spectrogram.decode(wpe(spectrogram.encode(heard)))},
-        cells=torch.ones(1, 1, dtype=torch.bool),
-    )
+    degraded = convolve(clean[0], response)[None]
+    classical = {"wpe": spectrogram.decode(wpe(spectrogram.encode(degraded)))}
+    task = Dereverb(None if how.blind else response)
+    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical)
 
 
 def log_spectral_distance(spectrogram: Spectrogram, found: Tensor, clean: Tensor, cells: Tensor) -> float:
@@ -215,10 +213,15 @@ def log_spectral_distance(spectrogram: Spectrogram, found: Tensor, clean: Tensor
     return float(squares[frames].sqrt().mean())
 
 
-def evaluate(
-    restorer: Restorer, items: Sequence[Item], count: int, how: Spoiling, settings: RestoreSettings, seed: int = 0
-) -> list[Figure]:
-    """Figures of every answer over the first `count` items that are long enough and audible.
+def measure_methods(
+    restorer: Restorer,
+    items: Sequence[Item],
+    count: int,
+    how: DegradationSettings,
+    settings: RestoreSettings,
+    seed: int = 0,
+) -> list[MethodScore]:
+    """Scores of every method over the first `count` items that are long enough and audible.
 
     Raises:
         UserError: there are fewer.
@@ -227,23 +230,21 @@ def evaluate(
 
     rows: dict[str, list[tuple[float, float]]] = {}
     spectrogram = restorer.spectrogram
-    stretches = (clean for item in items if (clean := stretch(item, spectrogram, how)) is not None)
-    for number, clean in enumerate(tqdm(itertools.islice(stretches, count), total=count, unit="sound")):
-        spoiled = spoil(clean, how, spectrogram, seed + number)
-        own = dataclasses.replace(settings, seed=seed + number)
-        found = restorer.restore(spoiled.heard, spoiled.task, own)
-        for name, answer in {"nothing": spoiled.heard, **spoiled.classical, "restoration": found}.items():
-            distance = log_spectral_distance(spectrogram, answer, clean, spoiled.cells)
-            rows.setdefault(name, []).append((si_sdr(answer, clean), distance))
+    excerpts = (clean for item in items if (clean := excerpt(item, spectrogram.config, how)) is not None)
+    for number, clean in enumerate(tqdm(itertools.islice(excerpts, count), total=count, unit="sound")):
+        sound = degrade(clean, how, spectrogram, seed + number)
+        restored = restorer.restore(sound.degraded, sound.task, replace(settings, seed=seed + number))
+        for method, result in {"nothing": sound.degraded, **sound.classical, "restoration": restored}.items():
+            distance = log_spectral_distance(spectrogram, result, clean, sound.cells)
+            rows.setdefault(method, []).append((si_sdr(result, clean), distance))
     if (usable := len(rows.get("nothing", []))) < count:
         seconds = how.samples(spectrogram.config) / spectrogram.config.sample_rate
         raise UserError(f"{usable} of the {len(items)} sounds have {seconds:.1f} s of sound, --items asks for {count}")
-    return figures(rows)
+    return method_scores(rows)
 
 
-def stretch(item: Item, spectrogram: Spectrogram, how: Spoiling) -> Tensor | None:
-    """The first stretch of a sound as mono (1, T), or None where it is shorter or its middle is silent."""
-    config = spectrogram.config
+def excerpt(item: Item, config: SpectrogramConfig, how: DegradationSettings) -> Tensor | None:
+    """The beginning of a sound as mono (1, T), or None where it is shorter or its middle is silent."""
     samples = how.samples(config)
     audio = read_audio(item.path, config.sample_rate, 0.0, samples / config.sample_rate).mean(0, keepdim=True)
     if audio.shape[1] < samples:
@@ -253,43 +254,33 @@ def stretch(item: Item, spectrogram: Spectrogram, how: Spoiling) -> Tensor | Non
     return audio if loud > 1e-3 else None
 
 
-def figures(rows: dict[str, list[tuple[float, float]]]) -> list[Figure]:
-    """Means and intervals of (SI-SDR, distance) of each answer, and what restoration gains on it."""
+def method_scores(rows: dict[str, list[tuple[float, float]]]) -> list[MethodScore]:
+    """Means and intervals of (SI-SDR, distance) of each method, and the gain of restoration over it."""
     found = []
-    for index, measure in enumerate(("SI-SDR dB", "LSD dB")):
-        best = np.array([row[index] for row in rows["restoration"]])
-        for answer, values in rows.items():
+    for index, metric in enumerate(("SI-SDR dB", "LSD dB")):
+        restored = np.array([row[index] for row in rows["restoration"]])
+        for method, values in rows.items():
             own = np.array([row[index] for row in values])
-            low, high = interval(own)
-            gain_low, gain_high = interval(best - own)
-            found.append(
-                Figure(
-                    answer=answer,
-                    measure=measure,
-                    mean=float(own.mean()),
-                    low=low,
-                    high=high,
-                    gain=float((best - own).mean()),
-                    gain_low=gain_low,
-                    gain_high=gain_high,
-                )
-            )
+            (low, high), (gain_low, gain_high) = interval(own), interval(restored - own)
+            means = {"mean": float(own.mean()), "low": low, "high": high}
+            gains = {"gain": float((restored - own).mean()), "gain_low": gain_low, "gain_high": gain_high}
+            found.append(MethodScore(method=method, metric=metric, **means, **gains))
     return found
 
 
-def as_text(found: Sequence[Figure], count: int, how: Spoiling) -> str:
-    """A table."""
+def restoration_table(scores: Sequence[MethodScore], count: int, how: DegradationSettings) -> str:
+    """A table with a line for each metric and method."""
     lines = [f"{how.task}, {count} sounds", f"{'':12}{'':12}{'mean':>8}{'95 %':>18}{'restoration minus it':>30}"]
-    for row in found:
-        gain = f"{row.gain:+.2f} ({row.gain_low:+.2f} to {row.gain_high:+.2f})" if row.answer != "restoration" else ""
+    for row in scores:
+        gain = f"{row.gain:+.2f} ({row.gain_low:+.2f} to {row.gain_high:+.2f})" if row.method != "restoration" else ""
         spread = f"{row.low:.2f} to {row.high:.2f}"
-        lines.append(f"{row.measure:12}{row.answer:12}{row.mean:8.2f}{spread:>18}{gain:>30}")
+        lines.append(f"{row.metric:12}{row.method:12}{row.mean:8.2f}{spread:>18}{gain:>30}")
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the command; mistakes end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", metavar="BUNDLE", help="a bundle's folder or a hub id, of a model of complex spectrograms")
     add("data", metavar="DATA", help="held-out sounds: a folder of audio, shards or a Hugging Face data set")
@@ -307,27 +298,20 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--json", action="store_true", help="print JSON instead of a table")
-    args = parser.parse_args()
-    try:
-        if args.items < 2:
-            raise UserError(f"--items must be at least 2, got {args.items}")
-        how = Spoiling(
-            task=args.task,
-            gap=args.gap / 1000,
-            cutoff=args.cutoff,
-            snr=args.snr,
-            rt60=args.rt60,
-            blind=args.blind,
-            seconds=args.seconds,
-        )
-        settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed)
-        restorer = Restorer.from_pretrained(args.model, args.device)
-        found = evaluate(restorer, read_items(args.data), args.items, how, settings, args.seed)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    whole = {"spoiling": asdict(how), "items": args.items, "figures": [asdict(row) for row in found]}
-    print(json.dumps(whole, indent=2) if args.json else as_text(found, args.items, how))
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.items < 2:
+        raise UserError(f"--items must be at least 2, got {args.items}")
+    args.gap /= 1000  # ms
+    how = DegradationSettings(**{name: getattr(args, name) for name in DegradationSettings.__dataclass_fields__})
+    settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed)
+    restorer = Restorer.from_pretrained(args.model, args.device)
+    scores = measure_methods(restorer, read_items(args.data), args.items, how, settings, args.seed)
+    whole = {"degradation": asdict(how), "items": args.items, "scores": [asdict(row) for row in scores]}
+    print_result(args.json, whole, restoration_table(scores, args.items, how))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

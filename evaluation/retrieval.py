@@ -1,4 +1,4 @@
-"""Which text belongs to which sound? Recall of a CLAP among held-out pieces, both ways.
+"""Recall of a CLAP among held-out pieces: the sound of a text, and the text of a sound.
 
     python -m evaluation.retrieval starter corpus/held_out --items 500
 
@@ -10,23 +10,24 @@ near 1, a text encoder tells nothing apart.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from evaluation.output import print_result
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.clap.checkpoints import load_clap
 from stable_audio_lite.clap.mel import SAMPLE_RATE
 from stable_audio_lite.clap.model import Clap, retrieval
+from stable_audio_lite.command import Parser, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.doctor import mean_pairwise_cosine
 from stable_audio_lite.errors import UserError
 
 
-def measure(clap: Clap, items: Sequence[Item]) -> dict[str, float]:
+def clap_recall(clap: Clap, items: Sequence[Item]) -> dict[str, float]:
     """Recall at 1 and 10 in percent, both ways, and "texts/cosine"."""
     from tqdm import tqdm
 
@@ -36,29 +37,27 @@ def measure(clap: Clap, items: Sequence[Item]) -> dict[str, float]:
     return retrieval(text, audio) | {"texts/cosine": mean_pairwise_cosine(text)}
 
 
-def main() -> None:
-    """Run the command; mistakes end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     parser.add_argument("bundle", help="a shipped model, a bundle's folder or a hub id, with both CLAP towers")
     parser.add_argument("data", type=Path, help="a folder of captioned audio")
     parser.add_argument("--items", type=int, default=500, help="pieces at most (default: 500)")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args()
-    try:
-        clap = load_clap(args.bundle)
-        items = [item for item in read_items(args.data) if item.captions][: args.items]
-        if len(items) < 2:
-            raise UserError(f"{args.data}: {len(items)} items with captions; two are needed at least")
-        figures = measure(clap, items)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    if args.json:
-        print(json.dumps({"items": len(items), **figures}))
-        return
-    print(f"{len(items)} pieces")
-    for name, value in figures.items():
-        print(f"{name:22}{value:.3f}" if name == "texts/cosine" else f"{name:22}{value:.1f} %")
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    clap = load_clap(args.bundle)
+    items = [item for item in read_items(args.data) if item.captions][: args.items]
+    if len(items) < 2:
+        raise UserError(f"{args.data}: {len(items)} items with captions; two are needed at least")
+    recalls = clap_recall(clap, items)
+    lines = [f"{len(items)} pieces"]
+    for name, value in recalls.items():
+        lines.append(f"{name:22}{value:.3f}" if name == "texts/cosine" else f"{name:22}{value:.1f} %")
+    print_result(args.json, {"items": len(items), **recalls}, "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

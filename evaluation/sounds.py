@@ -14,14 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.result import Sound
-from evaluation.streams import LONGEST
+from evaluation.result import SoundRecord
+from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource, Stored, audio_blocks, audio_hash, audio_info, read_metadata
+from stable_audio_lite.codec import Codec
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.files import sha256
 
-USUAL_RATE = 44100
-_FULL_BAND = 32000  # Hz: a lower rate lacks what others have and metrics hear
+DESCRIBED_SECONDS = 300.0
+"""Seconds from the beginning of a file by which it is described, and its loudness measured."""
+
+_USUAL_RATE = 44100
+_FULL_BAND = 32000  # Hz: a lower rate lacks frequencies that others have and networks take in
 _SHORT = 1.0  # seconds of OpenL3's window, the shortest
 
 
@@ -32,18 +36,18 @@ class Clip:
     Attributes:
         source: the file; of a made clip, the recording that it is made from.
         key: names the samples: the file's SHA-256, and what is done to them.
-        sound: what is reported of it.
-        make: writes what is to be heard instead to a path; None: the file itself is.
+        record: what is reported of it.
+        make: writes what is to be embedded instead to a path; None: the file itself is.
     """
 
     source: AudioSource
     key: str
-    sound: Sound
+    record: SoundRecord
     make: Callable[[Path], None] | None = None
 
     @contextlib.contextmanager
     def file(self) -> Iterator[AudioSource]:
-        """Where the sound lies, while it is needed."""
+        """The file that holds the sound, while it is needed."""
         if self.make is None:
             yield self.source
             return
@@ -53,7 +57,7 @@ class Clip:
             yield path
 
 
-def examine(item: Item, prompts: Collection[str] = ()) -> Clip:
+def read_clip(item: Item, prompts: Collection[str] = ()) -> Clip:
     """Read a file through. Of several captions, the first that is among `prompts`, or the first.
 
     Raises:
@@ -63,7 +67,7 @@ def examine(item: Item, prompts: Collection[str] = ()) -> Clip:
     peak = max(float(abs(block).max()) for block in audio_blocks(item.path))
     stored = {} if isinstance(item.path, Stored) else read_metadata(item.path).settings
     prompt = next((c for c in item.captions if c in prompts), next(iter(item.captions), stored.get("prompt", "")))
-    sound = Sound(
+    record = SoundRecord(
         path=str(item.path),
         seconds=info.seconds,
         sample_rate=info.sample_rate,
@@ -72,29 +76,29 @@ def examine(item: Item, prompts: Collection[str] = ()) -> Clip:
         prompt=prompt if isinstance(prompt, str) else "",
         requested=_requested(item.metadata) or _requested(stored),
     )
-    return Clip(source=item.path, key=audio_hash(item.path), sound=sound)
+    return Clip(source=item.path, key=audio_hash(item.path), record=record)
 
 
 def treatments(sample_rate: int, channels: int, seconds: float, *, silent: bool) -> tuple[str, ...]:
-    """What is done to a sound of this kind before metrics hear it."""
+    """Words for what is done to a sound of this kind before it is measured."""
     found = []
     if channels != 2:
         found.append("mono: both channels alike" if channels == 1 else f"{channels} channels: the first two")
     if sample_rate < _FULL_BAND:
         found.append(f"{sample_rate} Hz: resampled, nothing above {sample_rate / 2:g} Hz")
-    elif sample_rate != USUAL_RATE:
+    elif sample_rate != _USUAL_RATE:
         found.append(f"{sample_rate} Hz: resampled")
     if seconds < _SHORT:
         found.append(f"{seconds:.2f} s: filled up with silence (OpenL3), as it is (PaSST), repeated (CLAP)")
-    if seconds > LONGEST:
-        found.append(f"{seconds:.0f} s: width and structure of the first {LONGEST:.0f} s, no end looked for")
+    if seconds > DESCRIBED_SECONDS:
+        found.append(f"{seconds:.0f} s: width and structure of the first {DESCRIBED_SECONDS:.0f} s, no end looked for")
     if silent:
         found.append("silent: at no level, else as any other")
     return tuple(found)
 
 
 def _requested(row: dict[str, Any]) -> float | None:
-    """The length that a generated file's settings, or a list's row, say was asked for."""
+    """The length in seconds that a generated file's settings, or a list's row, say was asked for."""
     asked = [_number(row.get("seconds"))]
     if (total := _number(row.get("seconds_total"))) is not None:
         asked.append(total - (_number(row.get("seconds_start")) or 0.0))
@@ -117,7 +121,7 @@ def white_noise(clip: Clip) -> Clip:
         import numpy as np
         import soundfile
 
-        left, rate = round(clip.sound.seconds * clip.sound.sample_rate), clip.sound.sample_rate
+        left, rate = round(clip.record.seconds * clip.record.sample_rate), clip.record.sample_rate
         rng = np.random.default_rng(int(clip.key[:16], 16))
         try:
             with soundfile.SoundFile(str(path), "w", rate, 2, format="RF64", subtype="FLOAT") as file:
@@ -131,11 +135,11 @@ def white_noise(clip: Clip) -> Clip:
 
 
 def _made(clip: Clip, how: str, make: Callable[[Path], None]) -> Clip:
-    sound = replace(clip.sound, treatment=(), requested=None)
-    return Clip(source=clip.source, key=f"{clip.key} {how}", sound=sound, make=make)
+    record = replace(clip.record, treatment=(), requested=None)
+    return Clip(source=clip.source, key=f"{clip.key} {how}", record=record, make=make)
 
 
-class RoundTrip:
+class VAERoundTrip:
     """A bundle's VAE, by which recordings are encoded and decoded: the best that its model can do."""
 
     def __init__(self, name: str, device: str):
@@ -144,14 +148,11 @@ class RoundTrip:
         Raises:
             UserError: there is no such bundle or device, or a file is damaged.
         """
-        from stable_audio_lite import bundle
-        from stable_audio_lite.codec import Codec
-
         self.codec = Codec.from_pretrained(name, device, "float32")
         self.hash = sha256(bundle.part_path(bundle.resolve(name), "vae"))[:12]
 
     def __call__(self, clip: Clip) -> Clip:
-        """What the VAE makes of a recording."""
+        """The clip that the VAE makes of a recording."""
 
         def make(path: Path) -> None:
             latents = path.with_suffix(".safetensors")

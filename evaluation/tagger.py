@@ -1,18 +1,17 @@
-"""Hears instruments, families, drums and style in whole pieces, and has heard only rendered corpus audio.
+"""A tagger of whole pieces that has been trained on rendered corpus audio alone: instruments, families, drums, style.
 
     python -m evaluation.tagger train corpus/ -o tagger/     # corpus/train; prints how it does on corpus/held_out
-    python -m evaluation.tagger train corpus/ more/ -o tagger/ --steps 4000    # hears better; more/train too
+    python -m evaluation.tagger train corpus/ more/ -o tagger/ --steps 4000    # more accurate; more/train too
     python -m evaluation.tagger test tagger/ corpus/
 
-The network and augmentations of `evaluation.hearing`, trained on every piece of the corpus: several
-instruments may play at once, each crop is labelled with all that play in its piece.
+Several instruments may play at once: each crop is labelled with all that play in its piece.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,30 +19,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.hearing import (
-    HearingConfig,
-    Trunk,
-    all_crops,
-    augment,
-    load_listener,
-    mel_power,
-    normalise,
-    random_crop,
-    save_listener,
-)
+from evaluation.mel_crops import MelConfig, all_crops, augment, mel_power, normalise, random_crop
 from stable_audio_lite.audio.io import read_audio, resample
-from stable_audio_lite.config import load_config
+from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.config import load_config, save_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing, save_tensors
 
-CONFIG = "tagger.yaml"
+_CONFIG, _WEIGHTS = "tagger.yaml", "tagger.safetensors"
+_WIDTHS = (16, 24, 48, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaggerConfig(HearingConfig):
-    """What the tagger knows besides instruments and how it hears: the `styles`."""
+class TaggerConfig(MelConfig):
+    """Classes of the tagger, and the crops that it takes.
 
+    Attributes:
+        instruments: the classes.
+        families: the family of each instrument, in the same order.
+        styles: of which each piece has one.
+    """
+
+    instruments: tuple[str, ...]
+    families: tuple[str, ...]
     styles: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.instruments or len(self.instruments) != len(self.families):
+            raise ValueError("instruments and families must be equally many, and at least one")
+        if self.mels % 2 ** len(_WIDTHS) or self.frames < 2 ** len(_WIDTHS):
+            raise ValueError(f"mels must be a multiple of {2 ** len(_WIDTHS)} and frames at least as many")
 
     @property
     def family_names(self) -> tuple[str, ...]:
@@ -53,7 +59,7 @@ class TaggerConfig(HearingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Tags:
-    """What is heard in one sound: probabilities by name, that drums play, and the most likely style."""
+    """Probabilities of one sound by name, that drums play, and the most likely style."""
 
     instruments: dict[str, float]
     families: dict[str, float]
@@ -61,31 +67,43 @@ class Tags:
     style: str
 
 
-class Tagger(Trunk):
+def _block(before: int, width: int, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(before, width, 2 * stride + 1, stride, padding=stride, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
+
+
+class Tagger(nn.Module):
     """Normalised log-mel crops (B, mels, frames) -> logits (B, instruments + families + 1 + styles)."""
 
     def __init__(self, config: TaggerConfig):
-        super().__init__(config)
+        super().__init__()
         self.config = config
         self.sizes = [len(config.instruments), len(config.family_names), 1, len(config.styles)]
-        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(self.features, sum(self.sizes)))
+        layers: list[nn.Module] = [_block(1, _WIDTHS[0], stride=2)]
+        for before, width in zip(_WIDTHS, _WIDTHS[1:], strict=False):
+            layers += [_block(before, width), nn.MaxPool2d(2)]
+        self.layers = nn.Sequential(*layers)
+        # Time is averaged away; frequency stays, for where the partials lie is what tells timbres apart.
+        features = 2 * _WIDTHS[-1] * (config.mels // 2 ** len(_WIDTHS))
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(features, sum(self.sizes)))
 
     def forward(self, crops: Tensor) -> Tensor:
-        return self.head(super().forward(crops))
+        x = self.layers(crops[:, None])  # B, width, mels / 16, frames / 16
+        return self.head(torch.cat([x.mean(3), x.amax(3)], 1).flatten(1))
 
     @torch.inference_mode()
-    def hear(self, audio: Tensor, sample_rate: int) -> Tags:
-        """What plays in (channels, T) audio at `sample_rate` Hz; full scale is 1.
+    def tag(self, audio: Tensor, sample_rate: int) -> Tags:
+        """Tags of (channels, T) audio at `sample_rate` Hz; full scale is 1.
 
         Raises:
             UserError: the audio is silent.
         """
         mono = resample(audio.float().mean(0, keepdim=True).numpy(), sample_rate, self.config.sample_rate)
-        return self.hear_power(mel_power(torch.from_numpy(mono[0]), self.config))
+        return self.tag_power(mel_power(torch.from_numpy(mono[0]), self.config))
 
     @torch.inference_mode()
-    def hear_power(self, power: Tensor) -> Tags:
-        """The same of a mel power spectrogram (mels, frames)."""
+    def tag_power(self, power: Tensor) -> Tags:
+        """Tags of a mel power spectrogram (mels, frames)."""
         self.eval()
         logits = self(normalise(all_crops(power, self.config.frames))).mean(0)
         instruments, families, drums, styles = logits.split(self.sizes)
@@ -107,7 +125,7 @@ class Example:
 
 
 def config_for(items: Sequence[Item]) -> TaggerConfig:
-    """A tagger for all that `items` hold.
+    """The config of a tagger for all that `items` hold.
 
     Raises:
         UserError: they are not of a corpus, whose metadata say what plays.
@@ -123,11 +141,11 @@ def config_for(items: Sequence[Item]) -> TaggerConfig:
 
 def load_example(item: Item, config: TaggerConfig) -> Example:
     """Spectrogram and targets of one piece."""
-    truth = item.metadata
-    tags = [name in truth["instruments"] for name in config.instruments]
-    tags += [name in truth["families"] for name in config.family_names] + [truth["drums"]]
+    metadata = item.metadata
+    tags = [name in metadata["instruments"] for name in config.instruments]
+    tags += [name in metadata["families"] for name in config.family_names] + [metadata["drums"]]
     power = mel_power(read_audio(item.path, config.sample_rate).mean(0), config)
-    return Example(power, torch.tensor(tags, dtype=torch.float32), config.styles.index(truth["style"]))
+    return Example(power, torch.tensor(tags, dtype=torch.float32), config.styles.index(metadata["style"]))
 
 
 def train(
@@ -142,7 +160,7 @@ def train(
     tags, styles = torch.stack([e.tags for e in examples]), torch.tensor([e.style for e in examples])
     for _ in range(steps):
         chosen = torch.randint(len(examples), (batch,), generator=generator)
-        crops = torch.stack([random_crop([examples[i].power], config.frames, generator) for i in chosen.tolist()])
+        crops = torch.stack([random_crop(examples[i].power, config.frames, generator) for i in chosen.tolist()])
         logits = tagger(normalise(augment(crops, generator)))
         count = tags.shape[1]
         loss = F.binary_cross_entropy_with_logits(logits[:, :count], tags[chosen]) * 10
@@ -155,7 +173,7 @@ def train(
 
 
 def train_on_corpus(*corpora: Path, steps: int = 1500, seed: int = 0) -> Tagger:
-    """Train on what the folders `train` of `corpora` hold together.
+    """Train on the folders `train` of all `corpora` together.
 
     Raises:
         UserError: a folder is no corpus.
@@ -167,7 +185,9 @@ def train_on_corpus(*corpora: Path, steps: int = 1500, seed: int = 0) -> Tagger:
 
 def save_tagger(tagger: Tagger, folder: Path) -> None:
     """Write `tagger.yaml` and `tagger.safetensors` into `folder`."""
-    save_listener(tagger, tagger.config, folder / CONFIG)
+    save_config(tagger.config, folder / _CONFIG)
+    with replacing(folder / _WEIGHTS) as temporary:
+        save_tensors(temporary, tagger.state_dict(), {"format": "pt"})
 
 
 def load_tagger(folder: Path) -> Tagger:
@@ -176,16 +196,22 @@ def load_tagger(folder: Path) -> Tagger:
     Raises:
         UserError: a file is missing or the weights don't fit the config.
     """
-    tagger = Tagger(load_config(folder / CONFIG, TaggerConfig))
-    load_listener(tagger, folder / CONFIG)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tagger = Tagger(load_config(folder / _CONFIG, TaggerConfig))
+    try:
+        tagger.load_state_dict(load_file(folder / _WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder / _WEIGHTS}: no weights that fit {_CONFIG}; train it again") from error
     return tagger.eval()
 
 
-def share_heard(probabilities: dict[str, float], named: Sequence[str]) -> float:
-    """Of k names that are right, the share among the k that are heard most clearly."""
+def r_precision(probabilities: Mapping[str, float], named: Sequence[str]) -> float:
+    """Of k names that are right, the share among the k of highest probability."""
     right = set(named)
-    heard = sorted(probabilities, key=lambda name: -probabilities[name])[: len(right)]
-    return len(right & set(heard)) / len(right)
+    top = sorted(probabilities, key=lambda name: -probabilities[name])[: len(right)]
+    return len(right & set(top)) / len(right)
 
 
 @dataclass(frozen=True)
@@ -200,24 +226,18 @@ class Accuracy:
 
 
 def accuracy(tagger: Tagger, items: Sequence[Item]) -> Accuracy:
-    """How often the tagger is right about `items`."""
+    """Accuracy of the tagger on `items`."""
     rows = []
     for item in items:
-        truth, heard = item.metadata, tagger.hear_power(load_example(item, tagger.config).power)
-        rows.append(
-            [
-                share_heard(heard.instruments, truth["instruments"]),
-                share_heard(heard.families, truth["families"]),
-                float((heard.drums > 0.5) == truth["drums"]),
-                float(heard.style == truth["style"]),
-            ]
-        )
+        right, tags = item.metadata, tagger.tag_power(load_example(item, tagger.config).power)
+        shares = [r_precision(tags.instruments, right["instruments"]), r_precision(tags.families, right["families"])]
+        rows.append([*shares, float((tags.drums > 0.5) == right["drums"]), float(tags.style == right["style"])])
     return Accuracy(len(rows), *torch.tensor(rows).mean(0).tolist())
 
 
-def main() -> None:
-    """Run the command; mistakes end in one line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train on each CORPUS/train, test on the first one's held_out")
     training.add_argument("corpora", metavar="CORPUS", type=Path, nargs="+")
@@ -227,22 +247,19 @@ def main() -> None:
     testing = commands.add_parser("test", help="accuracy on CORPUS/held_out")
     testing.add_argument("tagger", type=Path)
     testing.add_argument("corpus", type=Path)
-    args = parser.parse_args()
-    try:
-        if args.command == "train":
-            tagger, corpus = train_on_corpus(*args.corpora, steps=args.steps, seed=args.seed), args.corpora[0]
-            save_tagger(tagger, args.output)
-        else:
-            tagger, corpus = load_tagger(args.tagger), args.corpus
-        result = accuracy(tagger, read_items(corpus / "held_out"))
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    print(
-        ", ".join(
-            f"{name} {value:.0%}" if name != "pieces" else f"{value} pieces" for name, value in asdict(result).items()
-        )
-    )
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.command == "train":
+        tagger, corpus = train_on_corpus(*args.corpora, steps=args.steps, seed=args.seed), args.corpora[0]
+        save_tagger(tagger, args.output)
+    else:
+        tagger, corpus = load_tagger(args.tagger), args.corpus
+    result = asdict(accuracy(tagger, read_items(corpus / "held_out")))
+    pieces = result.pop("pieces")
+    print(f"{pieces} pieces, " + ", ".join(f"{name} {value:.0%}" for name, value in result.items()))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,11 @@
-"""Adherence: what captions say, which answers are right, and that real, wrong and silent sounds are told apart."""
+"""Adherence: which facts captions state, which are right, and that real, wrong and silent sounds are told apart."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation import adherence, sweep, tagger
-from stable_audio_lite.audio.io import read_audio, write_audio
+from evaluation import adherence, prompt_facts, tagger
+from stable_audio_lite.audio.io import read_audio, resample, write_audio
 from stable_audio_lite.corpus.captions import captions, facts_told
 from stable_audio_lite.corpus.compose import compose
-from stable_audio_lite.data.manifest import read_items
+from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.representation import load_latents
+from stable_audio_lite.systems import load_model_config
 
 RATE = 22050
 PARTIALS = {"pipe": [1, 0, 0.5, 0, 0.3, 0, 0.2], "reed": [0.5, 1, 0.8, 1, 0.7, 0.8, 0.6, 0.7]}
@@ -70,6 +73,18 @@ def test_the_tagger_hears_several_instruments_and_drums(corpus: Path, trained: t
     assert result.pieces == 6 and result.instruments >= 0.8 and result.families >= 0.8 and result.drums >= 0.8
 
 
+def test_tags_depend_neither_on_level_nor_on_rate_and_survive_noise(trained: tagger.Tagger) -> None:
+    """A reed at a pitch that no piece of the corpus has."""
+    sound = note("reed", 277.2, 3.0).expand(2, -1)
+    faster = torch.from_numpy(resample(sound.numpy(), RATE, 44100))
+    noisy = sound + 0.002 * torch.randn(sound.shape, generator=torch.Generator().manual_seed(0))
+    for version, rate in ((sound, RATE), (0.01 * sound, RATE), (faster, 44100), (noisy, RATE)):
+        tags = trained.tag(version, rate)
+        assert tagger.r_precision(tags.instruments, ["reed"]) == tagger.r_precision(tags.families, ["brass"]) == 1
+    with pytest.raises(UserError, match="silent"):
+        trained.tag(0 * sound, RATE)
+
+
 def test_a_tagger_learns_from_all_corpora(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(tagger, "train", lambda examples, config, **_: taken.append(len(examples)))
@@ -81,7 +96,7 @@ def test_a_tagger_learns_from_all_corpora(corpus: Path, monkeypatch: pytest.Monk
 def test_a_saved_tagger_hears_the_same(corpus: Path, trained: tagger.Tagger, tmp_path: Path) -> None:
     tagger.save_tagger(trained, tmp_path)
     audio = read_audio(corpus / "held_out/4.wav", RATE)
-    assert tagger.load_tagger(tmp_path).hear(audio, RATE) == trained.hear(audio, RATE)
+    assert tagger.load_tagger(tmp_path).tag(audio, RATE) == trained.tag(audio, RATE)
     with pytest.raises(UserError, match="train it again"):
         (tmp_path / "tagger.safetensors").write_bytes(b"nothing")
         tagger.load_tagger(tmp_path)
@@ -92,10 +107,10 @@ def test_a_folder_that_is_no_corpus_is_refused(data: Path) -> None:
         tagger.config_for(read_items(data))
 
 
-def test_shares_count_the_clearest() -> None:
-    heard = {"a": 0.9, "b": 0.5, "c": 0.1}
-    assert tagger.share_heard(heard, ["a"]) == 1 and tagger.share_heard(heard, ["c"]) == 0
-    assert tagger.share_heard(heard, ["a", "c"]) == 0.5 and tagger.share_heard(heard, ["b", "a", "b"]) == 1
+def test_r_precision_counts_the_most_probable() -> None:
+    found = {"a": 0.9, "b": 0.5, "c": 0.1}
+    assert tagger.r_precision(found, ["a"]) == 1 and tagger.r_precision(found, ["c"]) == 0
+    assert tagger.r_precision(found, ["a", "c"]) == 0.5 and tagger.r_precision(found, ["b", "a", "b"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,8 @@ def test_no_caption_of_the_corpus_says_what_is_not_so() -> None:
     assert own > 400 and wrong == 0
 
 
-HEARD = adherence.Heard(
+FOUND = prompt_facts.Analysis(
+    seconds=4.0,
     tags=tagger.Tags(
         instruments={"pipe": 0.9, "reed": 0.2}, families={"winds": 0.9, "brass": 0.2}, drums=0.1, style="pop"
     ),
@@ -135,6 +151,7 @@ HEARD = adherence.Heard(
     mode="major",
     end=4.2,
     width=-20.0,
+    valley=-40.0,
 )
 TRUTH = {
     "instruments": ["pipe"],
@@ -147,67 +164,178 @@ TRUTH = {
 }
 
 
+def asked(words: str, **changes: object) -> prompt_facts.HeldOutPrompt:
+    return prompt_facts.HeldOutPrompt(item=Item(path="a.wav", metadata=TRUTH | changes), text=words, seconds=4.0)
+
+
 def test_scores_of_known_answers() -> None:
     """Half the tempo is no right tempo; what the prompt doesn't say isn't asked; silence has nothing right."""
     words = "pipe, pop, 120 bpm, C major, no drums"
-    right = adherence.score(HEARD, TRUTH, words, 4.0, -24.0)
-    assert right == dict.fromkeys(adherence.MEASURES, 1.0) | {"tempo": 0.0}
-    assert set(adherence.score(HEARD, TRUTH, "a pipe", 4.0, -24.0)) == {"families", "instruments", "end", "width"}
-    wrong = adherence.score(HEARD, TRUTH | {"instruments": ["reed"], "mode": "minor"}, words.replace("j", ""), 3.0, 0.0)
+    right = prompt_facts.right_facts(FOUND, asked(words), 4.0, -24.0)
+    assert right == dict.fromkeys(prompt_facts.FACTS, 1.0) | {"tempo": 0.0}
+    few = prompt_facts.right_facts(FOUND, asked("a pipe"), 4.0, -24.0)
+    assert set(few) == {"families", "instruments", "end", "width"}
+    other = asked(words.replace("j", ""), instruments=["reed"], mode="minor")
+    wrong = prompt_facts.right_facts(FOUND, other, 3.0, 0.0)
     assert (wrong["instruments"], wrong["end"], wrong["width"]) == (0, 0, 0)
-    silent = replace(HEARD, tags=None, tempo=None, tonic=None, mode=None, end=0.0, width=-100.0)
-    assert set(adherence.score(silent, TRUTH, words, 4.0, -24.0).values()) == {0.0}
+    silent = replace(FOUND, tags=None, tempo=None, tonic=None, mode=None, end=0.0, width=-100.0)
+    assert set(prompt_facts.right_facts(silent, asked(words), 4.0, -24.0).values()) == {0.0}
 
 
-def test_recordings_are_right_and_others_wrong(corpus: Path, trained: tagger.Tagger) -> None:
+def coarse_spectrum(audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
+    """Stands for a CLAP's embedding of (1, C, T) audio."""
+    return torch.fft.rfft(audio.mean(1), 4096).abs()[:, :2048].unflatten(1, (8, 256)).mean(2).log()
+
+
+@pytest.fixture(scope="module")
+def find(trained: tagger.Tagger) -> adherence.Analyser:
+    clap = SimpleNamespace(embed_audio=coarse_spectrum)
+    return functools.partial(prompt_facts.analyse, sample_rate=RATE, tagger=trained, clap=clap)
+
+
+@pytest.fixture(scope="module")
+def prompts(corpus: Path) -> list[prompt_facts.HeldOutPrompt]:
+    return adherence.held_out_prompts(corpus, 6, 5.0)
+
+
+@pytest.fixture(scope="module")
+def recordings(find: adherence.Analyser, prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.Analysis]:
+    return adherence.analyse_recordings(find, prompts, RATE)[0]
+
+
+@pytest.fixture(scope="module")
+def noise(find: adherence.Analyser, prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.Analysis]:
+    generator = torch.Generator().manual_seed(0)
+    return [find(torch.randn(2, round(r.seconds * RATE), generator=generator), seconds=r.seconds) for r in prompts]
+
+
+def test_recordings_are_right_and_others_wrong(prompts, recordings, noise) -> None:
     """The pieces' own recordings score as the ceiling does and above the floor; white noise does not."""
-    asked = adherence.requests_of(corpus, 6, 5.0, seed=1)
-    asked = [replace(request, seconds=3.5) for request in asked]
-    sounds = [read_audio(request.item.path, RATE) for request in asked]
-    rows = {row.name: row for row in adherence.measure(trained, asked, sounds, RATE)}
-    assert set(rows) == set(adherence.MEASURES)
+    rows = {row.name: row for row in prompt_facts.shares_right(prompts, recordings, recordings)}
+    assert set(rows) == set(prompt_facts.FACTS)
     for name, row in rows.items():
         assert row.value == row.ceiling and row.low <= row.value <= row.high and row.n == 6, name
     assert rows["instruments"].value > rows["instruments"].floor
     assert rows["key"].value == rows["end"].value == rows["width"].value == 1
-    noise = [torch.randn(sound.shape, generator=torch.Generator().manual_seed(0)) for sound in sounds]
-    noisy = {row.name: row.value for row in adherence.measure(trained, asked, noise, RATE)}
+    noisy = {row.name: row.value for row in prompt_facts.shares_right(prompts, recordings, noise)}
     assert noisy["instruments"] < rows["instruments"].value and noisy["width"] == 0
-    assert "instruments" in adherence.as_text(list(rows.values()), None)
 
 
-def test_lengths_are_asked_for_from_two_seconds_to_the_window(corpus: Path) -> None:
-    asked = adherence.requests_of(corpus, 6, 5.0, seed=1)
-    assert all(2 <= request.seconds <= 5 for request in asked) and len({request.seconds for request in asked}) > 3
+def test_a_sound_is_asked_to_be_as_long_as_its_piece_or_the_window(corpus: Path) -> None:
+    assert [prompt.seconds for prompt in adherence.held_out_prompts(corpus, 6, 5.0)] == [3.5] * 6
+    assert [prompt.seconds for prompt in adherence.held_out_prompts(corpus, 6, 2.0)] == [2.0] * 6
     with pytest.raises(UserError, match="holds 6 pieces, --items asks for 7"):
-        adherence.requests_of(corpus, 7, 5.0, seed=1)
+        adherence.held_out_prompts(corpus, 7, 5.0)
 
 
-def test_distances_tell_noise_from_recordings(corpus: Path) -> None:
-    """With an embedder that hears the spectrum's coarse shape."""
-
-    def embed(audio: torch.Tensor, sample_rate: int) -> torch.Tensor:
-        return torch.fft.rfft(audio.mean(1), 4096).abs()[:, :2048].unflatten(1, (8, 256)).mean(2).log()
-
-    asked = adherence.requests_of(corpus, 6, 5.0, seed=1)
-    clap = SimpleNamespace(embed_audio=embed)
-    recordings = [read_audio(request.item.path, RATE) for request in asked]
-    same = adherence.distances(clap, asked, recordings, RATE)
-    noise = adherence.distances(clap, asked, [torch.randn(2, 5 * RATE) for _ in asked], RATE)
-    assert same.n == 3 and noise.real == same.real and noise.generated > 5 * same.generated
+def test_distances_tell_noise_from_recordings(recordings, noise) -> None:
+    """With an embedder of the spectrum's coarse shape; the VAE's distance is that of what it puts out."""
+    same = prompt_facts.clap_distances(recordings, recordings, noise)
+    assert same.n == 3 and same.generated == same.real and same.vae > 5 * same.real
+    assert prompt_facts.clap_distances(recordings, noise, []).generated == same.vae
+    assert prompt_facts.clap_distances([replace(r, embedding=None) for r in recordings], noise, []) is None
 
 
-def test_sweeps_change_the_settings_alone(tiny_bundle: Path) -> None:
-    """Every combination once; a variant sounds as the model does with those settings; wrong values are refused."""
-    chosen = {"cfg": [1.0, 2.0], "steps": [2, 3]}
-    assert [tuple(c.values()) for c in sweep.combinations(chosen)] == [(1.0, 2), (1.0, 3), (2.0, 2), (2.0, 3)]
-    model = StableAudio.from_pretrained(tiny_bundle, "cpu", "float32")
-    variant = sweep.with_settings(model, {"cfg": 2.0, "steps": 2})
-    sounds = [
-        variant.generate("tone", seconds=0.2, seed=1),
-        model.generate("tone", seconds=0.2, seed=1, cfg=2.0, steps=2),
+def sustained(prompts: list[prompt_facts.HeldOutPrompt]) -> list[prompt_facts.HeldOutPrompt]:
+    """The same prompts for a flute, a flute with drums, a piano and two flutes, and for the rest nothing known."""
+    kinds = [(["flute"], False), (["flute"], True), (["piano"], False), (["flute", "violin"], False)]
+    kinds += [(["pipe"], False)] * (len(prompts) - len(kinds))
+    return [
+        replace(prompt, item=replace(prompt.item, metadata={"instruments": names, "drums": drums}))
+        for prompt, (names, drums) in zip(prompts, kinds, strict=True)
     ]
-    assert torch.equal(sounds[0].audio, sounds[1].audio) and model.config.generation.steps != 2
-    with pytest.raises(UserError, match="sigma"):
-        sweep.with_settings(model, {"sigma_min": -1.0})
-    assert len(sweep.line(chosen, [], None, 1.0)) == len(sweep.heading(chosen))
+
+
+def test_levels_between_partials_are_compared_over_sustained_solos(prompts, recordings, noise) -> None:
+    """Noise fills the valleys of steady partials; a decaying instrument, drums and duets don't count."""
+    solos = sustained(prompts)
+    assert [prompt_facts.is_sustained_solo(prompt) for prompt in solos] == [True] + [False] * 5
+    found = prompt_facts.valley_difference(solos, noise, recordings)
+    assert found.n == 1 and found.median == pytest.approx(noise[0].valley - recordings[0].valley) and found.median > 20
+    flutes = [solos[0]] * 6
+    found = prompt_facts.valley_difference(flutes, noise, recordings)
+    differences = sorted(a.valley - b.valley for a, b in zip(noise, recordings, strict=True))
+    assert found.n == 6 and found.median == pytest.approx(sum(differences[2:4]) / 2)
+    assert found.low <= found.median <= found.high
+    silent = [replace(sound, valley=math.nan) for sound in noise]
+    assert prompt_facts.valley_difference(flutes, silent, recordings) is None
+
+
+def test_recordings_go_through_the_vae_of_the_bundle(prompts, recordings, tiny_bundle: Path) -> None:
+    """They keep their lengths; a VAE that changes nothing scores as the ceiling does and keeps every width."""
+    latents = load_latents(tiny_bundle, load_model_config(tiny_bundle))
+    audio = read_audio(prompts[0].item.path, latents.sample_rate)
+    passed = adherence.through_vae(latents, audio)
+    with torch.no_grad():
+        whole = latents.vae.decode(latents.vae.encode(audio[None]).mean)[0, :, : audio.shape[1]]
+    assert passed.shape == audio.shape
+    torch.testing.assert_close(passed, whole, atol=1e-4, rtol=1e-4)
+    found = prompt_facts.score_adherence(prompts, recordings, vae=recordings)
+    assert found.width_kept == 1 and found.frechet.vae == found.frechet.real and found.frechet.generated is None
+    assert all(row.vae == row.ceiling and row.value is None for row in found.measures)
+    wider = [replace(sound, width=sound.width + 4) for sound in recordings]
+    other = prompt_facts.score_adherence(prompts, recordings, vae=wider)
+    assert other.width_kept == 0 and {row.name: row.vae for row in other.measures}["width"] == 1
+
+
+def test_tables_have_the_columns_of_what_was_measured(prompts, recordings, noise) -> None:
+    both = prompt_facts.score_adherence(prompts, recordings, noise, recordings)
+    lines = adherence.adherence_table(both).splitlines()
+    assert lines[0].split() == ["n", "right", "95", "%", "real", "VAE", "VAE/real", "shuffled"]
+    assert "width within 3 dB through the VAE: 100%" in lines
+    assert [" times" in line for line in lines[-3:]] == [False, True, True] and "real to real" in lines[-3]
+    alone = adherence.adherence_table(prompt_facts.score_adherence(prompts, recordings, vae=recordings))
+    assert alone.splitlines()[0].split() == ["n", "real", "VAE", "VAE/real"] and "generated" not in alone
+    made = adherence.adherence_table(prompt_facts.score_adherence(prompts, recordings, noise))
+    assert made.splitlines()[0].split() == ["n", "right", "95", "%", "real", "shuffled"] and "VAE" not in made
+
+
+def test_combinations_have_every_value_with_every_other(prompts, recordings) -> None:
+    chosen = {"cfg": [1.0, 2.0], "steps": [2, 3]}
+    assert [tuple(c.values()) for c in adherence.combinations(chosen)] == [(1.0, 2), (1.0, 3), (2.0, 2), (2.0, 3)]
+    assert adherence.combinations({}) == [{}]
+    found = prompt_facts.score_adherence(prompts, recordings, recordings)
+    line = adherence.combination_line({"cfg": 1.0, "steps": 2}, found, 1.0)
+    assert len(line) == len(adherence.combination_heading(chosen))
+
+
+@pytest.fixture
+def command(corpus: Path, trained: tagger.Tagger, tiny_bundle: Path, tmp_path: Path, monkeypatch, capsys):
+    """The command on the tiny model with its arguments; returns its exit status, output and errors."""
+    tagger.save_tagger(trained, tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        fixed = [str(tiny_bundle), "--corpus", str(corpus), "--tagger", str(tmp_path), "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["adherence", *fixed, *arguments])
+        status = adherence.main()
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def test_the_command_measures_a_model_its_vae_alone_and_combinations(command) -> None:
+    status, out, _ = command("--items", "4", "--steps", "2", "--json")
+    found = json.loads(out)
+    assert status == 0 and {row["name"] for row in found["measures"]} == set(prompt_facts.FACTS)
+    assert all(0 <= row["value"] <= 1 and 0 <= row["vae"] <= 1 for row in found["measures"])
+    status, out, _ = command("--items", "4", "--only-vae", "--json")
+    alone = json.loads(out)
+    assert status == 0 and [row["vae"] for row in alone["measures"]] == [row["vae"] for row in found["measures"]]
+    assert all(row["value"] is None for row in alone["measures"]) and alone["width_kept"] == found["width_kept"]
+    status, out, _ = command("--items", "4", "--steps", "2,3")
+    assert status == 0 and [line.split()[0] for line in out.splitlines()] == ["steps", "2", "3"]
+
+
+def test_mistakes_end_in_one_line(command) -> None:
+    for arguments, words in (
+        (("--items", "3"), "--items must be at least 4"),
+        (("--items", "7"), "holds 6 pieces"),
+        (("--only-vae", "--sigma-max", "80"), "leave out --sigma-max"),
+        (("--cfg", "3,x"), "--cfg: '3,x' is no list"),
+        (("--sampler", "magic"), "unknown magic"),
+        (("--items", "4", "--steps", "0"), "steps must be at least 1"),
+    ):
+        status, out, err = command(*arguments)
+        lines = [line for line in err.split("\n") if line.startswith("error: ")]
+        assert status == 2 and out == "" and len(lines) == 1 and words in lines[0]

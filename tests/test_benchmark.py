@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluation.benchmarks import vae_training as benchmark
-from evaluation.benchmarks.vae_training import PeerVAE, measure, peer_discriminator
+from evaluation.benchmarks.vae_training import PeerVAE, peer_discriminator, time_training
 from stable_audio_lite.models.dac import state_to_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
@@ -44,9 +44,9 @@ def test_peer_discriminator_is_the_same_in_the_usual_layout() -> None:
             assert all(x.is_contiguous() for x in second)
 
 
-def test_measures_both() -> None:
+def test_times_both() -> None:
     judge = DiscriminatorConfig(windows=(256,), filters=4)
-    speeds = measure(TINY, judge, batch=1, frames=8, precision="no", steps=1)
+    speeds = time_training(TINY, judge, batch=1, frames=8, precision="no", steps=1)
     assert speeds.ours > 0 and speeds.peer > 0
 
 
@@ -60,7 +60,7 @@ def test_speeds_are_seconds_of_audio_per_second(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(benchmark, "our_step", taking(0.05))
     monkeypatch.setattr(benchmark, "peer_step", taking(0.2))
     judge = DiscriminatorConfig(windows=(256,), filters=4)
-    speeds = measure(TINY, judge, batch=2, frames=8, precision="no", steps=2)
+    speeds = time_training(TINY, judge, batch=2, frames=8, precision="no", steps=2)
     seconds = 2 * 8 * 1024 / 44100
     assert speeds.ours == pytest.approx(seconds / 0.05, rel=0.3)
     assert speeds.peer == pytest.approx(seconds / 0.2, rel=0.3)

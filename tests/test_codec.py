@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.benchmarks.streaming import measure, noise
+from evaluation.benchmarks.streaming import codec_peaks, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.cli import main
@@ -89,12 +89,12 @@ def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:
     """Each of a file of the length, in megabytes of a process that holds torch; a command that fails is named."""
-    assert all(50 < figure < 4000 for figure in measure(str(bundle), 0.02, tmp_path))
+    assert all(50 < figure < 4000 for figure in codec_peaks(str(bundle), 0.02, tmp_path))
     decoded, written = read_audio(tmp_path / "noise.wav"), np.concatenate(list(noise(1.2)), 1)
     assert decoded.shape == written.shape and abs(float(decoded.std()) - 0.1) > 0.01  # decode's, not the noise
     assert load_file(tmp_path / "noise.safetensors")["latent"].shape[1] == math.ceil(1.2 * 44100 / 1024)
     with pytest.raises(UserError, match="encode .*: failed"):
-        measure(str(tmp_path / "none"), 0.02, tmp_path)
+        codec_peaks(str(tmp_path / "none"), 0.02, tmp_path)
 
 
 def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from evaluation.embedders import load_embedder
 from evaluation.embedders.clap import ClapEmbedder, streamed_log_mel
 from evaluation.embedders.openl3 import OpenL3Embedder, load_openl3, mel_spectrogram
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder, load_passt
-from evaluation.embedders.weights import read_state
+from evaluation.embedders.streams import TargetLevel, mono_at, overlapping_windows, stereo_at
+from evaluation.embedders.weights import read_weights
 from evaluation.result import Missing
-from evaluation.streams import Level, mono, stereo, windows
 from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.clap.mel import log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
@@ -71,8 +71,8 @@ def test_openl3_hears_both_channels_from_half_a_second_before_the_start(tmp_path
     audio = 0.2 * torch.randn(2, round(2.2 * 44100), generator=generator)
     write_audio(tmp_path / "a.wav", audio, 44100)
     network = load_openl3(openl3_file(tmp_path / "weights.pth.tar"))
-    found = OpenL3Embedder(network, Level(), 2).embed(tmp_path / "a.wav")["embedding"]
-    padded = F.pad(torch.cat(list(stereo(tmp_path / "a.wav", (44100, 48000), Level())), 1), (24000, 48000))
+    found = OpenL3Embedder(network, TargetLevel(), 2).embed(tmp_path / "a.wav")["embedding"]
+    padded = F.pad(torch.cat(list(stereo_at(tmp_path / "a.wav", (44100, 48000), TargetLevel())), 1), (24000, 48000))
     own = torch.stack([padded[:, i * 24000 : i * 24000 + 48000] for i in range(len(found))])
     with torch.inference_mode():
         sides = [network(mel_spectrogram(own[:, side])) for side in (0, 1)]
@@ -83,7 +83,7 @@ def test_openl3_hears_both_channels_from_half_a_second_before_the_start(tmp_path
 def test_mono_is_heard_by_both_sides(tmp_path: Path) -> None:
     write_audio(tmp_path / "a.wav", 0.2 * torch.randn(1, 44100, generator=torch.Generator().manual_seed(0)), 44100)
     network = load_openl3(openl3_file(tmp_path / "weights.pth.tar"))
-    left, right = OpenL3Embedder(network, Level(), 8).embed(tmp_path / "a.wav")["embedding"].chunk(2, 1)
+    left, right = OpenL3Embedder(network, TargetLevel(), 8).embed(tmp_path / "a.wav")["embedding"].chunk(2, 1)
     torch.testing.assert_close(left, right)
 
 
@@ -101,7 +101,7 @@ def passt() -> PaSST:
 def test_passt_takes_windows_of_ten_seconds_every_five(passt: PaSST, tmp_path: Path) -> None:
     """Starts at 0, 5, ... below the length less 5 s; the last filled up; a sound up to 1.5 s is not."""
     generator = torch.Generator().manual_seed(0)
-    embedder = PaSSTEmbedder(passt, Level(), 2)
+    embedder = PaSSTEmbedder(passt, TargetLevel(), 2)
     for seconds, starts in ((16.0, (0, 5, 10)), (15.0, (0, 5)), (3.0, (0,)), (1.2, (0,)), (0.05, (0,))):
         write_audio(tmp_path / "a.wav", 0.1 * torch.randn(2, round(seconds * 32000), generator=generator), 32000)
         audio = read_audio(tmp_path / "a.wav", 32000).mean(0)
@@ -143,8 +143,8 @@ def test_clap_hears_the_mean_of_both_channels_at_its_peak(clap: Clap, tmp_path: 
     write_audio(tmp_path / "a.wav", 0.1 * torch.randn(2, 96000, generator=torch.Generator().manual_seed(0)), 48000)
     audio = read_audio(tmp_path / "a.wav", 48000).mean(0)
     wanted = clap.embed_audio(audio[None] * 10 ** (-1 / 20) / audio.abs().max())
-    torch.testing.assert_close(ClapEmbedder(clap, Level()).embed(tmp_path / "a.wav")["embedding"], wanted)
-    quiet = ClapEmbedder(clap, Level("peak", -20.0)).embed(tmp_path / "a.wav")["embedding"]
+    torch.testing.assert_close(ClapEmbedder(clap, TargetLevel()).embed(tmp_path / "a.wav")["embedding"], wanted)
+    quiet = ClapEmbedder(clap, TargetLevel("peak", -20.0)).embed(tmp_path / "a.wav")["embedding"]
     assert not torch.allclose(quiet, wanted, atol=1e-4)
 
 
@@ -152,7 +152,7 @@ def test_clap_hears_the_mean_of_both_channels_at_its_peak(clap: Clap, tmp_path: 
 @pytest.mark.parametrize("block", [1, 4, 100])
 def test_windows_hold_every_sample(length: int, count: int, block: int) -> None:
     audio = torch.arange(1.0, length + 1)[None]
-    found = list(windows(audio.split(block, 1) if length else [], 10, 5, 1))
+    found = list(overlapping_windows(audio.split(block, 1) if length else [], 10, 5, 1))
     padded = F.pad(audio, (0, 100))
     assert len(found) == count
     for index, window in enumerate(found):
@@ -161,15 +161,15 @@ def test_windows_hold_every_sample(length: int, count: int, block: int) -> None:
 
 def test_levels_are_told_as_they_are_measured() -> None:
     """A peak is that of what is heard, a loudness that of the file."""
-    assert Level().of("mean") == "peak -1, of the mean"
-    assert Level("lufs", -23.0).of("mean") == "lufs -23, or peak -1 of less than 0.4 s or below -70, of the file"
+    assert TargetLevel().of("mean") == "peak -1, of the mean"
+    assert TargetLevel("lufs", -23.0).of("mean") == "lufs -23, or peak -1 of less than 0.4 s or below -70, of the file"
 
 
 def test_settings_of_a_clap_name_what_its_weights_do_not(clap: Clap) -> None:
     """Its tokenizer, and where its mel bands begin."""
     other = Clap(replace(clap.config, mel_lowest=50.0), train_tokenizer(["loud organ", "slow choir"], 280))
     other.load_state_dict(clap.state_dict())
-    one, two = ClapEmbedder(clap, Level()).settings, ClapEmbedder(other, Level()).settings
+    one, two = ClapEmbedder(clap, TargetLevel()).settings, ClapEmbedder(other, TargetLevel()).settings
     assert {name for name in one if one[name] != two[name]} == {"tokenizer", "mel"}
 
 
@@ -177,18 +177,18 @@ def test_streams_are_at_their_level_and_silence_is_left_alone(tmp_path: Path) ->
     audio = 0.05 * torch.randn(2, 30000, generator=torch.Generator().manual_seed(0))
     write_audio(tmp_path / "a.wav", audio, 44100)
     write_audio(tmp_path / "silent.wav", torch.zeros(2, 30000), 44100)
-    whole = torch.cat(list(stereo(tmp_path / "a.wav", (44100,), Level())), 1)
+    whole = torch.cat(list(stereo_at(tmp_path / "a.wav", (44100,), TargetLevel())), 1)
     assert float(whole.abs().max()) == pytest.approx(10 ** (-1 / 20))
     torch.testing.assert_close(whole / whole.abs().max(), audio / audio.abs().max(), atol=1e-5, rtol=0)
-    one = torch.cat(list(mono(tmp_path / "a.wav", 16000, Level("peak", -6.0))), 1)
+    one = torch.cat(list(mono_at(tmp_path / "a.wav", 16000, TargetLevel("peak", -6.0))), 1)
     assert one.shape == (1, 10884) and float(one.abs().max()) == pytest.approx(10 ** (-6 / 20))
-    assert not torch.cat(list(stereo(tmp_path / "silent.wav", (44100, 48000), Level())), 1).any()
+    assert not torch.cat(list(stereo_at(tmp_path / "silent.wav", (44100, 48000), TargetLevel())), 1).any()
 
 
 @pytest.mark.parametrize(("name", "file"), [("openl3", "music_512.pth.tar"), ("passt", "476-swa.pt"), ("clap", "630k")])
 def test_missing_weights_say_what_to_fetch_and_where_to_put_it(name: str, file: str, tmp_path: Path) -> None:
     def load(source: str | None) -> None:
-        load_embedder(name, source, tmp_path, torch.device("cpu"), level=Level(), batch=1, content="music")
+        load_embedder(name, source, tmp_path, torch.device("cpu"), level=TargetLevel(), batch=1, content="music")
 
     with pytest.raises(Missing, match=file) as caught:
         load(None)
@@ -215,7 +215,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path: Path) -> None:
 
     torch.save({"state_dict": Harmful()}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not loaded"):
-        read_state(tmp_path / "a.pt")
+        read_weights(tmp_path / "a.pt")
     assert not (tmp_path / "harm").exists()
 
 

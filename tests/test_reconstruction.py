@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from evaluation.codecs import align, dac_codec, ffmpeg_codec
-from evaluation.reconstruction import (
-    OCTAVES,
-    clicks,
-    compare,
-    describe_latents,
-    octave_errors,
-    phase_error,
-    si_sdr,
-)
+from evaluation.metrics.fidelity import OCTAVES, clicks, fidelity, octave_errors, phase_error, si_sdr
+from evaluation.reconstruction import posterior_statistics
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.errors import UserError
@@ -43,7 +36,7 @@ def music() -> torch.Tensor:
 
 
 def test_a_perfect_copy_has_no_error(music: torch.Tensor) -> None:
-    row = compare(music, music, RATE)
+    row = fidelity(music, music, RATE)
     assert row.si_sdr_db > 100 and row.mid_error_db <= -100 and row.side_error_db <= -100
     for value in (row.stft, row.mel, row.phase_error, row.clicks, row.level_db, row.drift_db, *row.octaves_db):
         assert value == pytest.approx(0, abs=1e-4)
@@ -54,13 +47,13 @@ def test_noise_of_known_power_is_measured(music: torch.Tensor) -> None:
     noise = torch.randn(music.shape, generator=torch.Generator().manual_seed(1))
     noise *= 0.1 * music.std(1, keepdim=True)
     assert si_sdr(3 * (music + noise), music) == pytest.approx(20, abs=0.1)
-    assert compare(0.5 * music, music, RATE).level_db == pytest.approx(-6.02, abs=0.01)
+    assert fidelity(0.5 * music, music, RATE).level_db == pytest.approx(-6.02, abs=0.01)
 
 
 def test_side_and_phase_hear_the_stereo_image(music: torch.Tensor) -> None:
     """Mono keeps the middle; a shift of one channel by a quarter of a period is an angle of pi / 2."""
     mono = music.mean(0, keepdim=True).repeat(2, 1)
-    row = compare(mono, music, RATE)
+    row = fidelity(mono, music, RATE)
     assert row.mid_error_db < -90 and row.side_error_db > -30
     time = torch.arange(RATE) / RATE
     tone = torch.sin(2 * math.pi * 441 * time).repeat(2, 1)
@@ -97,7 +90,7 @@ def test_dead_channels_are_found() -> None:
     """A channel whose mean hardly moves beside its noise; the KL is that of unit Gaussians in nats."""
     mean, std = torch.randn(1, 3, 500, generator=torch.Generator().manual_seed(0)), torch.full((1, 3, 500), 0.5)
     mean[:, 1] *= 1e-3
-    latents = describe_latents([Posterior(mean, std)])
+    latents = posterior_statistics([Posterior(mean, std)])
     assert latents.dead == (1,)
     exact = torch.distributions.kl_divergence(
         torch.distributions.Normal(mean, std), torch.distributions.Normal(0.0, 1.0)
@@ -108,7 +101,7 @@ def test_dead_channels_are_found() -> None:
 @needs_ffmpeg
 def test_more_bits_sound_better(music: torch.Tensor) -> None:
     for kind in ("opus", "mp3"):
-        few, many = (compare(ffmpeg_codec(f"{kind}:{rate}", RATE)(music), music, RATE) for rate in (32, 128))
+        few, many = (fidelity(ffmpeg_codec(f"{kind}:{rate}", RATE)(music), music, RATE) for rate in (32, 128))
         assert many.mel < few.mel and many.si_sdr_db > few.si_sdr_db
 
 

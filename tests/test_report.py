@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation import report
-from evaluation.cards import Places, card, groups, likenesses
-from evaluation.charts import histogram, strip
-from evaluation.listening import describe, summarise
-from evaluation.result import Figure, Result, Sound, save_result
+from evaluation.metrics.description import describe_sound
+from evaluation.metrics.summary import summarise
+from evaluation.report import __main__ as report_command
+from evaluation.report import page as report
+from evaluation.report.cards import Places, card, most_similar, prompt_groups
+from evaluation.report.charts import histogram, strip
+from evaluation.result import MetricValue, Neighbour, Result, SoundRecord, save_result
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.errors import UserError
 
@@ -55,13 +57,21 @@ class Page(html.parser.HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def make_sound(path: Path, prompt: str, requested: float | None, seconds: float = 1.0, hertz: float = 440.0) -> Sound:
+def make_sound(
+    path: Path, prompt: str, requested: float | None, seconds: float = 1.0, hertz: float = 440.0
+) -> SoundRecord:
     time = np.arange(round(seconds * RATE)) / RATE
     audio = 0.3 * np.stack((np.sin(2 * np.pi * hertz * time), np.sin(2 * np.pi * 1.5 * hertz * time)))
     write_audio(path, audio, RATE)
-    heard = describe(torch.from_numpy(audio).float(), RATE)
-    return Sound(
-        path=str(path), seconds=seconds, sample_rate=RATE, channels=2, prompt=prompt, requested=requested, heard=heard
+    heard = describe_sound(torch.from_numpy(audio).float(), RATE)
+    return SoundRecord(
+        path=str(path),
+        seconds=seconds,
+        sample_rate=RATE,
+        channels=2,
+        prompt=prompt,
+        requested=requested,
+        measurements=heard,
     )
 
 
@@ -71,28 +81,38 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
     hostile = folder / "made" / f"{HOSTILE.replace('/', '')} #1%41?\n.wav"
     real = make_sound(folder / "real" / "0.wav", "a low tone", None, 1.5)
-    real = replace(real, nearest=(("hf:some/set/8", 0.75),))
+    real = replace(real, nearest=(Neighbour("hf:some/set/8", 0.75),))
     made = [
         make_sound(hostile, "a low tone", 1.0),
         make_sound(folder / "made" / "1.wav", HOSTILE, 2.0, hertz=220),
         make_sound(folder / "made" / "2.wav", "", 1.0),
-        Sound(path=str(folder / "made" / "3.wav"), seconds=1.0, sample_rate=8000, channels=1, treatment=(HOSTILE,)),
+        SoundRecord(
+            path=str(folder / "made" / "3.wav"), seconds=1.0, sample_rate=8000, channels=1, treatment=(HOSTILE,)
+        ),
     ]
-    made[1] = replace(made[1], nearest=((str(hostile), 0.98765), ("hf:some/set/7", 0.5)), treatment=("peak -1 dB",))
+    made[1] = replace(
+        made[1], nearest=(Neighbour(str(hostile), 0.98765), Neighbour("hf:some/set/7", 0.5)), treatment=("peak -1 dB",)
+    )
     (folder / "made" / "2.wav").write_bytes(b"no audio")
     figures, tables = summarise(made, [real])
-    clap = Figure(
-        name="clap_score", value=0.3, low=0.2, high=0.4, n=4, higher_is_better=True, beside={"real": 0.5, HOSTILE: 0.1}
+    clap = MetricValue(
+        name="clap_score",
+        value=0.3,
+        low=0.2,
+        high=0.4,
+        n=4,
+        higher_is_better=True,
+        baselines={"real": 0.5, HOSTILE: 0.1},
     )
     result = Result(
         model=HOSTILE,
         settings={"embedders": {HOSTILE: {"weights": HOSTILE}}},
-        figures=(clap, *figures),
+        metrics=(clap, *figures),
         missing={"fd_openl3": f"put the weights into {HOSTILE}"},
         generated=tuple(made),
         reference=(real,),
         left_out={HOSTILE: HOSTILE},
-        tables={**tables, HOSTILE: [{HOSTILE: HOSTILE}]},
+        tables={**tables, HOSTILE: ({HOSTILE: HOSTILE},)},
     )
     save_result(result, folder / "result.json")
     return folder / "result.json"
@@ -150,12 +170,12 @@ def test_real_sounds_stand_beside_generated_ones_of_their_prompt(page: Path) -> 
 
 
 def test_a_sound_without_a_prompt_stands_under_that_of_its_recording() -> None:
-    def sound(path: str, prompt: str = "") -> Sound:
-        return Sound(path=path, seconds=1, sample_rate=RATE, channels=2, prompt=prompt)
+    def sound(path: str, prompt: str = "") -> SoundRecord:
+        return SoundRecord(path=path, seconds=1, sample_rate=RATE, channels=2, prompt=prompt)
 
     made = (sound("made/1.wav"), sound("made/2.wav"), sound("made/3.wav", "a low tone"))
     real = (sound("real/1.wav", "a low tone"),)
-    found = groups(Result(model="m", settings={}, figures=(), generated=made, reference=real))
+    found = prompt_groups(Result(model="m", settings={}, metrics=(), generated=made, reference=real))
     assert found == [
         ("a low tone", [("generated", made[0]), ("generated", made[2]), ("real", real[0])]),
         ("2", [("generated", made[1])]),
@@ -179,10 +199,10 @@ def test_sounds_go_into_the_page(stored: Path, tmp_path: Path) -> None:
 def test_marks_and_pictures_are_where_the_sound_is(tmp_path: Path) -> None:
     sound = make_sound(tmp_path / "a.wav", "", 0.5)
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
-    found = card("generated", replace(sound, heard={"end": 0.75}), places)
+    found = card("generated", replace(sound, measurements={"end": 0.75}), places)
     assert found.marks == ((0.5, "asked"), (0.75, "ends")) and found.player == "a.wav" and not found.trouble
     assert found.times[0] == (0, "0 s") and found.times[1] == (pytest.approx(0.2), "0.2 s")
-    beyond = card("generated", replace(sound, requested=5.0, heard={}, path="a.wav"), places)
+    beyond = card("generated", replace(sound, requested=5.0, measurements={}, path="a.wav"), places)
     odd = write_audio(tmp_path / "odd.wav", torch.zeros(2, 3000), 12345)
     assert odd == 1 and card("real", replace(sound, path="odd.wav"), replace(places, embed=True)).player
     assert beyond.marks == () and beyond.player == "a.wav"  # found from the result's folder
@@ -192,7 +212,7 @@ def test_facts_say_what_is_known_of_a_sound(tmp_path: Path) -> None:
     sound = make_sound(tmp_path / "a.wav", "", 0.5)
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
     heard = {"end": 0.75, "width": -7.0, "intro": 3.0, "odd": 1.0}
-    assert card("real", replace(sound, heard=heard, treatment=("mono", "short")), places).facts == (
+    assert card("real", replace(sound, measurements=heard, treatment=("mono", "short")), places).facts == (
         ("length", "1 s"),
         ("stored as", "22.05 kHz stereo"),
         ("asked for", "0.5 s"),
@@ -203,7 +223,7 @@ def test_facts_say_what_is_known_of_a_sound(tmp_path: Path) -> None:
         ("treatment", "mono"),
         ("treatment", "short"),
     )
-    plain = card("real", replace(sound, heard={}, requested=None, channels=1, sample_rate=8000), places)
+    plain = card("real", replace(sound, measurements={}, requested=None, channels=1, sample_rate=8000), places)
     assert plain.facts == (("length", "1 s"), ("stored as", "8 kHz mono"))
 
 
@@ -211,8 +231,8 @@ def test_long_sounds_are_pictured_from_their_beginning(tmp_path: Path, monkeypat
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
     sound = make_sound(tmp_path / "a.wav", "", 0.25, seconds=1.0)
     whole = card("real", sound, places)
-    monkeypatch.setattr("evaluation.cards.PICTURED_SECONDS", 0.5)
-    begin = card("real", replace(sound, heard={"end": 0.75}), places)
+    monkeypatch.setattr("evaluation.report.cards.PICTURED_SECONDS", 0.5)
+    begin = card("real", replace(sound, measurements={"end": 0.75}), places)
     make_sound(tmp_path / "half.wav", "", None, seconds=0.5)
     half = card("real", replace(sound, path=str(tmp_path / "half.wav"), seconds=0.5), places)
     assert begin.marks == ((0.5, "asked"),) and ("pictured", "the first 0.5 s") in begin.facts
@@ -227,7 +247,7 @@ def test_copies_hold_all_of_a_sound_that_mp3_can_hold(tmp_path: Path) -> None:
     for rate, channels, kept in ((44100, 4, 44100), (RATE, 1, RATE), (96000, 2, 44100)):
         path = tmp_path / f"{rate}.wav"
         soundfile.write(path, 3 * np.sin(np.arange(280000) / 7)[:, None].repeat(channels, 1), rate, subtype="FLOAT")
-        sound = Sound(path=str(path), seconds=280000 / rate, sample_rate=rate, channels=channels)
+        sound = SoundRecord(path=str(path), seconds=280000 / rate, sample_rate=rate, channels=channels)
         player = card("real", sound, places).player or ""
         samples, found = soundfile.read(io.BytesIO(base64.b64decode(player.partition(",")[2])), always_2d=True)
         assert found == kept and samples.shape[1] == min(channels, 2)
@@ -241,18 +261,18 @@ def test_a_picture_shows_the_channel_that_sounds(tmp_path: Path) -> None:
     pictures = []
     for right in (0.0, 0.3):
         write_audio(tmp_path / "a.wav", np.stack((0 * time, right * np.sin(2764 * time))), RATE)
-        sound = Sound(path="a.wav", seconds=1, sample_rate=RATE, channels=2)
+        sound = SoundRecord(path="a.wav", seconds=1, sample_rate=RATE, channels=2)
         pictures.append(card("real", sound, places).picture)
     assert pictures[0] != pictures[1]
 
 
 def test_a_strip_holds_its_interval_and_what_is_not_known_is_left_out() -> None:
-    figure = Figure(name="x", value=5, low=0, high=10, n=9, beside={"real": 2, "noise": 8, "vae": math.nan})
+    figure = MetricValue(name="x", value=5, low=0, high=10, n=9, baselines={"real": 2, "noise": 8, "vae": math.nan})
     drawn = strip(figure, ["real", "noise", "vae"])
     assert 'class="interval" x1="8.0" x2="192.0"' in drawn and 'x1="44.8"' in drawn and "nan" not in drawn
     lone = strip(replace(figure, low=math.nan, high=math.nan), ["real", "noise", "vae"])
     assert "interval" not in lone and 'class="mark c0" x1="8.0"' in lone
-    assert 'cx="8.0"' in strip(replace(figure, value=2, low=2, high=2, beside={"real": 2}), ["real"])
+    assert 'cx="8.0"' in strip(replace(figure, value=2, low=2, high=2, baselines={"real": 2}), ["real"])
 
 
 def test_a_histogram_lies_where_its_lengths_are() -> None:
@@ -272,10 +292,10 @@ def test_a_histogram_lies_where_its_lengths_are() -> None:
 
 
 def test_strips_and_histograms_draw_what_they_are_given() -> None:
-    figure = Figure(name="x", value=5, low=4, high=6, n=9, beside={"real": 2, "noise": 8})
+    figure = MetricValue(name="x", value=5, low=4, high=6, n=9, baselines={"real": 2, "noise": 8})
     drawn = strip(figure, ["noise", "real"])
     assert 'cx="100.0"' in drawn and 'class="mark c1" x1="8.0"' in drawn and 'class="mark c0" x1="192.0"' in drawn
-    assert strip(replace(figure, beside={}), []) == ""
+    assert strip(replace(figure, baselines={}), []) == ""
     row = {"requested_from": 2.0, "requested_to": 4.0, "measured_from": 4.0, "measured_to": 6.0, "n": 3}
     late = row | {"requested_from": 4.0, "requested_to": 6.0, "n": 7}
     drawn = histogram([row, row | {"measured_from": 2.0, "n": 1}, late])
@@ -298,44 +318,38 @@ def test_generated_sounds_that_are_most_like_training_sounds_are_listed(tmp_path
     for name in ("a", "b", "t"):
         write_audio(tmp_path / f"{name}.wav", torch.zeros(2, 100), RATE)
 
-    def near(name: str, *cosines: float) -> Sound:
-        found = tuple((str(tmp_path / "t.wav"), cosine) for cosine in cosines)
-        return Sound(path=str(tmp_path / name), seconds=1, sample_rate=RATE, channels=2, nearest=found)
+    def near(name: str, *cosines: float) -> SoundRecord:
+        found = tuple(Neighbour(str(tmp_path / "t.wav"), cosine) for cosine in cosines)
+        return SoundRecord(path=str(tmp_path / name), seconds=1, sample_rate=RATE, channels=2, nearest=found)
 
     made = (near("a.wav", 0.5, 0.4), near("b.wav", 0.9, 0.1), near("gone.wav", 0.7), near("c.wav"))
     real = (near("r.wav", 0.6), near("r.wav", 0.8), near("r.wav"))
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
-    found = likenesses(Result(model="m", settings={}, figures=(), generated=made, reference=real), places)
-    told = [(one.name, one.link, one.training_link, one.cosine, one.beyond) for one in found]
-    assert told == [
-        ("b.wav", "b.wav", "t.wav", 0.9, 1.0),
-        ("gone.wav", None, "t.wav", 0.7, 0.5),
-        ("a.wav", "a.wav", "t.wav", 0.5, 0.0),
-    ]
-    result = Result(model="m", settings={}, figures=(), generated=made, reference=real)
-    assert [one.name for one in likenesses(result, places, 1)] == ["b.wav"]
-    text = report.as_html(result, places, 0)[0]
+    result = Result(model="m", settings={}, metrics=(), generated=made, reference=real)
+    assert most_similar(result) == [(made[1], 1.0), (made[2], 0.5), (made[0], 0.0)]
+    assert most_similar(result, 1) == [(made[1], 1.0)]
+    text = report.render_page(result, places, 0)[0]
     section = Page(text.partition('<section id="training">')[2].partition("</section>")[0])
     words = " ".join(section.text.split())
     assert "reaches 0.800;" in words and "0.900100.0% b.wav" in words and "0.70050.0% gone.wav" in words
     assert [a["href"] for a in section.all("a")] == ["b.wav", "t.wav", "t.wav", "a.wav", "t.wav"]
-    alone = report.as_html(replace(result, reference=()), places, 0)[0]
+    alone = report.render_page(replace(result, reference=()), places, 0)[0]
     assert "No recordings tell" in alone and "0.900</td><td>–</td>" in alone
-    assert 'id="training"' not in report.as_html(replace(result, generated=real[2:]), places, 0)[0]
+    assert 'id="training"' not in report.render_page(replace(result, generated=real[2:]), places, 0)[0]
 
 
 def test_figures_are_told_in_their_units_and_with_what_they_mean(tmp_path: Path) -> None:
     """An extrapolated distance as such; of one sound no interval; nothing for what a row of a table lacks."""
     figures = (
-        Figure(name="timing_error", value=0.25, low=0.1, high=0.4, n=7),
-        Figure(name="on_time", value=0.5, low=0.25, high=0.75, n=7, beside={"real": 1.0}),
-        Figure(name="width", value=-12.5, low=math.nan, high=math.nan, n=1),
-        Figure(name="fd_inf_clap", value=2.0, low=1.0, high=3.0, n=7),
-        Figure(name="fd_clap", value=4.0, low=3.0, high=5.0, n=7),
+        MetricValue(name="timing_error", value=0.25, low=0.1, high=0.4, n=7),
+        MetricValue(name="on_time", value=0.5, low=0.25, high=0.75, n=7, baselines={"real": 1.0}),
+        MetricValue(name="width", value=-12.5, low=math.nan, high=math.nan, n=1),
+        MetricValue(name="fd_inf_clap", value=2.0, low=1.0, high=3.0, n=7),
+        MetricValue(name="fd_clap", value=4.0, low=3.0, high=5.0, n=7),
     )
-    tables = {"some": [{"a": 1.5, "b": "x"}, {"a": None, "c": 2}]}
+    tables = {"some": ({"a": 1.5, "b": "x"}, {"a": None, "c": 2})}
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
-    text = report.as_html(Result(model="m", settings={}, figures=figures, tables=tables), places, 5)[0]
+    text = report.render_page(Result(model="m", settings={}, metrics=figures, tables=tables), places, 5)[0]
     rows = [" ".join(Page(part).text.split()) for part in text.split('<tr><th scope="row">')[1:6]]
     for row, words in zip(
         rows, ("0.25 s [0.1, 0.4]", "50.0% [25.0%, 75.0%]", "-12.5 dB 1", "2 [1, 3]", "4 [3, 5]"), strict=True
@@ -351,10 +365,10 @@ def test_figures_are_told_in_their_units_and_with_what_they_mean(tmp_path: Path)
 def test_files_that_were_treated_are_listed_under_what_was_done(tmp_path: Path) -> None:
     """Recordings too, and names that are no UTF-8."""
     made = [
-        Sound(path=f"{name}.wav", seconds=1, sample_rate=RATE, channels=1, treatment=done)
+        SoundRecord(path=f"{name}.wav", seconds=1, sample_rate=RATE, channels=1, treatment=done)
         for name, done in (("a", ("mono",)), ("b\udcff", ("mono", "short")), ("c", ()))
     ]
-    result = Result(model="m", settings={}, figures=(), generated=tuple(made), reference=(replace(made[0], path="r"),))
+    result = Result(model="m", settings={}, metrics=(), generated=tuple(made), reference=(replace(made[0], path="r"),))
     save_result(result, tmp_path / "r.json")
     report.write_report(tmp_path / "r.json", tmp_path / "page.html", prompts=0)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -366,15 +380,15 @@ def test_files_that_were_treated_are_listed_under_what_was_done(tmp_path: Path) 
 
 
 def test_published_rows_stand_only_beside_figures_that_compare(tmp_path: Path) -> None:
-    result = Result(model="m", settings={}, figures=(Figure(name="fd_clap", value=1, low=0, high=2, n=3),))
+    result = Result(model="m", settings={}, metrics=(MetricValue(name="fd_clap", value=1, low=0, high=2, n=3),))
     places = Places(page=tmp_path / "page.html", result=tmp_path / "r.json")
-    assert "MusicCaps" not in report.as_html(result, places, 5)[0]
-    result = replace(result, figures=(Figure(name="fd_openl3", value=1, low=0, high=2, n=3, unit="windows"),))
-    text = report.as_html(result, places, 5)[0]
+    assert "MusicCaps" not in report.render_page(result, places, 5)[0]
+    result = replace(result, metrics=(MetricValue(name="fd_openl3", value=1, low=0, high=2, n=3, unit="windows"),))
+    text = report.render_page(result, places, 5)[0]
     assert "MusicCaps" in text and "3 windows" in text and "generated halves" in text and "unknown weights" in text
-    text = report.as_html(replace(result, settings={"openl3": {"weights": "12ab"}}), places, 5)[0]
+    text = report.render_page(replace(result, settings={"openl3": {"weights": "12ab"}}), places, 5)[0]
     assert "weights 12ab" in text and "unknown weights" not in text
-    assert "Nothing was measured" in report.as_html(replace(result, figures=()), places, 5)[0]
+    assert "Nothing was measured" in report.render_page(replace(result, metrics=()), places, 5)[0]
 
 
 def test_mistakes_end_in_one_line(stored: Path, tmp_path: Path) -> None:
@@ -396,15 +410,15 @@ def test_mistakes_end_in_one_line(stored: Path, tmp_path: Path) -> None:
 def test_a_missing_template_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match=r"stable-audio-lite\[evaluate\]"):
-        report.as_html(
-            Result(model="m", settings={}, figures=()), Places(page=tmp_path / "p", result=tmp_path / "r"), 1
+        report.render_page(
+            Result(model="m", settings={}, metrics=()), Places(page=tmp_path / "p", result=tmp_path / "r"), 1
         )
 
 
 def test_the_page_lies_beside_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_result(Result(model="m", settings={}, figures=(), origin={"device": "cpu"}), tmp_path / "r.json")
+    save_result(Result(model="m", settings={}, metrics=(), origin={"device": "cpu"}), tmp_path / "r.json")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "r.json")])
-    report.main()
+    report_command.main()
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert '<tr><th scope="row">device</th><td class="text">cpu</td></tr>' in text
 

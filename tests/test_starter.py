@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from evaluation.obedience import sound_end
+from evaluation.metrics.levels import sound_end
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.pipeline import StableAudio

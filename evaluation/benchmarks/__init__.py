@@ -1,1 +1,1 @@
-"""Speed and memory, measured beside a peer or beside the machine itself."""
+"""Speed and memory, each a command: `python -m evaluation.benchmarks.NAME`."""

@@ -9,8 +9,6 @@ prints their peak resident memory.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,63 +16,46 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.benchmarks.memory import NOISE_RATE, peak_megabytes
 from stable_audio_lite.audio.io import write_audio_blocks
-from stable_audio_lite.errors import UserError
-
-SAMPLE_RATE = 44100
+from stable_audio_lite.command import Parser, guarded
 
 
 def noise(seconds: float) -> Iterator[np.ndarray]:
     """Stereo noise, a second at a time."""
     rng = np.random.default_rng(0)
-    left = round(seconds * SAMPLE_RATE)
+    left = round(seconds * NOISE_RATE)
     while left > 0:
-        yield (0.1 * rng.standard_normal((2, min(left, SAMPLE_RATE)))).astype(np.float32)
-        left -= SAMPLE_RATE
+        yield (0.1 * rng.standard_normal((2, min(left, NOISE_RATE)))).astype(np.float32)
+        left -= NOISE_RATE
 
 
-def peak_megabytes(arguments: list[str]) -> float:
-    """Peak resident memory of one `stable-audio-lite` command.
-
-    Raises:
-        UserError: the command fails.
-    """
-    process = subprocess.Popen([sys.executable, "-m", "stable_audio_lite.cli", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise UserError(f"stable-audio-lite {' '.join(arguments)}: failed")
-    return usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
-
-
-def measure(bundle: str, minutes: float, folder: Path) -> tuple[float, float]:
+def codec_peaks(bundle: str, minutes: float, folder: Path) -> tuple[float, float]:
     """Peak memory in MB of encoding and of decoding a file of `minutes`."""
     sound, latents = folder / "noise.wav", folder / "noise.safetensors"
-    write_audio_blocks(sound, noise(60 * minutes), SAMPLE_RATE)
+    write_audio_blocks(sound, noise(60 * minutes), NOISE_RATE)
     model = ["--model", bundle, "-o", str(folder)]
-    encoding = peak_megabytes(["encode", str(sound), *model])
-    return encoding, peak_megabytes(["decode", str(latents), "--overwrite", *model])
+    encoding = peak_megabytes("stable_audio_lite.cli", ["encode", str(sound), *model])
+    return encoding, peak_megabytes("stable_audio_lite.cli", ["decode", str(latents), "--overwrite", *model])
 
 
-def main() -> None:
-    """Print a line for each length."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     parser.add_argument("bundle", help="'starter', a bundle's folder or a hub id")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1.0, 10.0])
-    args = parser.parse_args()
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
     first: tuple[float, float] | None = None
     for minutes in args.minutes:
         with tempfile.TemporaryDirectory() as folder:
-            try:
-                encoding, decoding = measure(args.bundle, minutes, Path(folder))
-            except UserError as error:
-                sys.exit(f"error: {error}")
-        first = first or (encoding, decoding)
-        print(
-            f"{minutes:g} min: encode {encoding:.0f} MB ({encoding / first[0]:.2f}x), "
-            f"decode {decoding:.0f} MB ({decoding / first[1]:.2f}x)",
-            flush=True,
-        )
+            peaks = codec_peaks(args.bundle, minutes, Path(folder))
+        first = first or peaks
+        encoding, decoding = (f"{peak:.0f} MB ({peak / one:.2f}x)" for peak, one in zip(peaks, first, strict=True))
+        print(f"{minutes:g} min: encode {encoding}, decode {decoding}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

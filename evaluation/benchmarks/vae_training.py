@@ -11,39 +11,38 @@ Prints seconds of audio trained on per second, from each one's fastest step.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from evaluation.benchmarks.timing import time_in_turns
+from evaluation.benchmarks.vae_decoding import peer_decoder, waveform_vae
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.errors import UserError
+from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.config import from_dict
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.vae import Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
-from stable_audio_lite.systems import load_model_config
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
 from training.task import OptimizerConfig, RunConfig
 from training.train_vae import WEIGHTS, TrainVAEConfig, VAETask
 from training.update import Update
 
-WINDOWS, RATE = (2048, 512, 128), 1e-4
+_WINDOWS, _RATE = (2048, 512, 128), 1e-4
 
 
 class PeerVAE(nn.Module):
     """The VAE of the same shape from descript-audio-codec's encoder and decoder."""
 
     def __init__(self, config: WaveformVAEConfig):
-        from dac.model.dac import Decoder, Encoder
+        from dac.model.dac import Encoder
         from dac.nn.layers import WNConv1d
 
         super().__init__()
@@ -51,15 +50,12 @@ class PeerVAE(nn.Module):
         self.encoder = Encoder(config.encoder_width, list(config.strides), width)
         self.encoder.block[0] = WNConv1d(config.audio_channels, config.encoder_width, kernel_size=7, padding=3)
         self.project = nn.Conv1d(width, 2 * config.latent_channels, 1)
-        rates = list(reversed(config.strides))
-        self.decoder = Decoder(config.latent_channels, config.decoder_width, rates, config.audio_channels)
-        del self.decoder.model[-1]  # tanh, which this VAE has not
+        self.decoder = peer_decoder(config)
 
     def forward(self, audio: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As VAE.forward."""
-        mean, scale = self.project(self.encoder(audio)).float().chunk(2, 1)
-        std = F.softplus(scale) + 1e-4
-        return self.decoder(mean + std * noise), mean, std
+        posterior = Posterior.of(self.project(self.encoder(audio)))
+        return self.decoder(posterior.mean + posterior.std * noise), posterior.mean, posterior.std
 
 
 def peer_discriminator(config: DiscriminatorConfig) -> Discriminator:
@@ -71,8 +67,8 @@ def peer_discriminator(config: DiscriminatorConfig) -> Discriminator:
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """Seconds of audio per second."""
+class TrainingSpeeds:
+    """Seconds of audio trained on per second."""
 
     ours: float
     peer: float
@@ -98,7 +94,7 @@ def peer_step(
 ) -> Callable[[], None]:
     """A whole step of phase 1: both forwards, backwards, clipping and AdamW updates."""
     audio = batch["audio"]
-    first, second = (torch.optim.AdamW(m.parameters(), lr=RATE) for m in (vae, discriminator))
+    first, second = (torch.optim.AdamW(m.parameters(), lr=_RATE) for m in (vae, discriminator))
 
     def learn(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -125,7 +121,7 @@ def peer_step(
     return step
 
 
-def measure(
+def time_training(
     model: str | Path,
     judge: DiscriminatorConfig,
     *,
@@ -133,50 +129,49 @@ def measure(
     frames: int,
     precision: Literal["no", "bf16"],
     steps: int,
-) -> Speeds:
-    """Time `steps` steps of each on `batch` crops of `frames` latent frames."""
-    whole = load_model_config(model)
-    config = whole.vae
-    if not isinstance(config, WaveformVAEConfig):
-        raise UserError(f"{model}: has a VAE on spectrograms, and the peer's is on waveforms; give another model")
+) -> TrainingSpeeds:
+    """Time `steps` steps of each on `batch` crops of `frames` latent frames.
+
+    Raises:
+        UserError: the model has no VAE on waveforms.
+    """
+    config, sample_rate = waveform_vae(model)
     accelerator = Accelerator(mixed_precision=precision)
-    device, seconds = accelerator.device, batch * frames * config.hop / whole.sample_rate
+    device = accelerator.device
     torch.manual_seed(0)
     crops = {
         "audio": 0.1 * torch.randn(batch, config.audio_channels, frames * config.hop, device=device),
         "noise": torch.randn(batch, config.latent_channels, frames, device=device),
     }
+    task = _task(model, judge, crops["audio"][0].cpu(), sample_rate)
+    peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
+    stft = MultiResolutionSTFTLoss(sample_rate, _WINDOWS).to(device)
+    runs = (our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16"))
+    seconds = batch * frames * config.hop / sample_rate
+    return TrainingSpeeds(*(seconds / timing.minimum for timing in time_in_turns(runs, steps)))
+
+
+def _task(model: str | Path, judge: DiscriminatorConfig, sound: Tensor, sample_rate: int) -> VAETask:
+    """Phase 1 of VAE training, on a data set of the one `sound`, which is never read again."""
     with tempfile.TemporaryDirectory() as folder:
-        write_audio(Path(folder) / "noise.wav", crops["audio"][0].cpu(), whole.sample_rate)
-        task = VAETask(
+        write_audio(Path(folder) / "noise.wav", sound, sample_rate)
+        optimizer = OptimizerConfig(lr=_RATE)
+        return VAETask(
             TrainVAEConfig(
                 model=str(model),
                 data=folder,
-                stft_windows=WINDOWS,
-                optimizer=OptimizerConfig(lr=RATE),
+                stft_windows=_WINDOWS,
+                optimizer=optimizer,
                 discriminator=judge,
-                discriminator_optimizer=OptimizerConfig(lr=RATE),
+                discriminator_optimizer=optimizer,
                 run=RunConfig(output=folder, steps=1),
             )
         )
-    peer = PeerVAE(config).to(device), peer_discriminator(judge).to(device)
-    stft = MultiResolutionSTFTLoss(whole.sample_rate, WINDOWS).to(device)
-    runs = [our_step(task, accelerator, crops), peer_step(*peer, stft, crops, precision == "bf16")]
-    best = [math.inf, math.inf]
-    for number in range(steps + 1):
-        for index, run in enumerate(runs):
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first one warms up
-                best[index] = min(best[index], time.perf_counter() - start)
-    return Speeds(*(seconds / b for b in best))
 
 
-def main() -> None:
-    """Print both speeds and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    """Run the command; returns its exit status."""
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", default="configs/stable_audio/starter_vae.yaml", help="model config")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--frames", type=int, default=64, help="latent frames in a crop")
@@ -184,18 +179,14 @@ def main() -> None:
     parser.add_argument("--filters", type=int, default=8, help="of the discriminator")
     parser.add_argument("--precision", choices=("bf16", "no"), default="bf16")
     parser.add_argument("--steps", type=int, default=5)
-    args = parser.parse_args()
-    try:
-        speeds = measure(
-            args.config,
-            DiscriminatorConfig(windows=tuple(args.windows), filters=args.filters),
-            batch=args.batch,
-            frames=args.frames,
-            precision=args.precision,
-            steps=args.steps,
-        )
-    except (UserError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    return guarded(lambda: _run(parser.parse_args()))
+
+
+def _run(args: argparse.Namespace) -> None:
+    shape = {"windows": args.windows, "filters": args.filters}
+    judge = from_dict(DiscriminatorConfig, shape, "--windows, --filters")
+    sizes = {"batch": args.batch, "frames": args.frames, "steps": args.steps}
+    speeds = time_training(args.config, judge, precision=args.precision, **sizes)
     print(
         f"seconds of audio per second, {args.batch} crops of {args.frames} frames, precision {args.precision}, "
         f"{torch.get_num_threads()} threads: ours {speeds.ours:.2f}, DAC's blocks {speeds.peer:.2f}, "
@@ -204,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

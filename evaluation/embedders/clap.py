@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluation.embedders.streams import TargetLevel, mono_at
 from evaluation.embedders.weights import Published, state_hash
-from evaluation.streams import Level, mono
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
 
-PUBLISHED = Published(
+CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
     address="https://huggingface.co/lukewys/laion_clap/resolve/main/630k-audioset-fusion-best.pt",
     option="--clap",
@@ -31,9 +31,9 @@ class ClapEmbedder:
     """One unit vector for a whole file; `clap` is in its place."""
 
     name = "clap"
-    sample_rate, channels, unit = SAMPLE_RATE, 1, ""
+    unit = ""
 
-    def __init__(self, clap: Clap, level: Level):
+    def __init__(self, clap: Clap, level: TargetLevel):
         self.clap, self.level = clap.eval(), level
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
@@ -53,7 +53,7 @@ class ClapEmbedder:
         Raises:
             UserError: it can't be read.
         """
-        mel = streamed_log_mel(self.clap.config, mono(source, SAMPLE_RATE, self.level))
+        mel = streamed_log_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
         return {"embedding": self.clap.embed_mels([mel]).cpu()}
 
     def embed_text(self, prompts: Sequence[str]) -> Tensor:
@@ -80,13 +80,13 @@ def streamed_log_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> Tensor:
     return torch.cat([*frames, log_mel(config, held)[lead:]])
 
 
-def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: Level) -> ClapEmbedder:
-    """The embedder at `source`; None, or a LAION file that isn't here, is found as `PUBLISHED` says.
+def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: TargetLevel) -> ClapEmbedder:
+    """The embedder at `source`; None, or a LAION file that isn't here, is found as `CLAP_WEIGHTS` says.
 
     Raises:
         Missing: none is given, and `folder` has no LAION file.
         UserError: there is no such thing, it is damaged, or the bundle has no audio tower.
     """
     if source is None or source.endswith(LAION_SUFFIXES):
-        source = str(PUBLISHED.find(source, folder))
+        source = str(CLAP_WEIGHTS.find(source, folder))
     return ClapEmbedder(load_clap(source).to(device), level)

@@ -1,7 +1,7 @@
 """OpenL3 (Cramer et al. 2019, "Look, Listen, and Learn More: Design Choices for Deep Audio Embeddings"), mel256.
 
-The front end is that of openl3 0.4.2 with kapre 0.3.7, by which stable-audio-metrics' published figures were made: a
-Slaney mel scale over magnitudes, frames that begin at the window's start. openl3 0.3 and torchopenl3 hear otherwise (an
+The front end is that of openl3 0.4.2 with kapre 0.3.7, by which stable-audio-metrics' published values were made: a
+Slaney mel scale over magnitudes, frames that begin at the window's start. openl3 0.3 and torchopenl3 have another (an
 HTK scale over powers, centred frames), so their embeddings differ; the weights are the same.
 """
 
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evaluation.embedders.weights import Published, fill, read_state, state_hash
-from evaluation.streams import Level, batches, stereo, windows
+from evaluation.embedders.streams import TargetLevel, batches, overlapping_windows, stereo_at
+from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.errors import UserError
 
-PUBLISHED = {
+OPENL3_WEIGHTS = {
     content: Published(
         file=f"torchopenl3_mel256_{content}_512.pth.tar",
         address=f"https://github.com/torchopenl3/torchopenl3-models/raw/master/torchopenl3_mel256_{content}_512.pth.tar",
@@ -31,10 +31,10 @@ PUBLISHED = {
     )
     for content in ("music", "env")
 }
-SAMPLE_RATE, EVALUATION_RATE = 48000, 44100
-WINDOW, HOP = 48000, 24000
+_SAMPLE_RATE, _EVALUATION_RATE = 48000, 44100
+_WINDOW, _HOP = 48000, 24000
 _FFT, _FRAME_HOP, _MELS = 2048, 242, 256
-_FRAMES = -(-WINDOW // _FRAME_HOP)
+_FRAMES = -(-_WINDOW // _FRAME_HOP)
 _LOWEST, _RANGE = 1e-10, 80.0  # of the magnitude, and dB below the window's loudest
 _POOLED = (1, 3, 5)  # convolutions after which time and frequency are halved
 
@@ -44,7 +44,7 @@ def mel_spectrogram(audio: Tensor) -> Tensor:
     import torchaudio.functional
 
     bank = torchaudio.functional.melscale_fbanks(
-        _FFT // 2 + 1, 0.0, SAMPLE_RATE / 2, _MELS, SAMPLE_RATE, "slaney", "slaney"
+        _FFT // 2 + 1, 0.0, _SAMPLE_RATE / 2, _MELS, _SAMPLE_RATE, "slaney", "slaney"
     ).to(audio.device)
     # A frame begins at every hop within the window; what lies beyond it is silence.
     padded = F.pad(audio.float(), (0, (_FRAMES - 1) * _FRAME_HOP + _FFT - audio.shape[1]))
@@ -76,14 +76,14 @@ class OpenL3Embedder:
     """512 features of each channel for a window of a second at every half; `network` is in its place."""
 
     name = "openl3"
-    sample_rate, channels, unit = SAMPLE_RATE, 2, "windows"
+    unit = "windows"
 
-    def __init__(self, network: OpenL3, level: Level, batch: int):
+    def __init__(self, network: OpenL3, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
             "weights": state_hash(network.state_dict()),
             "front_end": "openl3 0.4.2, mel256",
-            "sample_rate": f"{EVALUATION_RATE}, {SAMPLE_RATE}",
+            "sample_rate": f"{_EVALUATION_RATE}, {_SAMPLE_RATE}",
             "channels": "left and right concatenated",
             "window": "1 s every 0.5 s, first centred at 0",
             "level": level.of("file"),
@@ -97,9 +97,9 @@ class OpenL3Embedder:
             UserError: it can't be read.
         """
         device = next(self.network.parameters()).device
-        audio = stereo(source, (EVALUATION_RATE, SAMPLE_RATE), self.level)
+        audio = stereo_at(source, (_EVALUATION_RATE, _SAMPLE_RATE), self.level)
         # The first sample lies in the middle of the first window.
-        parts = windows(audio, WINDOW, HOP, 2, front=WINDOW // 2)
+        parts = overlapping_windows(audio, _WINDOW, _HOP, 2, front=_WINDOW // 2)
         found = []
         for batch in batches(parts, self.batch):
             both = self.network(mel_spectrogram(batch.to(device).flatten(0, 1)))
@@ -113,12 +113,12 @@ def load_openl3(path: Path) -> OpenL3:
     Raises:
         UserError: the file is damaged or no such network.
     """
-    state = {_our_name(k): v for k, v in read_state(path).items() if not k.startswith("speclayer.")}
+    state = {_our_name(k): v for k, v in read_weights(path).items() if not k.startswith("speclayer.")}
     convs = [state.get(f"convs.{index}.weight") for index in range(8)]
     if any(weight is None or weight.ndim != 4 for weight in convs):
-        raise UserError(f"{path}: no OpenL3; fetch {PUBLISHED['music'].address}")
+        raise UserError(f"{path}: no OpenL3; fetch {OPENL3_WEIGHTS['music'].address}")
     network = OpenL3([len(weight) for weight in convs if weight is not None])
-    fill(network, state, path, "OpenL3")
+    fill_network(network, state, path, "OpenL3")
     return network
 
 

@@ -1,4 +1,4 @@
-"""PaSST (Koutini et al. 2022, arXiv 2110.05069) through hear21passt: what an AudioSet tagger hears.
+"""PaSST (Koutini et al. 2022, arXiv 2110.05069) through hear21passt: an AudioSet tagger.
 
 Windows as stable-audio-metrics takes them: of 10 s every 5 s, the last one filled up with silence; a sound of at most
 1.5 s is taken as it is.
@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evaluation.embedders.weights import Published, fill, read_state, state_hash
+from evaluation.embedders.streams import TargetLevel, batches, mono_at, overlapping_windows
+from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
 from evaluation.result import Missing
-from evaluation.streams import Level, batches, mono, windows
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
 
-PUBLISHED = Published(
+PASST_WEIGHTS = Published(
     file="passt-s-f128-p16-s10-ap.476-swa.pt",
     address="https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/passt-s-f128-p16-s10-ap.476-swa.pt",
     option="--passt",
 )
-SAMPLE_RATE = 32000
-WINDOW, HOP = 10 * SAMPLE_RATE, 5 * SAMPLE_RATE
-_ALONE = WINDOW * 15 // 100  # samples up to which a sound is not filled up
+_SAMPLE_RATE = 32000
+_WINDOW, _HOP = 10 * _SAMPLE_RATE, 5 * _SAMPLE_RATE
+_ALONE = _WINDOW * 15 // 100  # samples up to which a sound is not filled up
 _SHORTEST = 16 * 320  # samples of one patch
 _HEAD = 64  # features of an attention head in every PaSST
 
@@ -64,13 +64,13 @@ class PaSSTEmbedder:
     """Logits and features of every window; `network` is in its place."""
 
     name = "passt"
-    sample_rate, channels, unit = SAMPLE_RATE, 1, "windows"
+    unit = "windows"
 
-    def __init__(self, network: PaSST, level: Level, batch: int):
+    def __init__(self, network: PaSST, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
             "weights": state_hash(network.net.state_dict()),
-            "sample_rate": SAMPLE_RATE,
+            "sample_rate": _SAMPLE_RATE,
             "channels": "mean of left and right",
             "window": "10 s every 5 s",
             "level": level.of("mean"),
@@ -87,18 +87,18 @@ class PaSSTEmbedder:
 
         def counted() -> Iterator[Tensor]:
             nonlocal length
-            for block in mono(source, SAMPLE_RATE, self.level):
+            for block in mono_at(source, _SAMPLE_RATE, self.level):
                 length += block.shape[1]
                 yield block
 
         device = self.network.mel.window.device
         logits, features = [], []
-        for batch in batches(windows(counted(), WINDOW, HOP, 1), self.batch):
+        for batch in batches(overlapping_windows(counted(), _WINDOW, _HOP, 1), self.batch):
             # A window comes when it is full or nothing follows it, so that `length` is known by then.
-            used = WINDOW if length > _ALONE else max(length, _SHORTEST)
-            heard = self.network(batch[:, 0, :used].to(device))
-            logits.append(heard[0].cpu())
-            features.append(heard[1].cpu())
+            used = _WINDOW if length > _ALONE else max(length, _SHORTEST)
+            outputs = self.network(batch[:, 0, :used].to(device))
+            logits.append(outputs[0].cpu())
+            features.append(outputs[1].cpu())
         return {"embedding": torch.cat(features), "logits": torch.cat(logits)}
 
 
@@ -109,13 +109,13 @@ def load_passt(path: Path) -> PaSST:
         UserError: the file is damaged or no such network.
     """
     check_installed()
-    state = read_state(path)
+    state = read_weights(path)
     blocks = [int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))]
     token, head = state.get("cls_token"), state.get("head.1.weight")
     if not blocks or token is None or head is None or token.shape[-1] % _HEAD:
-        raise UserError(f"{path}: no PaSST; fetch {PUBLISHED.address}")
+        raise UserError(f"{path}: no PaSST; fetch {PASST_WEIGHTS.address}")
     network = PaSST(width=token.shape[-1], depth=1 + max(blocks), classes=len(head))
-    fill(network.net, state, path, "PaSST-S with stride 10")
+    fill_network(network.net, state, path, "PaSST-S with stride 10")
     return network
 
 

@@ -19,7 +19,7 @@ _HUB_FILE = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)/(.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """Where weights come from.
+    """Source of published weights.
 
     Attributes:
         file: name under which they are looked for.
@@ -60,7 +60,7 @@ def _from_hub(repository: str, file: str) -> Path:
         raise UserError(f"{repository}/{file}: neither a file nor one that the hub gives out ({reason})") from error
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a `.safetensors`, or of a file that `torch.save` wrote.
 
     Raises:
@@ -80,7 +80,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
+def fill_network(module: nn.Module, state: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Load `state` into `module`, every tensor of which must be there; batch norms' counters need not.
 
     Raises:

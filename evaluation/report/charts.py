@@ -1,4 +1,4 @@
-"""Drawings of figures as SVG, for a page whose colours are its style sheet's."""
+"""Charts as SVG, for a page whose colours are its style sheet's."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.result import Figure, shown
+from evaluation.result import MetricValue, format_value
 
 _WIDTH, _HEIGHT, _MARGIN = 200, 24, 8  # of a strip
 _CELL, _LEFT, _BELOW, _MOST = 44, 64, 46, 40  # of a histogram; more columns than _MOST are not drawn
 
 
-def strip(figure: Figure, columns: Sequence[str]) -> str:
-    """A figure's value and interval on a line, among those `beside` it; `columns` number the colours."""
-    known = {name: value for name, value in figure.beside.items() if math.isfinite(value)}
-    ends = [v for v in (figure.value, figure.low, figure.high, *known.values()) if math.isfinite(v)]
-    if not known or not math.isfinite(figure.value):
+def strip(metric: MetricValue, columns: Sequence[str]) -> str:
+    """A metric's value and interval on a line, among its baselines; `columns` number the colours."""
+    known = {name: value for name, value in metric.baselines.items() if math.isfinite(value)}
+    ends = [v for v in (metric.value, metric.low, metric.high, *known.values()) if math.isfinite(v)]
+    if not known or not math.isfinite(metric.value):
         return ""
     low, span = min(ends), (max(ends) - min(ends)) or 1.0
 
@@ -29,16 +29,16 @@ def strip(figure: Figure, columns: Sequence[str]) -> str:
         parts.append(
             f'<line class="mark c{columns.index(name) % 6}" x1="{at(value)}" x2="{at(value)}" y1="3" y2="21"/>'
         )
-    if figure.has_interval:
+    if metric.has_interval:
         parts.append(
-            f'<line class="interval" x1="{at(figure.low)}" x2="{at(figure.high)}" y1="{middle}" y2="{middle}"/>'
+            f'<line class="interval" x1="{at(metric.low)}" x2="{at(metric.high)}" y1="{middle}" y2="{middle}"/>'
         )
-    parts.append(f'<circle class="value" cx="{at(figure.value)}" cy="{middle}" r="4"/>')
+    parts.append(f'<circle class="value" cx="{at(metric.value)}" cy="{middle}" r="4"/>')
     return f'<svg class="strip" viewBox="0 0 {_WIDTH} {_HEIGHT}" aria-hidden="true">{"".join(parts)}</svg>'
 
 
 def histogram(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of `evaluation.listening`'s "timing_histogram": lengths asked for to the right, measured ones upward.
+    """Rows of `metrics.summary`'s "timing_histogram": lengths asked for to the right, measured ones upward.
 
     A cell is as opaque as its share of the column; outlined are those where lengths are as asked for. "" for no rows,
     or others than these.
@@ -65,7 +65,7 @@ def histogram(cells: Sequence[Mapping[str, Any]]) -> str:
         parts.append(f'<rect class="asked" x="{x}" y="{y}" width="{_CELL}" height="{_CELL}"/>')
     for place in range(first, first + count + 1):
         x, y = corner(place, place)
-        label = shown(place * width)
+        label = format_value(place * width)
         parts.append(f'<text class="tick" x="{x}" y="{size + 18}">{label}</text>')
         parts.append(f'<text class="tick side" x="{_LEFT - 8}" y="{y + _CELL + 5}">{label}</text>')
     parts.append(f'<text class="tick" x="{_LEFT + size // 2}" y="{size + 40}">seconds asked for</text>')

@@ -1,4 +1,4 @@
-"""Audio as metrics take it: at their rate and level, in blocks, so that memory doesn't grow with a file."""
+"""Audio as networks take it: at their rate and level, in blocks, so that memory doesn't grow with a file."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evaluation.metrics.levels import loudness
+from evaluation.sounds import DESCRIBED_SECONDS
 from stable_audio_lite.audio.io import AudioSource, audio_info, read_audio, resample_blocks, stereo_blocks
-
-LONGEST = 300.0
-"""Seconds from the beginning of a file by which it is described, and its loudness measured."""
 
 
 @dataclass(frozen=True)
-class Level:
-    """What sounds are brought to: a "peak" in dB of full scale, or an integrated loudness in "lufs" (BS.1770-4)."""
+class TargetLevel:
+    """The level that sounds are brought to: a "peak" in dB of full scale, or a loudness in "lufs" (BS.1770-4)."""
 
     kind: Literal["peak", "lufs"] = "peak"
     decibels: float = -1.0
@@ -29,7 +28,7 @@ class Level:
         return f"{self.kind} {self.decibels:g}{unmeasured}"
 
     def of(self, what: str) -> str:
-        """In words, a peak being that of `what`, a loudness that of the file."""
+        """The level in words, a peak being that of `what`, a loudness that of the file."""
         return f"{self}, of the {what if self.kind == 'peak' else 'file'}"
 
     def gain(self, source: AudioSource, read: Callable[[], Iterable[Tensor]]) -> float:
@@ -41,16 +40,14 @@ class Level:
             UserError: the file can't be read.
         """
         if self.kind == "lufs":
-            from evaluation.listening import loudness
-
             rate = audio_info(source).sample_rate
-            found = loudness(read_audio(source, rate, seconds=LONGEST), rate)
-            return 10 ** ((self.decibels - found) / 20) if found > -70 else Level().gain(source, read)
+            found = loudness(read_audio(source, rate, seconds=DESCRIBED_SECONDS), rate)
+            return 10 ** ((self.decibels - found) / 20) if found > -70 else TargetLevel().gain(source, read)
         peak = max((float(block.abs().max()) for block in read() if block.numel()), default=0.0)
         return 10 ** (self.decibels / 20) / peak if peak else 1.0
 
 
-def stereo(source: AudioSource, rates: tuple[int, ...], level: Level) -> Iterator[Tensor]:
+def stereo_at(source: AudioSource, rates: tuple[int, ...], level: TargetLevel) -> Iterator[Tensor]:
     """Blocks (2, T) at the last of `rates`, by way of the others; the level is that of the file as it lies.
 
     Raises:
@@ -65,7 +62,7 @@ def stereo(source: AudioSource, rates: tuple[int, ...], level: Level) -> Iterato
         yield gain * torch.from_numpy(block)
 
 
-def mono(source: AudioSource, sample_rate: int, level: Level) -> Iterator[Tensor]:
+def mono_at(source: AudioSource, sample_rate: int, level: TargetLevel) -> Iterator[Tensor]:
     """Blocks (1, T) of both channels' mean, brought to `sample_rate` and then to the level.
 
     Raises:
@@ -82,7 +79,9 @@ def mono(source: AudioSource, sample_rate: int, level: Level) -> Iterator[Tensor
         yield gain * block
 
 
-def windows(blocks: Iterable[Tensor], size: int, hop: int, channels: int, front: int = 0) -> Iterator[Tensor]:
+def overlapping_windows(
+    blocks: Iterable[Tensor], size: int, hop: int, channels: int, front: int = 0
+) -> Iterator[Tensor]:
     """Overlapping stretches (channels, size) that together hold every sample, the last one filled up with silence.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the classifiers of instruments share: log-mel crops, augmentations, the network below their heads, their files.
+"""Log-mel crops of sounds, and random changes of them to train a classifier of timbres on.
 
 A generated sound comes through a codec: duller, rougher and with a noise floor. Training therefore changes every
 example's spectrum at random (equaliser, low-pass, smearing, roughness, noise, a quiet second piece), so that what is
@@ -8,36 +8,28 @@ left to learn is the timbre.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing, save_tensors
 
-_WIDTHS = (16, 24, 48, 64)
 _RANGE_DB = 70.0
 _QUIET_DB = 40.0  # a crop's loudest frame lies at most this far below the piece's
 
 
 @dataclass(frozen=True, kw_only=True)
-class HearingConfig:
-    """What a classifier knows and hears.
+class MelConfig:
+    """Shape of the crops.
 
     Attributes:
-        instruments: the classes.
-        families: the family of each class, in the same order.
         sample_rate: Hz that audio is brought to.
         window: samples of the Fourier transform; half as many lie between frames.
         mels: mel bands between `lowest` and `highest` Hz.
         frames: frames in one crop (129 are 3 s).
     """
 
-    instruments: tuple[str, ...]
-    families: tuple[str, ...]
     sample_rate: int = 22050
     window: int = 1024
     mels: int = 64
@@ -45,36 +37,8 @@ class HearingConfig:
     highest: float = 10000.0
     frames: int = 129
 
-    def __post_init__(self) -> None:
-        if not self.instruments or len(self.instruments) != len(self.families):
-            raise ValueError("instruments and families must be equally many, and at least one")
-        if self.mels % 2 ** len(_WIDTHS) or self.frames < 2 ** len(_WIDTHS):
-            raise ValueError(f"mels must be a multiple of {2 ** len(_WIDTHS)} and frames at least as many")
 
-
-class Trunk(nn.Module):
-    """Normalised log-mel crops (B, mels, frames) -> features (B, `features`)."""
-
-    def __init__(self, config: HearingConfig):
-        super().__init__()
-        layers: list[nn.Module] = [_block(1, _WIDTHS[0], stride=2)]
-        for before, width in zip(_WIDTHS, _WIDTHS[1:], strict=False):
-            layers += [_block(before, width), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(*layers)
-        # Time is averaged away; frequency stays, for where the partials lie is what tells timbres apart.
-        self.features = 2 * _WIDTHS[-1] * (config.mels // 2 ** len(_WIDTHS))
-
-    def forward(self, crops: Tensor) -> Tensor:
-        x = self.layers(crops[:, None])  # B, width, mels / 16, frames / 16
-        return torch.cat([x.mean(3), x.amax(3)], 1).flatten(1)
-
-
-def _block(before: int, width: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(before, width, 2 * stride + 1, stride, padding=stride, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU())
-
-
-def mel_power(mono: Tensor, config: HearingConfig) -> Tensor:
+def mel_power(mono: Tensor, config: MelConfig) -> Tensor:
     """Mel power spectrogram of (T,) samples at `config`'s rate: (mels, frames)."""
     import torchaudio
 
@@ -90,16 +54,18 @@ def mel_power(mono: Tensor, config: HearingConfig) -> Tensor:
     return transform(mono)
 
 
-def random_crop(powers: list[Tensor], frames: int, generator: torch.Generator) -> Tensor:
-    """A random crop, (mels, frames), of one of the pieces, not of a silence in it."""
-    power = powers[int(torch.randint(len(powers), (1,), generator=generator))]
-    crops = _loud_starts(power, frames)
-    start = int(crops[int(torch.randint(len(crops), (1,), generator=generator))])
-    return _cut(power, start, frames)
+def random_crop(power: Tensor, frames: int, generator: torch.Generator) -> Tensor:
+    """A random crop, (mels, frames), of a piece's power (mels, any), not of a silence in it."""
+    starts = _loud_starts(power, frames)
+    return _cut(power, int(starts[int(torch.randint(len(starts), (1,), generator=generator))]), frames)
 
 
 def all_crops(power: Tensor, frames: int) -> Tensor:
-    """Crops that overlap by half and aren't silent: (N, mels, frames)."""
+    """Crops that overlap by half and aren't silent: (N, mels, frames).
+
+    Raises:
+        UserError: the sound is silent.
+    """
     starts = _loud_starts(power, frames).tolist()
     wanted = [s for s in starts if s % (frames // 2) == 0] or starts[:1]
     return torch.stack([_cut(power, start, frames) for start in wanted])
@@ -109,7 +75,7 @@ def _loud_starts(power: Tensor, frames: int) -> Tensor:
     """Frames at which a crop may start: its mean level is within `_QUIET_DB` of the loudest crop's."""
     level = power.sum(0)
     if not float(level.max()) > 0:
-        raise UserError("the sound is silent, so no instrument can be heard in it")
+        raise UserError("the sound is silent, so nothing can be recognised in it")
     if len(level) <= frames:
         return torch.zeros(1, dtype=torch.long)
     means = level.unfold(0, frames, 1).mean(1)
@@ -122,7 +88,7 @@ def _cut(power: Tensor, start: int, frames: int) -> Tensor:
 
 
 def normalise(power: Tensor) -> Tensor:
-    """dB below each crop's peak, (B, mels, frames), centred and scaled; makes level and distant noise irrelevant."""
+    """dB below each crop's peak, (B, mels, frames), centred and scaled; level and distant noise don't count."""
     decibels = 10 * power.clamp_min(1e-14).log10()
     decibels = decibels - decibels.amax((1, 2), keepdim=True)
     return (decibels.clamp_min(-_RANGE_DB) + _RANGE_DB / 2) / (_RANGE_DB / 4)
@@ -170,26 +136,3 @@ def augment(power: Tensor, generator: torch.Generator) -> Tensor:
 def _noise(level: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Power of noise of mean `level`: exponentially distributed."""
     return -torch.rand(shape, generator=generator).clamp_min(1e-6).log() * level
-
-
-def save_listener(module: nn.Module, config: HearingConfig, path: Path) -> None:
-    """Write a config to `path` and weights beside it, as `.safetensors`."""
-    save_config(config, path)
-    with replacing(path.with_suffix(".safetensors")) as temporary:
-        save_tensors(temporary, module.state_dict(), {"format": "pt"})
-
-
-def load_listener(module: nn.Module, path: Path) -> None:
-    """Load the weights that lie beside the config at `path`.
-
-    Raises:
-        UserError: they are missing, damaged or don't fit.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    weights = path.with_suffix(".safetensors")
-    try:
-        module.load_state_dict(load_file(weights))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{weights}: no weights that fit {path.name}; train it again") from error

@@ -13,41 +13,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.bootstrap import spread
-from evaluation.case import Case
-from evaluation.embedders import Embedder
-from evaluation.result import Figure, Nearest
+from evaluation.metrics.bootstrap import half_width
+from evaluation.metrics.inputs import MetricInputs
+from evaluation.result import MetricValue, Neighbour
 from evaluation.sounds import Clip
+from evaluation.store import Embedder
 
-_QUERIES, _BLOCK = 256, 16384  # rows of both sides that are compared at once: 16 MiB of cosines
+_QUERIES = 16  # sounds that are compared with all others at once: 64 MB of cosines for a million
 _RESAMPLES = 100
 
+Neighbours = tuple[Neighbour, ...]
 
-def closest(case: Case, training: Sequence[Clip], embedder: Embedder) -> tuple[dict[str, Nearest], dict[str, Nearest]]:
+
+def training_neighbours(
+    inputs: MetricInputs, training: Sequence[Clip], embedder: Embedder
+) -> tuple[dict[str, Neighbours], dict[str, Neighbours]]:
     """By the clips' keys, the training sounds closest to each generated sound and, as a yardstick, to each recording.
 
     A recording that is a training sound itself is no yardstick, and is left out.
     """
-    known, paths = case.means(training, embedder), [clip.sound.path for clip in training]
+    known, paths = inputs.means(training, embedder), [clip.record.path for clip in training]
     learned = {clip.key for clip in training}
-    held_out = [clip for clip in case.reference if clip.key not in learned]
-    made, real = (
-        nearest(case.means(clips, embedder), known, paths) if clips else [] for clips in (case.generated, held_out)
-    )
-    return (
-        {clip.key: near for clip, near in zip(case.generated, made, strict=True)},
-        {clip.key: near for clip, near in zip(held_out, real, strict=True)},
-    )
+    held_out = [clip for clip in inputs.reference if clip.key not in learned]
+
+    def closest(clips: Sequence[Clip]) -> dict[str, Neighbours]:
+        near = nearest_sounds(inputs.means(clips, embedder), known, paths) if clips else []
+        return {clip.key: own for clip, own in zip(clips, near, strict=True)}
+
+    return closest(inputs.generated), closest(held_out)
 
 
-def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Nearest]:
-    """The `k` training sounds closest to each generated one, closest first, and their cosines.
+def nearest_sounds(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Neighbours]:
+    """The `k` training sounds closest to each generated one, closest first, or all where there are fewer.
 
     Args:
         generated: embeddings (N, D).
-        training: embeddings (M, D); may lie on another device, or be mapped from a file.
+        training: embeddings (M, D).
         paths: (M,) where the training sounds lie.
-        k: how many, or all where M is less.
 
     Raises:
         ValueError: the shapes don't fit each other.
@@ -56,29 +58,16 @@ def nearest(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 
         raise ValueError(f"expected (N, D) and (M, D), got {tuple(generated.shape)} and {tuple(training.shape)}")
     if len(paths) != len(training) or k < 1:
         raise ValueError(f"expected a path for each of {len(training)} sounds and k >= 1, got {len(paths)} and {k}")
-    found = []
-    for queries in generated.split(_QUERIES):
-        cosines, rows = _closest(F.normalize(queries.float(), dim=1), training, k)
+    found, known = [], F.normalize(training.float(), dim=1)
+    for queries in F.normalize(generated.float(), dim=1).split(_QUERIES):
+        cosines, rows = (queries @ known.T).clamp(-1, 1).topk(min(k, len(known)), dim=1)
         for values, indices in zip(cosines.tolist(), rows.tolist(), strict=True):
-            found.append(tuple((paths[i], value) for i, value in zip(indices, values, strict=True)))
+            found.append(tuple(Neighbour(paths[i], value) for i, value in zip(indices, values, strict=True)))
     return found
 
 
-def _closest(queries: Tensor, training: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and rows, both (Q, k), of the training sounds closest to unit vectors (Q, D)."""
-    cosines = queries.new_zeros(len(queries), 0)
-    rows = cosines.long()
-    for start in range(0, len(training), _BLOCK):
-        block = F.normalize(training[start : start + _BLOCK].to(queries), dim=1)
-        here = torch.arange(start, start + len(block), device=queries.device).expand(len(queries), -1)
-        cosines, rows = torch.cat((cosines, queries @ block.T), 1), torch.cat((rows, here), 1)
-        cosines, order = cosines.topk(min(k, cosines.shape[1]), dim=1)
-        rows = rows.gather(1, order)
-    return cosines.clamp(-1, 1), rows
-
-
 def vendi_score(embeddings: Tensor, weights: Tensor | None = None) -> float:
-    """How many sounds that have nothing in common would be as diverse as (N, D) embeddings: between 1 and N.
+    """The number of sounds with nothing in common that would be as diverse as (N, D) embeddings: between 1 and N.
 
     The exponential of the entropy of the eigenvalues of the cosines' matrix over N (Friedman & Dieng 2023, arXiv
     2210.02410); with `weights` (N,) that sum to 1, some sounds count more. In float64.
@@ -96,8 +85,8 @@ def vendi_score(embeddings: Tensor, weights: Tensor | None = None) -> float:
     return float(torch.special.entr(values).sum().exp())
 
 
-def diversity(generated: Tensor, reference: Tensor | None = None, seed: int = 0) -> Figure:
-    """The Vendi score of (N, D) embeddings, and beside it that of the (M, D) of the reference.
+def diversity(generated: Tensor, reference: Tensor | None = None, seed: int = 0) -> MetricValue:
+    """The Vendi score of (N, D) embeddings, and as its baseline that of the (M, D) of the reference.
 
     It grows with the number of sounds, so both are of as many, drawn at random where one side has more. Resampled sets
     hold sounds twice and are less diverse than the set itself, so the interval is as wide as theirs, around the value.
@@ -112,12 +101,12 @@ def diversity(generated: Tensor, reference: Tensor | None = None, seed: int = 0)
     )
     assert made is not None
     value = vendi_score(made)
-    half = spread(lambda draw: vendi_score(made, draw / count), count, _RESAMPLES, seed)
-    return Figure(
+    half = half_width(lambda draw: vendi_score(made, draw / count), count, _RESAMPLES, seed)
+    return MetricValue(
         name="diversity",
         value=value,
         low=max(1.0, value - half),
         high=min(float(count), value + half),
         n=count,
-        beside={} if real is None else {"real": vendi_score(real)},
+        baselines={} if real is None else {"real": vendi_score(real)},
     )

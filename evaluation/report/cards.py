@@ -1,4 +1,4 @@
-"""What a page shows of single sounds: picture, player, facts, the recording beside them, nearest training sounds."""
+"""Single sounds as a page shows them: picture, player, facts, the recording beside them, nearest training sounds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from evaluation.result import Result, Sound, partners, shown
+from evaluation.result import Result, SoundRecord, format_value, partners
 from stable_audio_lite.errors import UserError
 
 PICTURED_SECONDS = 600.0
 """Of each sound at most, so that memory doesn't grow with its length."""
 
-_HEARD = {"end": ("ends", "s"), "width": ("width", "dB"), "level": ("loudness", "LUFS")}
-_HEARD |= {name: (f"{name} novelty", "dB") for name in ("intro", "development", "outro")}
+_FACTS = {"end": ("ends", "s"), "width": ("width", "dB"), "level": ("loudness", "LUFS")}
+_FACTS |= {name: (f"{name} novelty", "dB") for name in ("intro", "development", "outro")}
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)  # seconds
 
@@ -30,8 +30,6 @@ class Card:
 
     Attributes:
         label: "generated" or "real".
-        path: as the result has it.
-        link: address of its file; None where that is not there.
         player: address of what plays: the file, or a copy inside the page; None where it can't be read.
         picture: address of its spectrogram; None where it can't be read.
         trouble: why it can't be read, or "".
@@ -39,12 +37,10 @@ class Card:
         times: (share of the picture's width, text) along its lower edge.
         marks: (share of the picture's width, "asked" or "ends").
         facts: what is known of it, pairs of texts.
-        nearest: (path, address or None, cosine) of training sounds.
     """
 
     label: str
-    path: str
-    link: str | None
+    sound: SoundRecord
     player: str | None
     picture: str | None
     trouble: str
@@ -52,17 +48,11 @@ class Card:
     times: tuple[tuple[float, str], ...]
     marks: tuple[tuple[float, str], ...]
     facts: tuple[tuple[str, str], ...]
-    nearest: tuple[tuple[str, str | None, float], ...]
-
-    @property
-    def name(self) -> str:
-        """The file's name, without the folder that it lies in."""
-        return PurePath(self.path).name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the page will lie and where the result lies, and whether sounds are copied into the page."""
+    """Paths of the page and of the result, and whether sounds are copied into the page."""
 
     page: Path
     result: Path
@@ -75,8 +65,10 @@ class Places:
         except (OSError, ValueError):  # no path at all
             return None
 
-    def link(self, file: Path) -> str:
-        """Address of `file` on the page, relative where it can be."""
+    def link(self, path: str) -> str | None:
+        """Address on the page of a sound's file, relative where it can be; None where there is no file."""
+        if (file := self.find(path)) is None:
+            return None
         try:
             relative = os.path.relpath(file.absolute(), self.page.absolute().parent)
         except ValueError:  # on another drive
@@ -84,50 +76,21 @@ class Places:
         return urllib.parse.quote(os.fsencode(Path(relative).as_posix()))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Likeness:
-    """A generated sound and the training sound that it is most like.
+def most_similar(result: Result, count: int = 20) -> list[tuple[SoundRecord, float | None]]:
+    """The `count` generated sounds that are most like a training sound, the closest first.
 
-    Attributes:
-        name, link: of the generated sound; the link is None where its file is not there.
-        training, training_link: of the training sound.
-        cosine: of their embeddings.
-        beyond: share of the recordings that are less like any training sound; None where no recording tells.
+    With each, the share of the recordings that are less like any training sound; None where no recording tells.
     """
-
-    name: str
-    link: str | None
-    training: str
-    training_link: str | None
-    cosine: float
-    beyond: float | None
+    usual = [sound.nearest[0].cosine for sound in result.reference if sound.nearest]
+    cosines = [(sound.nearest[0].cosine, sound) for sound in result.generated if sound.nearest]
+    closest = sorted(cosines, key=lambda pair: pair[0], reverse=True)[:count]
+    return [(sound, sum(v < cosine for v in usual) / len(usual) if usual else None) for cosine, sound in closest]
 
 
-def likenesses(result: Result, places: Places, count: int = 20) -> list[Likeness]:
-    """The `count` generated sounds that are most like a training sound, the closest first."""
-    usual = [sound.nearest[0][1] for sound in result.reference if sound.nearest]
-    sounds = sorted((s for s in result.generated if s.nearest), key=lambda s: s.nearest[0][1], reverse=True)
-    found = []
-    for sound in sounds[:count]:
-        (training, cosine), own = sound.nearest[0], places.find(sound.path)
-        other = places.find(training)
-        found.append(
-            Likeness(
-                name=PurePath(sound.path).name,
-                link=places.link(own) if own else None,
-                training=training,
-                training_link=places.link(other) if other else None,
-                cosine=cosine,
-                beyond=sum(value < cosine for value in usual) / len(usual) if usual else None,
-            )
-        )
-    return found
-
-
-def groups(result: Result) -> list[tuple[str, list[tuple[str, Sound]]]]:
+def prompt_groups(result: Result) -> list[tuple[str, list[tuple[str, SoundRecord]]]]:
     """Prompts, or names where there are none, each with its generated sounds and the recording beside them."""
-    found: dict[str, list[tuple[str, Sound]]] = {}
-    real: dict[str, Sound] = {}
+    found: dict[str, list[tuple[str, SoundRecord]]] = {}
+    real: dict[str, SoundRecord] = {}
     for sound, partner in zip(result.generated, partners(result.generated, result.reference), strict=True):
         title = sound.prompt or (partner.prompt if partner else "") or PurePath(sound.path).stem
         found.setdefault(title, []).append(("generated", sound))
@@ -136,26 +99,24 @@ def groups(result: Result) -> list[tuple[str, list[tuple[str, Sound]]]]:
     return [(title, [*rows, ("real", real[title])] if title in real else rows) for title, rows in found.items()]
 
 
-def card(label: str, sound: Sound, places: Places) -> Card:
-    """All that the page shows of `sound`: of one that is missing or broken, all but its picture and player."""
-    file = places.find(sound.path)
+def card(label: str, sound: SoundRecord, places: Places) -> Card:
+    """The card of `sound`; where its file is missing or broken, without picture and player."""
     player, picture, trouble = None, None, ""
     heights: dict[int, float] = {}
     try:
-        if file is None:
+        if (file := places.find(sound.path)) is None:
             raise UserError(
                 f"{sound.path}: no such file here or beside the result; put it back, or evaluate where it lies now"
             )
         picture, heights = _picture(file)
-        player = _mp3(file) if places.embed else places.link(file)
+        player = _mp3(file) if places.embed else places.link(sound.path)
     except UserError as error:
         trouble = str(error)
     span = min(sound.seconds, PICTURED_SECONDS)
-    seconds = {"asked": sound.requested, "ends": sound.heard.get("end")}
+    seconds = {"asked": sound.requested, "ends": sound.measurements.get("end")}
     return Card(
         label=label,
-        path=sound.path,
-        link=places.link(file) if file else None,
+        sound=sound,
         player=player,
         picture=picture,
         trouble=trouble,
@@ -163,7 +124,6 @@ def card(label: str, sound: Sound, places: Places) -> Card:
         times=_times(span),
         marks=tuple((second / span, name) for name, second in seconds.items() if second and 0 < second <= span),
         facts=_facts(sound),
-        nearest=tuple((p, places.link(at) if (at := places.find(p)) else None, c) for p, c in sound.nearest),
     )
 
 
@@ -174,14 +134,17 @@ def _times(span: float) -> tuple[tuple[float, str], ...]:
     return tuple((n * step / span, f"{n * step:.3g} s") for n in range(int(0.94 * span / step) + 1))
 
 
-def _facts(sound: Sound) -> tuple[tuple[str, str], ...]:
+def _facts(sound: SoundRecord) -> tuple[tuple[str, str], ...]:
     stereo = {1: "mono", 2: "stereo"}.get(sound.channels, f"{sound.channels} channels")
-    facts = [("length", f"{shown(sound.seconds)} s"), ("stored as", f"{sound.sample_rate / 1000:g} kHz {stereo}")]
+    facts = [
+        ("length", f"{format_value(sound.seconds)} s"),
+        ("stored as", f"{sound.sample_rate / 1000:g} kHz {stereo}"),
+    ]
     if sound.requested is not None:
-        facts.append(("asked for", f"{shown(sound.requested)} s"))
-    for key, value in sound.heard.items():
-        name, unit = _HEARD.get(key, (key, ""))
-        facts.append((name, f"{shown(value)} {unit}".strip()))
+        facts.append(("asked for", f"{format_value(sound.requested)} s"))
+    for key, value in sound.measurements.items():
+        name, unit = _FACTS.get(key, (key, ""))
+        facts.append((name, f"{format_value(value)} {unit}".strip()))
     if sound.seconds > PICTURED_SECONDS:
         facts.append(("pictured", f"the first {PICTURED_SECONDS:g} s"))
     return (*facts, *(("treatment", text) for text in sound.treatment))
