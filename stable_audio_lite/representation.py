@@ -111,7 +111,7 @@ class LatentRepresentation(Representation):
         return self.encode(quiet)[0].float().cpu()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        self.vae.to(device, dtype)
+        self.vae.to(device, torch.float32 if self.vae.float32 else dtype)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stable_audio_lite.audio.spectrogram import SpectrogramConfig
+from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE, SpectrogramVAEConfig
 from stable_audio_lite.representation import (
     LatentRepresentation,
     SpectrogramRepresentation,
@@ -38,6 +39,18 @@ def test_latents_are_normalised_by_what_the_network_was_trained_with(tiny_bundle
         torch.testing.assert_close(latents.encode(audio), (raw - mean[:, None]) / std[:, None], atol=1e-5, rtol=1e-5)
         sound = latents.vae.decode(raw)[..., :5000]
         torch.testing.assert_close(latents.decode(latents.encode(audio), 5000), sound, atol=1e-5, rtol=1e-4)
+
+
+def test_a_vae_that_needs_its_digits_keeps_them(tiny_bundle: Path) -> None:
+    """A VAE of magnitude spectra stays float32 beside networks of bfloat16, and decodes to the same sound."""
+    spectral = SpectrogramVAE(SpectrogramVAEConfig(kind="spectrogram", width=16, encoder_blocks=1, decoder_blocks=1))
+    latents = LatentRepresentation(spectral.eval(), load_model_config(tiny_bundle), "")
+    x = torch.randn(1, *latents.shape)[..., :8]
+    with torch.no_grad():
+        before = latents.decode(x, 4096)
+        after = latents.to(torch.device("cpu"), torch.bfloat16).decode(x, 4096)
+    assert {p.dtype for p in spectral.parameters()} == {torch.float32}
+    torch.testing.assert_close(before, after)
 
 
 def test_silence_fills_a_window(latents: LatentRepresentation) -> None:

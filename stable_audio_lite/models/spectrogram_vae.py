@@ -228,6 +228,7 @@ class SpectrogramVAE(VAE):
 
     config: SpectrogramVAEConfig
     encoder: SpectrogramEncoder
+    float32 = True  # logarithms of magnitudes need the digits, and the networks are small
 
     def __init__(self, config: SpectrogramVAEConfig):
         super().__init__()

@@ -46,10 +46,12 @@ class VAE(nn.Module, ABC):
     Attributes:
         config: with `audio_channels`, `latent_channels` and `hop`, samples per latent frame.
         encoder: all weights that latents depend on.
+        float32: whether it computes in float32 whatever the networks beside it do.
     """
 
     config: Any
     encoder: nn.Module
+    float32 = False
 
     @property
     def hop(self) -> int:
