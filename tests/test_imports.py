@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-# A module may import from its own layer or from those before it.
-LAYERS = (
-    ("errors", "files", "config", "command"),
-    ("audio", "devices"),
-    ("nn", "data", "corpus"),
-    ("models",),
-    ("diffusion",),
-    ("bundle",),
-    ("clap",),
-    ("systems", "lora"),
-    ("generation", "spectral", "pipeline", "restoration", "codec", "describe", "doctor"),
-    ("cli",),
-)
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+PACKAGES = ("evaluation", "training", "stable_audio_lite")
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -37,31 +31,61 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are absolute here"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
         pending += ast.iter_child_nodes(node)
     return found
 
 
-def layer(module: str) -> str | None:
-    """`audio` for stable_audio_lite.audio.io, None for other packages and for the package itself."""
-    parts = module.split(".")
-    return parts[1] if parts[0] == "stable_audio_lite" and len(parts) > 1 and parts[1] in RANK else None
+def graph() -> dict[str, set[str]]:
+    """The modules of this project that each of its modules imports."""
+    return {
+        module: {name for name in imports(path) if name in MODULES and name != module}
+        for module, path in MODULES.items()
+    }
 
 
-def test_library_imports_go_one_way() -> None:
-    wrong = []
-    for path in sorted((ROOT / "stable_audio_lite").rglob("*.py")):
-        own = path.relative_to(ROOT / "stable_audio_lite").with_suffix("").parts[0]
-        if own == "__init__":
+def places() -> dict[str, int]:
+    """The line of each file and folder in the README's tree, by its name as a module."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    tree = text.split("## Where things are")[1].split("```")[1]
+    found: dict[str, int] = {}
+    package = ""
+    for number, line in enumerate(tree.splitlines()):
+        names = re.split(r"\s{2,}|\s\*", line.strip())[0].split()
+        if line[:1].strip():
+            package = names[0].rstrip("/")
+        else:
+            found |= {f"{package}.{name.rstrip('/').removesuffix('.py')}": number for name in names}
+    return found
+
+
+def test_imports_go_down_the_readmes_list() -> None:
+    """Every module has a place there; it imports from its own line or from those below, within functions too."""
+    line = places()
+    missing, wrong = [], []
+    for module, imported in graph().items():
+        if "." not in module:
+            continue  # a package itself only hands out what is below
+        own = ".".join(module.split(".")[:2])
+        if own not in line:
+            missing.append(module)
             continue
-        assert own in RANK, f"{own} has no place in LAYERS"
-        for module in imports(path):
-            other = layer(module)
-            if other is not None and RANK[other] > RANK[own]:
-                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
-            if module.split(".")[0] in ("training", "evaluation", "tests"):
-                wrong.append(f"{path.relative_to(ROOT)} imports {module}")
+        for other in imported:
+            below = line.get(".".join(other.split(".")[:2]))
+            if "." in other and below is not None and below < line[own]:
+                wrong.append(f"{module} imports {other}")
+    assert not missing, missing
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_one_another() -> None:
+    TopologicalSorter(graph()).prepare()  # raises CycleError
+
+
+def test_the_library_imports_nothing_above_it() -> None:
+    for path in (ROOT / "stable_audio_lite").rglob("*.py"):
+        assert not {m for m in imports(path) if m.split(".")[0] in ("training", "evaluation", "tests")}, path
 
 
 def test_what_all_systems_share_is_written_once() -> None:
