@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,8 @@ from stable_audio_lite.clap.checkpoints import load_text_encoder
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser
-from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise, polyexponential_sigmas
+from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
+from stable_audio_lite.edits import CROSSFADE_SECONDS, After, Edit, Sampling, Sound, plan_windows, steps_around
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
 from stable_audio_lite.lora import merge_lora
@@ -33,6 +34,7 @@ from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.representation import Representation, load_representation
 from stable_audio_lite.request import (
     PROMPT_SETTINGS,
+    Extension,
     Generated,
     Limits,
     Request,
@@ -178,14 +180,16 @@ class StableAudio:
         seed: int | None = None,
         count: int = 1,
         batch: int = 4,
+        edit: Edit | None = None,
         progress: Progress | None = None,
     ) -> Generated:
         """Generate `count` sounds for each prompt; None stands for the bundle's own default.
 
         Args:
             prompts: one or several descriptions; None generates without a prompt, and without the settings that go with
-                one (seconds_start, seconds_total, cfg, rescale, negative).
-            seconds: length of the sound, at most the window (`window_seconds`), which is the default.
+                one (seconds_start, seconds_total, cfg, rescale, negative), unless `edit` has its own.
+            seconds: length of the sound, by default the window (`window_seconds`); what is longer is made in windows
+                that go on from one another, as `extend` does.
             seconds_start: where in the described piece the sound begins, in seconds; 0 by default.
             seconds_total: length of the described piece; None: it ends with the sound.
             steps: sampling steps.
@@ -196,6 +200,7 @@ class StableAudio:
             seed: of the first item; each further item has the next one. None draws one (see `Generated.seeds`).
             count: sounds per prompt, adjacent in the result.
             batch: sounds sampled at once; more need more memory.
+            edit: what to make it from, see `stable_audio_lite.edits`; None: from nothing but the prompt.
             progress: called with (steps done, steps in all) after each step.
 
         Raises:
@@ -203,14 +208,17 @@ class StableAudio:
         """
         if count < 1 or batch < 1:
             raise UserError(f"count and batch must be at least 1, got {count} and {batch}")
+        edit = edit or Edit()
+        prompts = edit.prompt if prompts is None and self.conditioner else prompts
         about = (seconds_start, seconds_total, cfg, rescale, negative)
         self._check_text(prompts, dict(zip(PROMPT_SETTINGS, about, strict=True)))
         request = make_request(
             self.config.generation,
-            Limits(self.sample_rate, self.window_seconds, *self._longest()),
-            seconds=seconds,
+            self._limits(edit),
+            seconds=edit.seconds(self.representation, seconds),
             seconds_start=seconds_start,
             seconds_total=seconds_total,
+            timing=edit.timing,
             steps=steps,
             cfg=cfg,
             rescale=rescale,
@@ -221,15 +229,80 @@ class StableAudio:
         check_texts(texts, negative)
         first = choose_seed(seed, len(texts) * count)
         items = [(text, first + i) for i, text in enumerate(t for t in texts for _ in range(count))]
-        step = _counter(progress, math.ceil(len(items) / batch) * request.steps)
+        batches = [items[i : i + batch] for i in range(0, len(items), batch)]
+        settings = [self._settings(text, own_seed, request) | edit.settings for text, own_seed in items]
+        if request.seconds > self.window_seconds:
+            windows = self._windows(request, 0)
+            step = _counter(progress, len(batches) * _steps_of(windows, request))
+            pieces = [torch.cat(list(self._extended(part, request, windows, None, step)), 2) for part in batches]
+            return Generated(torch.cat(pieces), self.sample_rate, settings)
+        step = _counter(progress, len(batches) * edit.steps(request.steps))
         samples = round(request.seconds * self.sample_rate)
+        frames = edit.frames(self.representation, samples, self.config.generation.margin)
         audio = [
-            self.representation.decode(x[None], samples)[0].cpu()
-            for i in range(0, len(items), batch)
-            for x in self._sample(items[i : i + batch], request, step)
+            edit.decode(self.representation, x[None], samples)[0].cpu()
+            for part in batches
+            for x in edit.sample(self.representation, self._sampling(part, request, frames, step))
         ]
-        settings = [self._settings(text, own_seed, request) for text, own_seed in items]
         return Generated(torch.stack(audio), self.sample_rate, settings)
+
+    @torch.no_grad()
+    def extend(
+        self,
+        prompt: str | None = None,
+        *,
+        seconds: float,
+        after: Sound | None = None,
+        seconds_start: float | None = None,
+        seconds_total: float | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        rescale: float | None = None,
+        negative: str | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+        progress: Progress | None = None,
+    ) -> Extension:
+        """Generate sound of any length, or what follows a sound, piece by piece, in constant memory.
+
+        Windows overlap by up to a half; each is sampled with what is there already held fixed.
+
+        Args:
+            prompt: what to hear; None: that of `after`, or none.
+            seconds: length to generate.
+            after: the sound that it follows, or the last `window_seconds` of it.
+            seconds_start: where in the described piece the new sound begins; by default where `after` ends.
+            seconds_total: length of the described piece; None: it ends with the sound.
+            steps, cfg, rescale, negative, sampler, seed, progress: as `generate` takes them.
+
+        Raises:
+            UserError: as `generate`, or `after` is silent or shorter than a frame.
+        """
+        prompt = after.prompt if prompt is None and after is not None and self.conditioner else prompt
+        about = (seconds_start, seconds_total, cfg, rescale, negative)
+        self._check_text(prompt, dict(zip(PROMPT_SETTINGS, about, strict=True)))
+        begins = 0.0 if after is None else after.begins + after.seconds
+        request = make_request(
+            self.config.generation,
+            self._limits(Edit()),
+            seconds=seconds,
+            seconds_start=seconds_start,
+            seconds_total=seconds_total,
+            timing=lambda length: (begins, begins + length),
+            steps=steps,
+            cfg=cfg,
+            rescale=rescale,
+            negative=negative,
+            sampler=sampler,
+        )
+        check_texts([prompt], negative)
+        item = (prompt, choose_seed(seed, 1))
+        held = None if after is None else self._held(after)
+        windows = self._windows(request, 0 if held is None else held.data.shape[-1])
+        step = _counter(progress, _steps_of(windows, request))
+        settings = self._settings(*item, request) | ({} if after is None else {"continues": after.name})
+        pieces = (piece[0].cpu() for piece in self._extended([item], request, windows, held, step))
+        return Extension(pieces, self.sample_rate, settings)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the bundle that this model was loaded from to `folder`, byte for byte; returns `folder`.
@@ -263,8 +336,10 @@ class StableAudio:
             raise UserError("a LoRA was merged: save_pretrained to a folder and upload that")
         return bundle.upload(self.folder, repo_id, private)
 
-    def _longest(self) -> tuple[float, ...]:
-        return (float(self.conditioner.config.max_seconds),) if self.conditioner else ()
+    def _limits(self, edit: Edit) -> Limits:
+        longest = float(self.conditioner.config.max_seconds) if self.conditioner else math.inf
+        most = longest if type(edit) is Edit else self.window_seconds
+        return Limits(self.sample_rate, self.window_seconds, most, longest)
 
     def _check_text(self, prompts: str | Sequence[str] | None, about_prompts: dict[str, Any]) -> None:
         given = next((name for name, value in about_prompts.items() if value is not None), None)
@@ -273,21 +348,74 @@ class StableAudio:
         if prompts is None and given:
             raise UserError(f"{given} says something about a prompt; give one, or leave {given} out")
 
-    def _sample(self, items: list[tuple[str | None, int]], request: Request, on_step: Callable[[], None]) -> Tensor:
-        """Sample normalised data (B, *shape) for (prompt, seed) items."""
-        denoiser = self._denoiser([text for text, _ in items], request)
-        defaults = self.config.generation
-        sigmas = polyexponential_sigmas(request.steps, defaults.sigma_min, defaults.sigma_max, defaults.rho)
-        noise = ItemNoise([seed for _, seed in items], self.representation.shape, self.device, self._frames(request))
-        solve = SAMPLERS[request.sampler]
-        return solve(denoiser, noise() * sigmas[0], sigmas, noise=noise, on_step=on_step)
+    def _sampling(
+        self,
+        items: list[tuple[str | None, int]],
+        request: Request,
+        frames: int,
+        on_step: Callable[[], None],
+        noise: ItemNoise | None = None,
+    ) -> Sampling:
+        """Prepare to sample data for (prompt, seed) items."""
+        return Sampling(
+            solve=SAMPLERS[request.sampler],
+            denoiser=self._denoiser([text for text, _ in items], request),
+            noise=noise or self._noise(items, frames),
+            steps=request.steps,
+            defaults=self.config.generation,
+            frames=frames,
+            on_step=on_step,
+        )
 
-    def _frames(self, request: Request) -> int:
-        """Frames to sample: those asked for and a margin where the network knows such windows, else all."""
-        window, margin = self.representation.shape[-1], self.config.generation.margin
-        if margin is None:
-            return window
-        return min(math.ceil(request.seconds * self.sample_rate / self.representation.hop) + margin, window)
+    def _noise(self, items: list[tuple[str | None, int]], frames: int | None = None) -> ItemNoise:
+        return ItemNoise([seed for _, seed in items], self.representation.shape, self.device, frames)
+
+    def _windows(self, request: Request, known: int) -> list[tuple[int, int]]:
+        samples = round(request.seconds * self.sample_rate)
+        return plan_windows(samples, self.representation.hop, self.representation.shape[-1], known)
+
+    def _held(self, after: Sound) -> After:
+        """Hold the end of a sound, at most half a window of whole frames."""
+        hop, audio = self.representation.hop, after.fitted(self.representation)
+        frames = min(audio.shape[1] // hop, self.representation.shape[-1] // 2)
+        if frames == 0:
+            raise UserError(f"{after.name}: too short to go on from; give {hop / self.sample_rate:.3f} s or more")
+        end = audio[None, :, audio.shape[1] - frames * hop :].to(self.device)
+        return After(end, self.representation.encode(end).float())
+
+    @torch.no_grad()
+    def _extended(
+        self,
+        items: list[tuple[str | None, int]],
+        request: Request,
+        windows: list[tuple[int, int]],
+        held: After | None,
+        on_step: Callable[[], None],
+    ) -> Iterator[Tensor]:
+        """Yield successive sound (B, channels, any) of `windows` that go on from one another, and from `held`."""
+        hop, rate = self.representation.hop, self.sample_rate
+        noise, done, fade = self._noise(items), 0, int(CROSSFADE_SECONDS * rate)
+        after: Tensor | None = None  # how the last window would go on
+        for number, (known, samples) in enumerate(windows):
+            edit: Edit = Edit() if held is None else held
+            frames = edit.frames(self.representation, known * hop + samples, self.config.generation.margin)
+            noise.frames = frames
+            own = replace(request, start=max(request.start + done / rate - known * hop / rate, 0.0))
+            x = edit.sample(self.representation, self._sampling(items, own, frames, on_step, noise))
+            unused = (frames - known) * hop - samples
+            more = min(fade, unused) if number + 1 < len(windows) else 0
+            sound = edit.decode(self.representation, x, samples + more)
+            piece, tail = sound[..., :samples].clone(), sound[..., samples:]
+            if after is not None:
+                both = min(after.shape[2], samples)
+                ramp = torch.linspace(0, 1, both, device=piece.device)
+                piece[..., :both] = torch.lerp(after[..., :both], piece[..., :both], ramp)
+            yield piece
+            if more:
+                after, done, keep = tail, done + samples, windows[number + 1][0]
+                end = known + samples // hop
+                past = piece if held is None else torch.cat((held.audio.to(piece), piece), 2)
+                held = After(past[..., past.shape[2] - keep * hop :], x[..., end - keep : end])
 
     def _denoiser(self, texts: list[str | None], request: Request) -> Denoiser:
         network: Any = self.network
@@ -330,6 +458,12 @@ class StableAudio:
             if text is not None
             else {k: v for k, v in settings.items() if k not in ("prompt", *PROMPT_SETTINGS)}
         )
+
+
+def _steps_of(windows: list[tuple[int, int]], request: Request) -> int:
+    """Sampling steps of windows that go on from one another."""
+    steps = request.steps
+    return sum(steps_around(steps) if known else steps for known, _ in windows)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:

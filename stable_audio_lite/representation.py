@@ -60,6 +60,13 @@ class Representation(ABC):
     def decode(self, x: Tensor, samples: int) -> Tensor:
         """Decode data (B, ..., frames) to the first `samples` of their sound (B, audio_channels, samples), float32."""
 
+    def decode_between(self, x: Tensor, source: Tensor, first: int, last: int) -> Tensor:
+        """Decode data whose frames but first..last are of `source` (B, audio_channels, frames * hop).
+
+        The result is as long as the source. Frames far from those in between may be anything.
+        """
+        return self.decode(x[..., : source.shape[2] // self.hop], source.shape[2])
+
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to `device`, networks in `dtype`; returns self."""
@@ -98,6 +105,10 @@ class LatentRepresentation(Representation):
         frames = math.ceil(samples / self.hop) + _DECODE_MARGIN
         latents = x[..., :frames] * self.std + self.mean
         return self.vae.decode_chunked(latents)[..., :samples].float()
+
+    def decode_between(self, x: Tensor, source: Tensor, first: int, last: int) -> Tensor:
+        latents = x[..., : source.shape[2] // self.hop] * self.std + self.mean
+        return self.vae.decode_between(latents, source, first, last).float()
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Normalise the VAE's latents (..., C, F) for a network."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,21 @@ class Generated:
         return write_audio(path, self.audio[index], self.sample_rate, self.settings[index])
 
 
+@dataclass(frozen=True)
+class Extension:
+    """Sound that is generated as it is taken, piece by piece.
+
+    Attributes:
+        pieces: successive (C, any) float32 on the CPU.
+        sample_rate: Hz.
+        settings: as `Generated.settings`, of this one item.
+    """
+
+    pieces: Iterator[Tensor]
+    sample_rate: int
+    settings: dict[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """The checked settings that all items of one call share.
@@ -82,12 +97,14 @@ class Limits:
 
     Attributes:
         sample_rate: Hz.
-        window: length of the longest sound in seconds.
+        window: length in seconds of a sound that nothing is said about.
+        most: length in seconds of the longest sound.
         longest: length in seconds of the longest piece that the timing embeddings cover; infinite without them.
     """
 
     sample_rate: int
     window: float
+    most: float
     longest: float = math.inf
 
 
@@ -98,23 +115,25 @@ def make_request(
     seconds: float | None,
     seconds_start: float | None,
     seconds_total: float | None,
+    timing: Callable[[float], tuple[float, float]],
     steps: int | None,
     cfg: float | None,
     rescale: float | None,
     negative: str | None,
     sampler: str | None,
 ) -> Request:
-    """Check settings, a model's `defaults` taking the place of None.
+    """Check settings, a model's `defaults` and the `timing` of a length taking the place of None.
 
     Raises:
         UserError: a setting is out of range.
     """
     length = limits.window if seconds is None else float(seconds)
-    start = 0.0 if seconds_start is None else float(seconds_start)
+    begins, ends = timing(length)
+    start = begins if seconds_start is None else float(seconds_start)
     request = Request(
         seconds=length,
         start=start,
-        total=start + length if seconds_total is None else float(seconds_total),
+        total=start + ends - begins if seconds_total is None else float(seconds_total),
         steps=defaults.steps if steps is None else steps,
         cfg=defaults.cfg if cfg is None else float(cfg),
         rescale=defaults.rescale if rescale is None else float(rescale),
@@ -132,11 +151,9 @@ def _check(request: Request, limits: Limits) -> None:
         raise UserError(f"unknown sampler '{request.sampler}'; choose one of {', '.join(SAMPLERS)}")
     if not (math.isfinite(request.cfg) and 0 <= request.rescale <= 1):
         raise UserError(f"cfg must be finite and rescale in 0..1, got {request.cfg} and {request.rescale}")
-    if not 0.5 / limits.sample_rate < request.seconds <= limits.window:
-        raise UserError(
-            f"seconds must lie above 0 and at most {math.floor(limits.window * 1000) / 1000}, the window of this "
-            f"model, got {request.seconds}"
-        )
+    if not 0.5 / limits.sample_rate < request.seconds <= limits.most:
+        most = f" and at most {math.floor(limits.most * 1000) / 1000}" if math.isfinite(limits.most) else ""
+        raise UserError(f"seconds must lie above 0{most}, got {request.seconds}")
     if not 0 <= request.start <= request.total <= limits.longest:
         raise UserError(
             f"expected 0 <= seconds_start <= seconds_total <= {limits.longest}, got {request.start} and {request.total}"

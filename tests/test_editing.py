@@ -52,7 +52,7 @@ def test_a_circle_has_no_place_that_is_special() -> None:
 
     x = torch.randn(1, 2, 13)
     expected = sum(x.roll(shift, -1) for shift in range(-2, 3)) / 5
-    circular = Circular(blur, margin=2)
+    circular = Circular(blur, 2, 2)
     for _ in range(5):
         torch.testing.assert_close(circular(x, torch.ones(1)), expected)
     assert not torch.allclose(blur(x, torch.ones(1)), expected)
@@ -66,7 +66,7 @@ def test_the_seam_wanders() -> None:
         starts.append(int(x[0, 0, 1]))
         return x
 
-    circular, x = Circular(denoiser, margin=1), torch.arange(40.0).expand(1, 1, 40)
+    circular, x = Circular(denoiser, 1, 1), torch.arange(40.0).expand(1, 1, 40)
     for _ in range(20):
         assert torch.equal(circular(x, torch.ones(1)), x)
     assert len(set(starts)) > 15

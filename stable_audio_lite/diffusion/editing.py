@@ -58,20 +58,20 @@ class Circular:
     on round the circle on both sides.
 
     Args:
-        denoiser: of T + 2 margin frames.
-        margin: frames that are repeated on each side.
+        denoiser: of before + T + after frames.
+        before, after: frames that are repeated on each side.
     """
 
-    def __init__(self, denoiser: Denoiser, margin: int) -> None:
-        self.denoiser, self.margin, self.calls = denoiser, margin, 0
+    def __init__(self, denoiser: Denoiser, before: int, after: int) -> None:
+        self.denoiser, self.before, self.after, self.calls = denoiser, before, after, 0
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ..., T) = x0 + sigma eps, sigma (B,)."""
         frames = x.shape[-1]
         turn = round(self.calls * _GOLDEN % 1 * frames)
         self.calls += 1
-        places = (torch.arange(-self.margin, frames + self.margin, device=x.device) + turn) % frames
-        estimate = self.denoiser(x[..., places], sigma)[..., self.margin : self.margin + frames]
+        places = (torch.arange(-self.before, frames + self.after, device=x.device) + turn) % frames
+        estimate = self.denoiser(x[..., places], sigma)[..., self.before : self.before + frames]
         return estimate.roll(turn, -1)
 
 
