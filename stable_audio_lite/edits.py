@@ -171,7 +171,7 @@ class Edit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What describes it in the settings of a sound."""
+        """Description of it in the settings of a sound."""
         return {}
 
 
