@@ -46,6 +46,8 @@ class MultiResolutionSTFTLoss(nn.Module):
         mel: add the distance on mel bands.
     """
 
+    fir: Tensor | None
+
     def __init__(
         self,
         sample_rate: int,
@@ -134,6 +136,8 @@ class WaveformLoss(nn.Module):
     Args:
         floor: smallest norm, relative to full scale, that errors are measured against.
     """
+
+    fir: Tensor
 
     def __init__(self, sample_rate: int, floor: float = 1e-3):
         super().__init__()
