@@ -51,6 +51,15 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> tup
     return padded, padded != PAD_TOKEN
 
 
+def unread_parts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """The end of each text that `tokenize` cuts off, "" where it reads all of it."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    found = zip(texts, tokenizer.encode_batch(list(texts)), strict=True)
+    # The end token takes the last of the places.
+    return [text[e.offsets[max_tokens - 1][0] :].strip() if len(e.ids) > max_tokens else "" for text, e in found]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:
     """Learn at most `vocab_size` tokens from `texts`; a text becomes `<s> tokens </s>`, lower-cased.
 
