@@ -30,6 +30,7 @@ RATES = (1000, 768000)
 """Lowest and highest sample rate in Hz that is taken for one."""
 
 _BLOCK = 1 << 18  # frames read at once: a length that is a lie asks for no memory
+_PREROLL = 1 << 14  # frames decoded before those that are read
 _ENDLESS = 1 << 48  # frames; a length beyond stands for an unknown one
 _SHORTENED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "OGG")
 
@@ -119,7 +120,8 @@ class AudioFile:
             raise UserError(f"{path}: can't be opened ({' '.join(str(error).split())[:160]})") from error
         try:
             self.sample_rate, self.channels, self.format = file.samplerate, file.channels, file.format
-            self._seeks = file.seekable()
+            # In MP3s libsndfile seeks to about the place, and in a stream without a length not at all.
+            self._seeks = file.format != "MP3" and not _unknown_length(file)
             if not RATES[0] <= self.sample_rate <= RATES[1]:
                 low, high = RATES
                 raise UserError(f"{path}: has a rate of {self.sample_rate} Hz, allowed are {low} to {high}; mend it")
@@ -150,8 +152,8 @@ class AudioFile:
         Raises:
             UserError: the file is damaged or truncated there, or holds NaN.
         """
-        if self._seeks and begin != self._at:
-            self._seek(begin)
+        if self._seeks and begin != self._at:  # after a seek, a lossy decoder's first samples are not right
+            self._seek(max(begin - _PREROLL, 0) if self.format == "OGG" else begin)
         parts = []
         while self._at < end:
             first = self._at
@@ -251,10 +253,7 @@ def _opened(path: AudioSource) -> soundfile.SoundFile:
     if file.format in _SHORTENED and (loss := _shortened(file.extra_info)):
         file.close()
         raise UserError(f"{path}: truncated, {loss}; fetch it again")
-    if file.format == "MP3" or _unknown_length(file):
-        # In MP3s libsndfile seeks to about the place, and in a stream without a length not at all; soundfile would
-        # seek after each read.
-        file.seekable = lambda: False
+    file.seekable = lambda: False  # else soundfile seeks after each read, which in lossy files leads elsewhere
     return file
 
 
@@ -314,17 +313,24 @@ def _without_length(path: AudioSource) -> _Endless | None:
 
 
 def _with_length(path: AudioSource) -> Window | None:
-    """Open a CAF that was written to a pipe as if its length were in its header, as libsndfile needs it."""
+    """Open a CAF that was written to a pipe, or a WAV that was never closed, as if its header told the length."""
     file = path.open() if isinstance(path, Stored) else open(path, "rb")
-    size, place = file.seek(0, io.SEEK_END), 8
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    if file.read(4) == b"caff":
-        while place + 12 <= size:
-            file.seek(place)
-            kind, length = struct.unpack(">4sq", file.read(12))
-            if kind == b"data" and length == -1:
-                return Window(file, 0, size, place + 4, struct.pack(">q", size - place - 12))
-            place += 12 + max(length, 0)
+    head = file.read(12)
+    # For each: where chunks begin, their header's layout, and the length that stands for an unknown one.
+    kinds = {b"caff": (8, ">4sq", -1), b"RIFF": (12, "<4sI", 0)}
+    place, layout, unknown = kinds.get(head[:4], (size, "<4sI", 0))
+    width = struct.calcsize(layout)
+    while place + width < size:
+        file.seek(place)
+        kind, length = struct.unpack(layout, file.read(width))
+        if kind == b"data":
+            if length == unknown and (unknown or int.from_bytes(head[4:8], "little") <= place):
+                left = struct.pack(layout[0] + layout[-1], min(size - place - width, 0xFFFFFFFF))
+                return Window(file, 0, size, place + 4, left)
+            break
+        place += width + max(length, 0) + (length % 2 if head[:4] == b"RIFF" else 0)
     file.close()
     return None
 
