@@ -270,8 +270,8 @@ def test_a_scaled_loss_gives_the_same_updates_and_overflow_is_not_bad(data: Path
     assert burst.scaler.get_scale() == 2.0**125
     # The scale goes on from a checkpoint.
     state = Resumable(burst.task.modules, burst.optimizers, {})
-    _checkpoint(burst.run, 1, state, burst)
-    assert _resume(tmp_path / "run", state, scaled) == 1
+    _checkpoint(burst.run, 1, state, burst, {})
+    assert _resume(tmp_path / "run/checkpoints/step_00000001", state, scaled) == 1
     assert scaled.scaler.get_scale() == 2.0**125
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stable_audio_lite.bundle import weights_hash
 from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
@@ -20,6 +23,13 @@ class FrozenClap:
 
     text: TextEncoder
     parts: Mapping[str, dict[str, Tensor]]
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits that identify the text encoder, tokenizer included."""
+        tokenizer = json.loads(self.text.tokenizer.to_str())
+        words = json.dumps({key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")})
+        return hashlib.sha256((weights_hash(self.parts["text_encoder"]) + words).encode()).hexdigest()[:12]
 
     def check_same(self, theirs: Mapping[str, Tensor], bundle: str, source: str) -> None:
         """Refuse to continue from `bundle` if its text encoder isn't this one, which came from `source`.

@@ -117,7 +117,6 @@ class TrainingTask(ABC):
         modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
-        tensors: all other tensors that change in place during training, by name; saved and resumed.
         parts: parts gathered one at a time where weights are sharded, {} if they can't be: see training.shard.
         batch_size: items per process and batch.
         items: number of items in an epoch.
@@ -134,11 +133,21 @@ class TrainingTask(ABC):
     frozen: dict[str, nn.Module] = {}
     demonstrate_every: int = 0
     criterion: str = ""
-    tensors: dict[str, Tensor] = {}
     parts: Parts = {}
 
     def begin(self, state: Resumable) -> None:  # noqa: B027
         """Load into `state` what a new run takes over from another; called before its first step."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe what the weights depend on, by the keys of the configuration, as nested mappings of plain values."""
+
+    def keep(self) -> dict[str, Any]:
+        """Plain values that the run keeps from its first step on, whatever they would be now."""
+        return {}
+
+    def take(self, kept: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what the run kept; called once its weights are loaded."""
 
     @abstractmethod
     def batch(self, number: int, rank: int, world: int) -> Any:

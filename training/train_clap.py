@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import CLIP_FRAMES, SAMPLE_RATE, log_mel, mel_views, repeat_pad
 from stable_audio_lite.clap.model import Clap, retrieval
 from stable_audio_lite.clap.tokenizer import UNKNOWN_TOKEN, tokenize, train_tokenizer
-from stable_audio_lite.config import load_config
+from stable_audio_lite.config import load_config, to_dict
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
@@ -239,6 +239,18 @@ class ClapTask(TrainingTask):
         assert isinstance(clap, Clap)
         save_bundle(folder, self.model, split_clap(clap), self.tokenizer.to_str())
         save_transformers(clap, folder.parent / "transformers")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": {"clap": to_dict(self.model.clap)}, "freeze_text": self.config.freeze_text}
+
+    def keep(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.to_str()}
+
+    def take(self, kept: dict[str, Any]) -> None:
+        if "tokenizer" in kept:
+            from tokenizers import Tokenizer
+
+            self.tokenizer = self._unwrapped.tokenizer = Tokenizer.from_str(kept["tokenizer"])
 
     @property
     def _unwrapped(self) -> Clap:

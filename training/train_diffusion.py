@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.bundle import load_part, read_part, save_bundle
+from stable_audio_lite.config import to_dict
 from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
@@ -39,7 +40,7 @@ from training.frozen import FrozenClap, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
 from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
-from training.update import Update
+from training.update import Update, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,21 @@ class DiffusionTask(TrainingTask):
             add_lora(network_of(model), config.lora)
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
+
+    def fingerprint(self) -> dict[str, Any]:
+        model = to_dict(self.model)
+        facts = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
+        if isinstance(self.representation, LatentRepresentation):
+            facts["vae"] = f"encoder {self.representation.hash[:12]}"
+        if self.clap is not None:
+            facts["clap"] = f"text encoder {self.clap.hash}"
+        return facts | {"lora": to_dict(self.config.lora) if self.config.lora else None}
+
+    def take(self, kept: dict[str, Any]) -> None:
+        """Normalise latents by the statistics that the U-Net has had from the start."""
+        network = network_of(unwrap(self.modules["model"]))
+        if isinstance(network, UNet) and isinstance(latents := self.representation, LatentRepresentation):
+            latents.mean, latents.std = (v.cpu()[:, None] for v in (network.latent_mean, network.latent_std))
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
         seed, size = self.config.run.seed, self.batch_size
