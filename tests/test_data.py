@@ -201,9 +201,9 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
     names = [item.name for item in items]
-    assert cache.holds(0, names) and cache.holds(1, names) and not cache.holds(2, names)
+    assert [list(cache.held(shard, names) or ()) for shard in (0, 1)] == [[0], [2]] and cache.held(2, names) is None
     with pytest.raises(UserError, match=f"latent of {items[0].name}"):
-        cache.holds(0, ["other.wav", *names[1:]])
+        cache.held(0, ["other.wav", *names[1:]])
 
 
 def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The frozen CLAP that a U-Net is trained with."""
+"""Networks that earlier stages trained: whether they are there, and the frozen CLAP that a U-Net is trained with."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from stable_audio_lite.bundle import weights_hash
+from stable_audio_lite.bundle import SHIPPED, weights_hash
 from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.errors import UserError
+
+
+def check_stage(key: str, path: str | None, trainers: str) -> None:
+    """Refuse the path of a bundle that is not trained yet; ids on the hub and single files of weights may be elsewhere.
+
+    Raises:
+        UserError: names the key and the `trainers` to run first.
+    """
+    if path is None or path in SHIPPED or Path(path).suffix in (".pt", ".pth", ".ckpt"):
+        return
+    if (Path(path) / "bundle").is_dir():
+        raise UserError(f"{key}: {path} is the folder of a run; give {Path(path) / 'bundle'}")
+    if not Path(path).exists() and (key != "clap" or len(Path(path).parts) != 2):
+        raise UserError(f"{key}: {path} is not there yet; run {trainers} to its end first, or give another bundle")
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def _fit(
     about = {"fingerprint": own, "kept": task.keep()}
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _announce(accelerator, run, config, start)
+        _announce(accelerator, run, (*task.notes, *changed_settings(output, config)), start)
         tidy(output / "checkpoints")
         save_config(config, output / "config.yaml")
     accelerator.init_trackers("logs")
@@ -123,14 +123,12 @@ def _fit(
     return bundle
 
 
-def _announce(accelerator: Accelerator, run: RunConfig, config: Any, start: int) -> None:
-    """Say what the run is about to do, and what differs in it from the last time."""
+def _announce(accelerator: Accelerator, run: RunConfig, notes: Iterable[str], start: int) -> None:
+    """Say what the run is about to do, with `notes` on its settings."""
     count, number_type = accelerator.num_processes, "float32" if run.precision == "no" else run.precision
     words = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {number_type}, "
     words += f"{run.output}: from step {start} to {run.steps}"
-    if changed := changed_settings(Path(run.output), config):
-        words += f"; {'; '.join(changed)}"
-    print(words, file=sys.stderr, flush=True)
+    print("; ".join((words, *notes)), file=sys.stderr, flush=True)
 
 
 def _resume(checkpoint: Path, state: Resumable, update: Update) -> int:

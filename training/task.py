@@ -122,6 +122,7 @@ class TrainingTask(ABC):
         items: number of items in an epoch.
         frozen: networks that are used but not trained, by name.
         demonstrate_every: steps between demonstrations; 0 for none.
+        notes: remarks on the settings, for the run's first lines.
         criterion: name of the held-out metric that selects the best weights, the smaller the better; "" for none.
     """
 
@@ -132,6 +133,7 @@ class TrainingTask(ABC):
     items: int
     frozen: dict[str, nn.Module] = {}
     demonstrate_every: int = 0
+    notes: tuple[str, ...] = ()
     criterion: str = ""
     parts: Parts = {}
 

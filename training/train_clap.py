@@ -30,6 +30,7 @@ from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.systems import StableAudioConfig
 from training.command import main
+from training.frozen import check_stage
 from training.loop import fit
 from training.noise import generator
 from training.task import OptimizerConfig, RunConfig, TrainingTask
@@ -120,6 +121,7 @@ class ClapTask(TrainingTask):
 
     def __init__(self, config: TrainClapConfig):
         self.config = config
+        check_stage("initial", config.initial, "training.train_clap")
         self.model = load_config(config.model, StableAudioConfig)
         self.batch_size = config.batch_size
         self.pieces = [item for folder in config.data for item in _captioned(folder)]

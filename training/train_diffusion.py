@@ -36,7 +36,7 @@ from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, load
 from training.command import main
 from training.denoising import Conditioned, DemosConfig, loss_by_level, stratified_shares
 from training.examples import Examples, LatentWindows, SoundExamples, latent_statistics
-from training.frozen import FrozenClap, load_frozen_clap
+from training.frozen import FrozenClap, check_stage, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
 from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
@@ -64,7 +64,8 @@ class TrainDiffusionConfig:
             LoRA.
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest share of the noise levels that is trained. A generator that ends above that level
-            (generation.sigma_min of the model) has no use for those below, where most of the loss is.
+            (generation.sigma_min of the model) has no use for those below, where most of the loss is. None: all levels,
+            or, with `initial`, those down to where that bundle's generator ends: it may never have seen others.
         time_shift: above 1, more of the noise levels are near 1, where the content is decided: half of them are above
             time_shift / (1 + time_shift) if lowest_time is 0.
         gain_db: for sound, the level of each crop is changed by up to this many dB either way.
@@ -86,7 +87,7 @@ class TrainDiffusionConfig:
     lora: LoraConfig | None = None
     batch_size: int = 16
     condition_dropout: float = 0.1
-    lowest_time: float = 0.0
+    lowest_time: float | None = None
     time_shift: float = 1.0
     gain_db: float = 0.0
     max_unreadable: float = 0.01
@@ -108,7 +109,7 @@ class TrainDiffusionConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in 0..1, got {self.condition_dropout}")
-        if not 0 <= self.lowest_time < 1:
+        if not 0 <= (self.lowest_time or 0.0) < 1:
             raise ValueError(f"lowest_time must be at least 0 and below 1, got {self.lowest_time}")
         if not self.time_shift > 0:
             raise ValueError(f"time_shift must be above 0, got {self.time_shift}")
@@ -123,9 +124,13 @@ class DiffusionTask(TrainingTask):
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
+        check_stage("vae", config.vae, "training.train_vae")
+        check_stage("clap", config.clap, "training.train_clap")
+        check_stage("initial", config.initial, "training.train_diffusion")
         self.model = load_system(config.model)
         self.process, self.batch_size = self.model.process, config.batch_size
         self.criterion = f"held_out/{self.process.objective}"
+        self.lowest_time = self._lowest_time()
         self.demonstrate_every = config.demos.every if config.demos else 0
         self.clap = self._load_clap()
         self.representation = self._load_representation()
@@ -166,7 +171,7 @@ class DiffusionTask(TrainingTask):
         numbers = item_numbers(number, rank, world, size)
         batch = self.examples.batch(number, rank, world, size, seed)
         own, draws = slice(rank * size, (rank + 1) * size), generator(seed, number)
-        shares = stratified_shares(world * size, draws, self.config.lowest_time, self.config.time_shift)
+        shares = stratified_shares(world * size, draws, self.lowest_time, self.config.time_shift)
         return batch | {
             "eps": item_noise(seed, numbers, tuple(batch["x0"].shape[1:])),
             "shares": shares[own],
@@ -201,7 +206,7 @@ class DiffusionTask(TrainingTask):
             numbers = range(first, min(first + self.batch_size, count))
             batch = self.validation.draw(numbers, 0)
             batch["eps"] = item_noise(0, numbers, tuple(batch["x0"].shape[1:]))
-            lowest = self.config.lowest_time
+            lowest = self.lowest_time
             batch["shares"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
             batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
             shares.append(batch["shares"])
@@ -236,6 +241,17 @@ class DiffusionTask(TrainingTask):
             else:
                 model = StableAudio.from_pretrained(exported, device=device)
             return self.config.demos.sounds(model)
+
+    def _lowest_time(self) -> float:
+        config = self.config
+        if config.lowest_time is not None or not config.initial:
+            return config.lowest_time or 0.0
+        theirs = load_system(config.initial)
+        shares = torch.linspace(0, 1, 10_001)
+        alpha, sigma = theirs.process.alpha_sigma(theirs.process.at(shares))
+        lowest, end = float(shares[sigma >= theirs.generation.sigma_min * alpha][0]), theirs.generation.sigma_min
+        self.notes = (f"lowest_time {lowest:.3g}, as {config.initial} generates down to sigma_min {end:g}",)
+        return lowest
 
     def _load_clap(self) -> FrozenClap | None:
         name = self.config.model

@@ -26,6 +26,7 @@ from stable_audio_lite.models.vae import VAE, Posterior
 from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.checkpoint import Resumable, warm_start
 from training.command import main
+from training.frozen import check_stage
 from training.loop import fit
 from training.losses import (
     MultiResolutionSTFTLoss,
@@ -126,6 +127,7 @@ class VAETask(TrainingTask):
 
     def __init__(self, config: TrainVAEConfig):
         self.config = config
+        check_stage("initial", config.initial, "training.train_vae")
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         kind = self.model.vae.kind
