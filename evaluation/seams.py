@@ -68,7 +68,7 @@ class Agreement:
 def inpainted(model: StableAudio, prompt: HeldOutPrompt, seed: int) -> tuple[Tensor, list[int]]:
     """A recording with its middle made anew, and its seams: the middles of the fades."""
     rate, fade = model.sample_rate, CROSSFADE_SECONDS / 2
-    source = Sound.read(prompt.item.path, rate)
+    source = Sound.read(str(prompt.item.path), rate)
     source = Sound(source.audio[:, : round(prompt.seconds * rate)], rate, source.name)
     gap = (_GAP[0] * prompt.seconds, _GAP[1] * prompt.seconds)
     made = model.generate(prompt.text, seed=seed, edit=Inpainting(source, [gap]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.stft import stft
-from stable_audio_lite.models.spectrogram_vae import SpectrogramEncoder
+from stable_audio_lite.models.spectrogram_vae import SpectrogramEncoder, level_importance, stereo_pooling
 
 Maps = list[tuple[Tensor, list[Tensor]]]
 
@@ -45,6 +45,8 @@ class MultiResolutionSTFTLoss(nn.Module):
         floor: smallest magnitude that counts in the logarithm, relative to a full-scale sine's peak bin.
         mel: add the distance on mel bands.
     """
+
+    fir: Tensor | None
 
     def __init__(
         self,
@@ -135,6 +137,8 @@ class WaveformLoss(nn.Module):
         floor: smallest norm, relative to full scale, that errors are measured against.
     """
 
+    fir: Tensor
+
     def __init__(self, sample_rate: int, floor: float = 1e-3):
         super().__init__()
         self.floor = floor
@@ -155,26 +159,33 @@ class SpectralFeatureLoss(nn.Module):
     """Distances between the spectrogram VAE's features.
 
     Logarithms of magnitudes weight quiet and loud parts alike; square roots of magnitudes, relative to their mean in
-    the item, weight loud parts more. Stereo parameters are weighted by the square root of the level of their frame.
+    the item, weight loud parts more. Frequencies count half as bins do and half as the ear does (`level_importance`).
+    Stereo parameters are weighted by the square root of the level of their frame and of their band.
 
     Args:
         encoder: the one that normalised the features.
     """
 
+    importance: Tensor
+    stereo_pooling: Tensor
+
     def __init__(self, encoder: SpectrogramEncoder):
         super().__init__()
         self.encoder = encoder
+        self.register_buffer("importance", level_importance()[:, None], persistent=False)
+        self.register_buffer("stereo_pooling", stereo_pooling(), persistent=False)
 
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Distances "features/log", "features/root" and "features/stereo" of packed (B, C, F) features."""
         got, wanted = self.encoder.unpack(output), self.encoder.unpack(target)
         root = (0.5 * wanted.levels).exp()
-        errors = ((0.5 * got.levels).exp() - root).abs().mean((1, 2))
-        loudness = root.mean(1, keepdim=True).unflatten(2, (-1, 2)).mean(3)[:, None]  # B, 1, 1, F
+        errors = (((0.5 * got.levels).exp() - root).abs() * self.importance).mean((1, 2))
+        pairs = root.unflatten(2, (-1, 2)).mean(3)
+        loudness = (pairs.mean(1, keepdim=True) + self.stereo_pooling @ pairs)[:, None]  # B, 1, bands, F
         stereo = (got.stereo - wanted.stereo).abs() * loudness / loudness.mean((1, 2, 3), keepdim=True)
         return {
-            "features/log": (got.levels - wanted.levels).abs().mean(),
-            "features/root": (errors / root.mean((1, 2))).mean(),
+            "features/log": ((got.levels - wanted.levels).abs() * self.importance).mean(),
+            "features/root": (errors / (root * self.importance).mean((1, 2))).mean(),
             "features/stereo": stereo.mean(),
         }
 

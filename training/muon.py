@@ -76,12 +76,13 @@ class Muon(AdamW):
             parameter.grad = grad
 
     def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
-        state = self.state[parameter]
+        state, gradient = self.state[parameter], parameter.grad
+        assert gradient is not None
         if "momentum" not in state:
             state["step"] = torch.zeros(())  # AdamW expects to find one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
-        update = full(parameter.grad.lerp(state["momentum"], self.momentum)).flatten(1)
+        state["momentum"].lerp_(gradient, 1 - self.momentum)
+        update = full(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
         # Rows longer than columns would otherwise move less per entry (the usual shape factor).
         shape_factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])

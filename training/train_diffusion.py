@@ -9,6 +9,7 @@ exports a complete bundle.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,14 +221,14 @@ class DiffusionTask(TrainingTask):
         if self.config.lora:
             save_lora(folder, network_of(model), self.config.lora, self.representation.hash)
             return
-        parts = {self.model.part: network_of(model).state_dict()}
+        parts: dict[str, Mapping[str, Tensor]] = {self.model.part: network_of(model).state_dict()}
         if self.config.vae:
             parts["vae"] = read_part(self.config.vae, "vae")
         if self.clap is None:
             save_bundle(folder, self.model, parts)
             return
         assert isinstance(model, Conditioned)
-        parts |= self.clap.parts | {"conditioner": model.conditioner.state_dict()}
+        parts |= {**self.clap.parts, "conditioner": model.conditioner.state_dict()}
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
 
     def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:

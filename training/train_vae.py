@@ -23,6 +23,7 @@ from stable_audio_lite.models.dac import read_dac, state_from_dac
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.spectrogram_vae import SpectrogramVAE
 from stable_audio_lite.models.vae import VAE, Posterior
+from stable_audio_lite.models.waveform_vae import WaveformVAE
 from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.checkpoint import Resumable, warm_start
 from training.command import main
@@ -266,6 +267,8 @@ class VAETask(TrainingTask):
 def _start_from(source: str, vae: VAE, model: StableAudioConfig, keep_latents: bool) -> None:
     """Load a bundle's VAE, or a DAC's; `keep_latents` refuses a bundle that is configured to make others."""
     if Path(source).suffix in (".pth", ".pt"):
+        if not isinstance(vae, WaveformVAE):
+            raise UserError(f"initial: {source} is for a VAE of kind waveform, the model's is {model.vae.kind}")
         vae.load_state_dict(state_from_dac(read_dac(source).state, vae))
         return
     theirs = load_model_config(source)

@@ -113,8 +113,8 @@ def octave_errors(output: Tensor, target: Tensor, sample_rate: int) -> tuple[flo
 
 def mean_fidelity(rows: Sequence[Fidelity]) -> Fidelity:
     """The mean of each distance."""
-    values = {f.name: np.mean([getattr(row, f.name) for row in rows], axis=0) for f in fields(Fidelity)}
-    return Fidelity(**{k: tuple(v.tolist()) if v.ndim else float(v) for k, v in values.items()})
+    means = {f.name: np.mean([getattr(row, f.name) for row in rows], axis=0).tolist() for f in fields(Fidelity)}
+    return Fidelity(**means | {"octaves_db": tuple(means["octaves_db"])})
 
 
 @lru_cache(maxsize=1)

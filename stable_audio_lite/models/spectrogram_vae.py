@@ -400,6 +400,27 @@ class SpectrumStream:
 _PACKED = PAIR * _LEVELS + 3 * _STEREO
 
 
+def level_importance() -> Tensor:
+    """(320,) weights of mean 1 of levels: half equal, half the share of an ear's band (ERB) that they cover.
+
+    Bins are equally wide, but the ear tells pitches of the bass, where a semitone is less than a bin, as well as those
+    above. Equivalent rectangular bandwidths after Glasberg & Moore (1990).
+    """
+    edges = np.geomspace(_SINGLE, _BINS - 1, _BANDS + 2)
+    centres = np.concatenate((np.arange(_SINGLE), edges[1:-1])) * (22050 / (_BINS - 1))
+    widths = np.concatenate((np.ones(_SINGLE), (edges[2:] - edges[:-2]) / 2)) * (22050 / (_BINS - 1))
+    covered = widths / (24.7 * (0.00437 * centres + 1))
+    return torch.from_numpy(0.5 + 0.5 * covered / covered.mean()).float()
+
+
+def stereo_pooling() -> Tensor:
+    """(32, 320): means of the levels that lie in each band of stereo parameters."""
+    levels = np.concatenate((np.arange(_SINGLE), _log_bands()[1]))
+    bands, _ = _stereo_bands()
+    inside = bands[:, np.round(levels).astype(int)]
+    return torch.from_numpy(inside / inside.sum(1, keepdims=True).clip(1)).float()
+
+
 def _log_bands() -> tuple[np.ndarray, np.ndarray]:
     """(64, bins) triangles on a logarithmic scale above the single bins, each of sum 1, and their centres (64,)."""
     edges = np.geomspace(_SINGLE, _BINS - 1, _BANDS + 2)
