@@ -106,12 +106,13 @@ class _Encoder:
 
     def __init__(self, vae: VAE, items: Sequence[Item], sample_rate: int, unreadable: Unreadable, bar: tqdm[Any]):
         self.vae, self.items, self.sample_rate = vae, items, sample_rate
+        self.names = [item.name for item in items]
         self.unreadable, self.bar = unreadable, bar
         self.kept = self.captioned = self.encoded = 0
 
     def renew(self, cache: LatentCache, shard: int) -> None:
         """Write a shard unless all that it holds, or could hold, is there already."""
-        held = cache.held(shard, [item.name for item in self.items])
+        held = cache.held(shard, self.names)
         hashes = {n: content_hash(self.items[n].path) for n in held or ()}
         current = {n: _described(e, self.items[n]) for n, e in (held or {}).items() if e.about.audio == hashes[n]}
         same = sum(entry is (held or {})[n] for n, entry in current.items())
