@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,23 @@ def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path)
     others.add("a.wav", UserError("no audio"))
     with pytest.raises(UserError, match="no network.*2 of 5 files.*max_unreadable allows 20.00%"):
         mine.add("s3://far.wav", UserError("no network"))
+
+
+def test_mended_files_are_forgotten(folder: Path, tmp_path: Path) -> None:
+    """A file that has changed since, or is there at last, no longer counts; one that is as broken as it was does."""
+    broken = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
+    for path in broken[:2]:
+        path.write_bytes(b"no audio")
+    unreadable = Unreadable(6, 0.5, tmp_path / "run")
+    for path in broken:
+        unreadable.add(path, UserError("broken"))
+    assert len(Unreadable(6, 0.5, tmp_path / "run")) == 3
+    for path in broken[1:]:
+        shutil.copy(folder / "0.wav", path)
+    again = Unreadable(6, 0.2, tmp_path / "run")
+    assert list(again.reasons) == [str(broken[0])]
+    listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in listed] == [str(broken[0])]
 
 
 def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> None:
