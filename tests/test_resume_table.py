@@ -183,7 +183,7 @@ TABLE: list[tuple[str, str, Change, str | None]] = [
     ),
     ("vae", "a larger judge", setting(discriminator__filters=8), "discriminator.filters was 4, is 8"),
     ("vae", "no judge", setting(discriminator=None, discriminator_optimizer=None), "discriminator was .*, is none"),
-    ("vae", "the model", model(TINY, vae__decoder_width=16), "model.vae.decoder_width was 32, is 16"),
+    ("vae", "the model", model(TINY, vae__encoder_width=8), "model.vae.encoder_width was 4, is 8"),
     (
         "vae",
         "a frozen encoder",

@@ -215,6 +215,7 @@ def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], 
     assert json.loads((tmp_path / "clap/unreadable.jsonl").read_text())["file"].endswith("3.wav")
 
 
+@pytest.mark.long
 def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """SIGKILL at a random moment leaves whole shards only; the same command ends with the cache of one whole run."""
     many, cache = tmp_path / "many", tmp_path / "latents"

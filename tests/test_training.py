@@ -60,6 +60,7 @@ def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, 
     assert_same_weights(whole / "bundle", parts / "bundle")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kills", "steps"), [("vae", 10, 150), ("clap", 1, 60), ("diffusion", 1, 60)])
 def test_killed_trainer_goes_on(
     name: str, kills: int, steps: int, data: Path, bundles: dict[str, Path], tmp_path: Path
@@ -480,6 +481,7 @@ def test_half_precision_needs_a_gpu(data: Path, tmp_path: Path) -> None:
         forget_precision()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vae", "diffusion"])
 def test_two_processes_equal_one_with_the_doubled_batch(
     name: str, data: Path, bundles: dict[str, Path], tmp_path: Path

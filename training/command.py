@@ -33,7 +33,8 @@ def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None
         try:
             print(run(load_config(arguments.config, cls)))
         except Stopped as stop:
-            print(stop, file=sys.stderr)
+            if message := str(stop):
+                print(message, file=sys.stderr)
             return 128 + stop.number
         return 0
 

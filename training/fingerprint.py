@@ -43,6 +43,8 @@ def check_fingerprint(checkpoint: Path, was: dict[str, Any], now: dict[str, Any]
 
 
 def changed_settings(output: Path, config: Any) -> list[str]:
-    """Words for each setting of the run in `output` that differs from when it was last started."""
-    file = output / "config.yaml"
-    return differences(read_yaml(file), to_dict(config)) if file.is_file() else []
+    """Words for each setting of the run in `output` that differs from when it was last started, if that is known."""
+    try:
+        return differences(read_yaml(output / "config.yaml"), to_dict(config))
+    except UserError:
+        return []

@@ -18,8 +18,8 @@ from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.errors import UserError
 
 
-def check_stage(key: str, path: str | None, trainers: str) -> None:
-    """Refuse the path of a bundle that is not trained yet; ids on the hub and single files of weights may be elsewhere.
+def check_stage(key: str, path: str | None, trainers: str, *, hub: bool = False) -> None:
+    """Refuse the path of a bundle that is not trained yet; with `hub`, a/b may be an id on the hub.
 
     Raises:
         UserError: names the key and the `trainers` to run first.
@@ -28,7 +28,7 @@ def check_stage(key: str, path: str | None, trainers: str) -> None:
         return
     if (Path(path) / "bundle").is_dir():
         raise UserError(f"{key}: {path} is the folder of a run; give {Path(path) / 'bundle'}")
-    if not Path(path).exists() and (key != "clap" or len(Path(path).parts) != 2):
+    if not Path(path).exists() and not (hub and len(Path(path).parts) == 2):
         raise UserError(f"{key}: {path} is not there yet; run {trainers} to its end first, or give another bundle")
 
 

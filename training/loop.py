@@ -114,7 +114,7 @@ def _fit(
                     accelerator.end_training()
                     newest = checkpoints(output / "checkpoints")[-1]
                     words = f"stopped after step {start} of {run.steps}; the same command goes on from {newest}"
-                    raise Stopped(signals.number, words)
+                    raise Stopped(signals.number, words if accelerator.is_main_process else "")
     bundle = output / "bundle"
     with _Averaged(plain, averages):
         if modules := gather():

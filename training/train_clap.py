@@ -121,7 +121,7 @@ class ClapTask(TrainingTask):
 
     def __init__(self, config: TrainClapConfig):
         self.config = config
-        check_stage("initial", config.initial, "training.train_clap")
+        check_stage("initial", config.initial, "training.train_clap", hub=True)
         self.model = load_config(config.model, StableAudioConfig)
         self.batch_size = config.batch_size
         self.pieces = [item for folder in config.data for item in _captioned(folder)]

@@ -126,7 +126,7 @@ class DiffusionTask(TrainingTask):
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
         check_stage("vae", config.vae, "training.train_vae")
-        check_stage("clap", config.clap, "training.train_clap")
+        check_stage("clap", config.clap, "training.train_clap", hub=True)
         check_stage("initial", config.initial, "training.train_diffusion")
         self.model = load_system(config.model)
         self.process, self.batch_size = self.model.process, config.batch_size
