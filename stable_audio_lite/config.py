@@ -89,6 +89,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """Words for each value that differs between two plain mappings, like "unet.width was 32, is 64".
+
+    Keys that `was` lacks, as an older version may have written it, don't count.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        dot = key and key + "."
+        return [words for k, value in was.items() for words in differences(value, now.get(k), f"{dot}{k}")]
+    shown = ["none" if value is None else str(value) for value in (was, now)]
+    return [f"{key} was {shown[0]}, is {shown[1]}"] if was != now else []
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Write a dataclass as YAML that `load_config` reads back to an equal value."""
     import yaml

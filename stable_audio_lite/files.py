@@ -73,6 +73,41 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if need be, until the context or the process ends.
+
+    The system holds the lock, so that not even a killed process leaves it behind.
+
+    Raises:
+        UserError: another run is in there, or the folder can't be made or written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"output: {folder} can't be made or written ({error.strerror}); choose another") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            other = f"process {number}" if (number := file.read().strip()) else "another process"
+            raise UserError(f"output: {other} is at work in {folder}; wait for it, or choose another") from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def check_place(path: str | os.PathLike[str]) -> None:
     """Check, before the work begins, that `path` can be written; leaves nothing behind.
 
