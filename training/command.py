@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.config import load_config
 
 T = TypeVar("T")
@@ -16,7 +15,6 @@ T = TypeVar("T")
 def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None:
     """Parse --config into `cls`, run, and print where the result is; ends the process."""
     parser = Parser(description=description)
-    parser.add_argument("--config", required=True, type=Path, help="YAML file with the run's settings")
-    arguments = parser.parse_args()
+    parser.add_argument("--config", required=True, type=file_path, help="YAML file with the run's settings")
     stopped = "stopped; the same command goes on from the last checkpoint"
-    sys.exit(guarded(lambda: print(run(load_config(arguments.config, cls))), stopped))
+    sys.exit(guarded(lambda: print(run(load_config(parser.parse_args().config, cls))), stopped))

@@ -8,8 +8,6 @@ Nothing heavy is imported before the arguments are known to be good, so that mis
 
 from __future__ import annotations
 
-import io
-import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -23,12 +21,13 @@ ENTRY_POINTS = "stable_audio_lite.commands"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int | None:
     args = build_parser().parse_args(argv)
     warnings.filterwarnings("ignore")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A prompt that the terminal's encoding lacks is printed with escapes, rather than stopping a batch.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return guarded(lambda: args.run(args))
+    return args.run(args)
 
 
 def build_parser() -> Parser:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from stable_audio_lite.cli.options import add_model
 from stable_audio_lite.cli.progress import ProgressBar
-from stable_audio_lite.command import Commands
+from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def add_command(commands: Commands) -> None:
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to hear; spectrogram models can do without")
-    add("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line, instead of PROMPT")
+    add("--prompts", metavar="FILE", type=file_path, help="a text file with one prompt per line, instead of PROMPT")
     add("--seconds", type=float, help="length of the sound (default: the model's window)")
     add("--seed", type=int, help="of the first item, the next one more each (default: random, printed)")
     add("--steps", type=int, help="sampling steps (default: the model's)")
@@ -36,10 +36,10 @@ def add_command(commands: Commands) -> None:
     add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
     add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
     add_model(parser, "starter")
-    add("--lora", metavar="FOLDER", type=Path, help="a LoRA that was trained for this model")
+    add("--lora", metavar="FOLDER", type=file_path, help="a LoRA that was trained for this model")
     add("--lora-strength", type=float, default=1.0, help="1 is as trained (default: 1)")
     output = "a .wav or .flac file (several items: numbered), or a folder (default: named after prompt and seed)"
-    add("-o", "--output", type=Path, help=output)
+    add("-o", "--output", type=file_path, help=output)
     add("--plot", action="store_true", help="also write a spectrogram as .png beside each sound")
 
 

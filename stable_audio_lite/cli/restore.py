@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stable_audio_lite.cli.options import add_model
 from stable_audio_lite.cli.progress import ProgressBar
-from stable_audio_lite.command import Commands
+from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,14 +25,14 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("restore", help="repair a sound file", description=about)
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    add("file", metavar="IN", type=Path, help="the sound")
-    add("-o", "--output", type=Path, required=True, help="a .wav or .flac file")
+    add("file", metavar="IN", type=file_path, help="the sound")
+    add("-o", "--output", type=file_path, required=True, help="a .wav or .flac file")
     add("--task", required=True, choices=tuple(_OPTION_OF), help="what is wrong with it")
     add("--gap", nargs="+", metavar="START-END", help="inpaint: what is missing, in seconds, as in 1.5-1.8")
     cutoff = "bandwidth: where the sound's frequencies end (default: by its rate)"
     add("--cutoff", type=float, metavar="HZ", help=cutoff)
     add("--noise-db", type=float, metavar="DB", help="denoise: level, full scale is 0 (default: estimated)")
-    add("--room", type=Path, metavar="FILE", help="dereverb: the room's impulse response (default: estimated)")
+    add("--room", type=file_path, metavar="FILE", help="dereverb: the room's impulse response (default: estimated)")
     add("--steps", type=int, default=50, help="sampling steps (default: 50)")
     add("--eta", type=float, default=0.8, help="share of fresh noise in what is unknown, 0..1 (default: 0.8)")
     add("--eta-b", type=float, default=0.8, help="weight of what is known, 0..1 (default: 0.8)")
