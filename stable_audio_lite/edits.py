@@ -19,6 +19,7 @@ from stable_audio_lite.diffusion.editing import Circular, KnownRegion, resampled
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, Sampler, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import Representation
+from stable_audio_lite.request import check_number, milliseconds
 from stable_audio_lite.systems import GenerationDefaults
 
 CROSSFADE_SECONDS = 0.02
@@ -194,7 +195,7 @@ class _FromSound(Edit):
         if wanted is None and length > window:
             raise UserError(
                 f"{self.source.name}: lasts {length:.3f} s, longer than the window of this model; give seconds up to "
-                f"{math.floor(window * 1000) / 1000} to use its beginning"
+                f"{milliseconds(window)} to use its beginning"
             )
         return min(length if wanted is None else wanted, window)
 
@@ -218,6 +219,7 @@ class Variation(_FromSound):
     strength: float = 0.6
 
     def __post_init__(self) -> None:
+        check_number("strength", self.strength)
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength must lie in 0..1, got {self.strength}")
 
@@ -355,6 +357,9 @@ class Loop(Edit):
     beats: int = 4
 
     def __post_init__(self) -> None:
+        for name, value in (("bars", self.bars), ("bpm", self.bpm), ("beats", self.beats)):
+            if value is not None:
+                check_number(name, value, whole=name != "bpm")
         if self.bars is not None and self.bars < 1:
             raise UserError(f"bars must be at least 1, got {self.bars}")
         if self.bpm is not None and not 20 <= self.bpm <= 400:
@@ -364,12 +369,14 @@ class Loop(Edit):
 
     def seconds(self, representation: Representation, wanted: float | None) -> float:
         rate, hop = representation.sample_rate, representation.hop
-        longest = math.floor((representation.shape[-1] - 2 * _CIRCLE) * hop / rate * 1000) / 1000
+        longest = milliseconds((representation.shape[-1] - 2 * _CIRCLE) * hop / rate)
         if self.bpm is None:
             seconds = longest if wanted is None else wanted
         else:
             bar = 60 * self.beats / self.bpm
             most = int(longest / bar)
+            if wanted is not None and not 0 < wanted < math.inf:
+                raise UserError(f"seconds must lie above 0 and be finite, got {wanted}")
             if wanted is not None and self.bars is None:
                 bars = round(wanted / bar)
                 if bars < 1 or abs(wanted - bars * bar) > 0.5 / rate:
