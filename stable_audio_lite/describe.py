@@ -12,7 +12,7 @@ from stable_audio_lite import bundle
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import learned_words, load_tokenizer
-from stable_audio_lite.config import to_dict
+from stable_audio_lite.config import find_config, to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.request import milliseconds
 from stable_audio_lite.systems import (
@@ -32,7 +32,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such config or bundle, or a key in it is wrong.
     """
-    is_config = Path(name).suffix in (".yaml", ".yml") and not Path(name).is_dir()
+    is_config = not Path(name).is_dir() and (Path(name).suffix in (".yaml", ".yml") or find_config(name).is_file())
     where = Path(name) if is_config else bundle.resolve(name)
     config = load_system(where)
     with torch.device("meta"):

@@ -16,7 +16,9 @@ def add_command(commands: Commands) -> None:
     about = "Parameters, shape and window of a model of any kind, or what is stored in a generated file."
     parser = commands.add_parser("info", help="parameters, shape and window of a model", description=about)
     parser.set_defaults(run=_run)
-    parser.add_argument("path", help="a model config (.yaml), a bundle (folder, hub id, 'starter'), or a sound")
+    parser.add_argument(
+        "path", help="a config (a file, or stable_audio/paper), a bundle (a folder, a hub id, starter), or a sound"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
