@@ -81,7 +81,8 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{path}: can't be read ({error.strerror}); give a YAML file, or the name of one that comes with the package, such as stable_audio/tiny"
+            f"{path}: can't be read ({error.strerror}); give a YAML file, or the name of one that comes with the "
+            "package, such as stable_audio/tiny"
         ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
