@@ -426,7 +426,7 @@ class Loop(Edit):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"loop": True, "bars": self.bars}
+        return {"loop": True, "bars": self.bars, "bpm": self.bpm, "beats": self.bpm and self.beats}
 
 
 def steps_around(steps: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from stable_audio_lite import __version__
-from stable_audio_lite.cli import codec, corpus, doctor, generate, info, restore, validate_dataset
+from stable_audio_lite.cli import codec, continuation, corpus, doctor, generate, info, restore, validate_dataset
 from stable_audio_lite.command import Parser, guarded
 
 ENTRY_POINTS = "stable_audio_lite.commands"
@@ -36,6 +36,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_command(commands)
+    continuation.add_command(commands)
     restore.add_command(commands)
     codec.add_encode(commands)
     codec.add_decode(commands)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from typing import TYPE_CHECKING
 
-from stable_audio_lite.cli.options import add_model
+from stable_audio_lite.cli.options import add_model, stretch
 from stable_audio_lite.cli.progress import ProgressBar
 from stable_audio_lite.command import Commands, add_overwrite, check_outputs, file_path
 from stable_audio_lite.errors import UserError
@@ -33,7 +32,13 @@ it takes long: how long is told before it starts."""
     add("-o", "--output", type=file_path, required=True, help="a .wav or .flac file")
     add_overwrite(parser)
     add("--task", required=True, choices=tuple(_OPTION_OF), help="what is wrong with it")
-    add("--gap", nargs="+", metavar="START-END", help="inpaint: what is missing, in seconds, as in 1.5-1.8")
+    add(
+        "--gap",
+        nargs="+",
+        metavar="START-END",
+        type=stretch,
+        help="inpaint: what is missing, in seconds",
+    )
     cutoff = "bandwidth: where the sound's frequencies end (default: by its rate)"
     add("--cutoff", type=float, metavar="HZ", help=cutoff)
     add("--noise-db", type=float, metavar="DB", help="denoise: level, full scale is 0 (default: estimated)")
@@ -48,7 +53,6 @@ it takes long: how long is told before it starts."""
 
 def _run(args: argparse.Namespace) -> None:
     _check_options(args)
-    gaps = tuple(_gap(text) for text in args.gap or ())
     from stable_audio_lite.audio.io import audio_info, check_writable
 
     check_writable(args.output)
@@ -58,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
 
     settings = RestoreSettings(steps=args.steps, eta=args.eta, eta_b=args.eta_b, seed=args.seed, batch=args.batch)
     model = Restorer.from_pretrained(args.model, args.device, args.dtype)
-    degradation = _degradation(args, gaps, header.sample_rate, model.sample_rate)
+    degradation = _degradation(args, header.sample_rate, model.sample_rate)
     samples = round(header.seconds * model.sample_rate)
     seconds = model.estimate_seconds(samples, header.channels, degradation, settings)
     print(f"about {seconds:.0f} s for {header.seconds:.1f} s of sound on {model.device}", file=sys.stderr, flush=True)
@@ -86,21 +90,12 @@ def _check_options(args: argparse.Namespace) -> None:
         )
 
 
-def _gap(text: str) -> tuple[float, float]:
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)-(\d+\.?\d*|\.\d+)", text)
-    if not match:
-        raise UserError(f"--gap: {text!r} is not START-END in seconds, as in 1.5-1.8")
-    return float(match[1]), float(match[2])
-
-
-def _degradation(
-    args: argparse.Namespace, gaps: tuple[tuple[float, float], ...], rate: int, model_rate: int
-) -> Degradation:
+def _degradation(args: argparse.Namespace, rate: int, model_rate: int) -> Degradation:
     from stable_audio_lite.audio.io import read_audio
     from stable_audio_lite.restoration.degradations import Bandwidth, Denoise, Dereverb, Inpaint
 
     if args.task == "inpaint":
-        return Inpaint(gaps)
+        return Inpaint(tuple(args.gap))
     if args.task == "bandwidth":
         if args.cutoff is None and rate >= model_rate:
             raise UserError(f"--task bandwidth: give --cutoff, for {args.file} has a rate of {rate} Hz")
