@@ -1,4 +1,4 @@
-"""Sound in at the command line: variations, inpainting, loops and continuations; what is stored, and what is refused."""
+"""Sound in at the command line: variations, inpainting, loops and continuations; what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FADE = int(CROSSFADE_SECONDS * RATE) + 1
 
 @pytest.fixture
 def run(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run a command with the tiny bundle in a folder with `chord.wav` (1 s, its prompt inside) and `bare.wav` (none)."""
+    """Run a command with the tiny bundle in a folder with `chord.wav`, 1 s with its prompt inside, and others."""
     monkeypatch.chdir(tmp_path)
     time = np.arange(RATE) / RATE
     chord = 0.1 * np.stack([np.sin(2 * np.pi * f * time) + np.sin(2 * np.pi * 330 * time) for f in (220, 277)])
