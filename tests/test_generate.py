@@ -189,6 +189,8 @@ def test_wrong_items_levels_and_strengths_are_named(model: StableAudio, tiny_bun
     for strength in (0.5, float("nan"), "full"):
         with pytest.raises(UserError, match="lora_strength"):
             StableAudio.from_pretrained(tiny_bundle, "cpu", lora_strength=strength)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a bundle is a name or a path, got 5"):
+        StableAudio.from_pretrained(5)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 
