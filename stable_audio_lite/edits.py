@@ -188,14 +188,13 @@ class _FromSound(Edit):
 
     def seconds(self, representation: Representation, wanted: float | None) -> float:
         length, window = self.source.seconds, representation.window_seconds
+        lasts = f"{self.source.name}: lasts {milliseconds(length):.3f} s"
         if wanted is not None and wanted > length + 0.5 / self.source.sample_rate:
-            raise UserError(
-                f"{self.source.name}: lasts {length:.3f} s; give at most that as seconds, or continue it instead"
-            )
+            raise UserError(f"{lasts}; give at most that as seconds, or continue it instead")
         if wanted is None and length > window:
             raise UserError(
-                f"{self.source.name}: lasts {length:.3f} s, longer than the window of this model; give seconds up to "
-                f"{milliseconds(window)} to use its beginning"
+                f"{lasts}, longer than the window of this model; give seconds up to {milliseconds(window)} to use its "
+                "beginning"
             )
         return min(length if wanted is None else wanted, window)
 
@@ -258,9 +257,8 @@ class Inpainting(_FromSound):
             raise UserError(f"{name}: say which stretch to make anew, such as 1.5-2.5")
         for first, last in self.gaps:
             if not 0 <= first < last or last > seconds + 0.5 / self.source.sample_rate:
-                raise UserError(
-                    f"{name}: can't inpaint {first:g}-{last:g}; stretches lie in order within 0-{seconds:.3f} s"
-                )
+                within = f"stretches lie in order within 0-{milliseconds(seconds):.3f} s"
+                raise UserError(f"{name}: can't inpaint {first:g}-{last:g}; {within}")
         frames = math.ceil(seconds * representation.sample_rate / representation.hop)
         if not self._mask(representation, frames)[:frames].any():
             raise UserError(

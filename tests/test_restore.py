@@ -336,7 +336,7 @@ MISTAKES = {
     "is not START-END": ("in.wav", "--task", "inpaint", "--gap", "1:2"),
     "must end after it starts": ("in.wav", "--task", "inpaint", "--gap", "0.5-0.4"),
     "say what is missing": ("in.wav", "--task", "inpaint"),
-    "which ends at 1.00 s": ("in.wav", "--task", "inpaint", "--gap", "0.5-1.4"),
+    "which ends at 1.0 s": ("in.wav", "--task", "inpaint", "--gap", "0.5-1.4"),
     "give --cutoff": ("in.wav", "--task", "bandwidth"),
     "cutoff must lie from": ("in.wav", "--task", "bandwidth", "--cutoff", 20),
     "cutoff must be above 0 Hz": ("in.wav", "--task", "bandwidth", "--cutoff", "nan"),

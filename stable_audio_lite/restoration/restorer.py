@@ -36,7 +36,7 @@ from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_apart
-from stable_audio_lite.request import check_number
+from stable_audio_lite.request import check_number, milliseconds
 from stable_audio_lite.restoration.ddrm import ddrm
 from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Inpaint, encode_padded
 from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser, window_starts
@@ -292,7 +292,9 @@ class Restorer:
 def _check_gaps(degradation: Inpaint, seconds: float) -> None:
     for start, stop in degradation.gaps:
         if stop > seconds + 1e-6:
-            raise UserError(f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {seconds:.2f} s")
+            raise UserError(
+                f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {milliseconds(seconds)} s"
+            )
 
 
 def _gain(audio: Tensor, hop: int) -> float:
