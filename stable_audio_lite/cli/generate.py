@@ -90,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def remarks(model: StableAudio, prompts: Sequence[str], negative: str | None) -> list[str]:
-    """Say what the model won't read of prompts, or hardly knows."""
+    """Say what the model won't read of prompts, or doesn't know."""
     if (encoder := model.text_encoder) is None:
         return []
     texts = [*dict.fromkeys(prompts), *([negative] if negative else [])]
@@ -100,6 +100,8 @@ def remarks(model: StableAudio, prompts: Sequence[str], negative: str | None) ->
 def _check_options(args: argparse.Namespace) -> None:
     if args.count < 1 or args.batch < 1:
         raise UserError(f"--count and --batch must be at least 1, got {args.count} and {args.batch}")
+    if args.normalize is not None and not -100 <= args.normalize <= 0:
+        raise UserError(f"--normalize must lie in -100..0 dB, got {args.normalize:g}")
     if args.loop and args.init:
         raise UserError("--loop: is made from nothing but the prompt; leave out --init, or --loop")
     for name, needed in (("strength", "init"), ("inpaint", "init"), ("bars", "loop")):

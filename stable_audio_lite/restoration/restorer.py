@@ -45,7 +45,7 @@ from stable_audio_lite.systems import SpectralConfig, StableAudioConfig, load_sy
 _OVERLAP = 0.25  # share of a window that its neighbour overlaps at least
 _SILENT = 1e-6  # peak, -120 dB
 _HIDDEN = 1e-5  # peak of a stretch, relative to full scale at the model's level, that stays as it is
-_USUAL_DB = (-32.0, -8.0)  # level of sounding parts, around the -20 dB of the corpus, that needs no change
+_LEVEL_DB, _NEAR_DB = -20.0, 12.0  # level of sounding parts in training, and how far from it they stay as they are
 _OWN_NOISE_DB = 1.0  # by which white noise may seem louder than the sound that holds it
 
 
@@ -298,12 +298,12 @@ def _check_gaps(degradation: Inpaint, seconds: float) -> None:
 
 
 def _gain(audio: Tensor, hop: int) -> float:
-    """The factor that brings the level of the sounding parts of (C, T) into `_USUAL_DB`."""
+    """The factor for (C, T) sound that brings its sounding parts to the level of training, 1 where they are near it."""
     power = F.avg_pool1d(audio[None].double().square(), min(hop, audio.shape[1]))
     if (loudest := float(power.max())) < _SILENT**2:
         return 1.0
     level = 10 * math.log10(float(power[power > 1e-4 * loudest].mean()))
-    return 10 ** ((min(max(level, _USUAL_DB[0]), _USUAL_DB[1]) - level) / 20)
+    return 1.0 if abs(level - _LEVEL_DB) <= _NEAR_DB else 10 ** ((_LEVEL_DB - level) / 20)
 
 
 def _at_level(degradation: Degradation, audio: Tensor, gain: float) -> Degradation:
