@@ -60,6 +60,8 @@ def resolve(name: str | Path) -> Path:
     Raises:
         UserError: there is no such bundle, or it can't be downloaded.
     """
+    if not isinstance(name, (str, Path)):
+        raise UserError(f"a bundle is a name or a path, got {name!r}")
     if (shipped := SHIPPED.get(str(name))) is not None:
         if not (shipped / CONFIG_FILE).is_file():
             raise UserError(f"{shipped}: these weights are missing from this installation; install it again")

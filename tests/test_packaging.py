@@ -94,6 +94,16 @@ def test_every_package_that_the_code_imports_is_required():
                 assert owners & required, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml lacks"
 
 
+def test_the_wheel_holds_every_config():
+    import setuptools
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(folders) > 3 and {".".join(folder.parts) for folder in folders} <= set(packages)
+    assert "*.yaml" in settings["package-data"]["*"]
+
+
 def test_command_and_licence_are_declared():
     assert PROJECT["scripts"] == {"stable-audio-lite": "stable_audio_lite.cli:main"}
     assert PROJECT["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
