@@ -166,23 +166,6 @@ class Restorer:
         on_step: Callable[[], None],
     ) -> Tensor:
         """Repair a segment of one channel, (T,)."""
-        found = self._sample(audio, degradation, settings, seed, on_step)
-        if isinstance(degradation, Inpaint):
-            weights = degradation.blend_weights(len(audio), self.sample_rate, self.config.spectrogram.hop).to(found)
-            return audio + weights * (found - audio)
-        # Spectrograms lack the lowest frequencies, which come from the sound itself.
-        held = self.spectrogram.decode(encode_padded(self.spectrogram, audio, min_frames=0))
-        return found + audio - held[0, : len(audio)]
-
-    def _sample(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
-    ) -> Tensor:
-        """Sample restored sound (T,), which lacks the lowest frequencies."""
         frames, defaults = self.config.spectrogram.frames, self.config.generation
         observation = degradation.observe(self.spectrogram, audio, frames)
         overlap = max(1, round(_OVERLAP * frames))
@@ -198,7 +181,13 @@ class Restorer:
             refine=observation.refine,
             on_step=on_step,
         )
-        return self.spectrogram.decode(x)[0, : len(audio)]
+        found = self.spectrogram.decode(x)[0, : len(audio)]
+        if isinstance(degradation, Inpaint):
+            weights = degradation.blend_weights(len(audio), self.sample_rate, self.config.spectrogram.hop).to(found)
+            return audio + weights * (found - audio)
+        # Spectrograms lack the lowest frequencies, which come from the sound itself.
+        held = self.spectrogram.decode(encode_padded(self.spectrogram, audio, min_frames=0))
+        return found + audio - held[0, : len(audio)]
 
     def restore_file(
         self,
