@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from evaluation.embedders.streams import TargetLevel, mono_at
-from evaluation.embedders.weights import Published, state_hash
+from evaluation.embedders.weights import Published
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
+from stable_audio_lite.weights import state_hash
 
 CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
@@ -37,7 +38,7 @@ class ClapEmbedder:
         self.clap, self.level = clap.eval(), level
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
-            "weights": state_hash(clap.state_dict()),
+            "weights": state_hash(clap.state_dict())[:12],
             "tokenizer": hashlib.sha256(clap.tokenizer.to_str().encode()).hexdigest()[:12],
             "sample_rate": SAMPLE_RATE,
             "mel": f"{clap.config.mel_bins} bands from {clap.config.mel_lowest:g} Hz",
