@@ -43,7 +43,7 @@ def read_safetensors(path: str | Path, names: Sequence[str] = ()) -> tuple[dict[
             return {name: file.get_tensor(name) for name in wanted}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or truncated ({reason}); fetch or make it again") from error
+        raise UserError(f"{path}: damaged, or no safetensors file ({reason}); fetch or make it again") from error
 
 
 def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
