@@ -49,11 +49,7 @@ class ClapEmbedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (1, D) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (1, D) of a file."""
         mel = streamed_log_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
         return {"embedding": self.clap.embed_mels([mel]).cpu()}
 

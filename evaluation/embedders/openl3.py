@@ -92,11 +92,7 @@ class OpenL3Embedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (windows, 1024) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (windows, 1024) of a file."""
         device = next(self.network.parameters()).device
         audio = stereo_at(source, (_EVALUATION_RATE, _SAMPLE_RATE), self.level)
         # The first sample lies in the middle of the first window.

@@ -79,11 +79,7 @@ class PaSSTEmbedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (windows, 768) and "logits" (windows, 527) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (windows, 768) and "logits" (windows, 527) of a file."""
         length = 0
 
         def counted() -> Iterator[Tensor]:
