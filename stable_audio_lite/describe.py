@@ -13,13 +13,7 @@ from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
-from stable_audio_lite.systems import (
-    ComplexSTFTConfig,
-    SpectralConfig,
-    StableAudioConfig,
-    build_vae,
-    load_system,
-)
+from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, StableAudioConfig, build_vae, load_system
 
 
 def describe(name: str | Path) -> dict[str, Any]:
@@ -50,11 +44,7 @@ def describe(name: str | Path) -> dict[str, Any]:
 
 
 def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    parts = {
-        "vae": build_vae(config.vae),
-        **_text(config.clap, config.timing),
-        "unet": config.network(),
-    }
+    parts = {"vae": build_vae(config.vae), **_text(config.clap, config.timing), "unet": config.network()}
     return parts, {
         "sample_rate": config.sample_rate,
         "window_seconds": round(config.window_seconds, 3),

@@ -135,11 +135,7 @@ def compose(config: CorpusConfig, split: str, index: int) -> Piece:
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
     tempo_map = _TempoMap(
-        spb=60 / bpm,
-        swing=style.swing,
-        slow_from=(bars - 1) * style.beats,
-        slow_beats=style.beats,
-        slowing=slowing,
+        spb=60 / bpm, swing=style.swing, slow_from=(bars - 1) * style.beats, slow_beats=style.beats, slowing=slowing
     )
     hold = (seconds - TAIL - tempo_map.seconds(bars * style.beats)) / tempo_map.spb
     score = _score(rng, style, bpm, bars, tonic, mode, hold, drummed or count > 1)

@@ -158,12 +158,7 @@ class Restorer:
         return [(round(start * rate), round(stop * rate), local) for start, stop, local in segments]
 
     def _restore_segment(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
+        self, audio: Tensor, degradation: Degradation, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
     ) -> Tensor:
         """Repair a segment of one channel, (T,)."""
         frames, defaults = self.config.spectrogram.frames, self.config.generation
