@@ -58,7 +58,7 @@ class GenerationDefaults:
     margin: int | None = None
 
     def __post_init__(self) -> None:
-        polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # refuses what it can't take
+        polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # checks them
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if self.margin is not None and self.margin < 0:
