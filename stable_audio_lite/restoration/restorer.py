@@ -199,12 +199,7 @@ class Restorer:
         return [(round(start * rate), round(stop * rate), local) for start, stop, local in segments]
 
     def _restore_segment(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
+        self, audio: Tensor, degradation: Degradation, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
     ) -> Tensor:
         """Repair a segment of one channel, (T,)."""
         found = self._sample(audio, degradation, settings, seed, on_step)
@@ -222,12 +217,7 @@ class Restorer:
         return F.avg_pool1d((near > _HIDDEN).to(audio), config.hop + 1, 1, config.hop // 2, count_include_pad=False)[0]
 
     def _sample(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
+        self, audio: Tensor, degradation: Degradation, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
     ) -> Tensor:
         """Sample restored sound (T,), which lacks the lowest frequencies."""
         frames, defaults = self.config.spectrogram.frames, self.config.generation
