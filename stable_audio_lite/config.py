@@ -1,7 +1,8 @@
 """Strict YAML to frozen dataclasses and back.
 
 A key that the dataclass lacks, a missing key without a default, or a value of another type fails with one line that
-names the file and the key. Sequences become tuples, nested dataclasses recurse.
+names the file and the key. Sequences become tuples, nested dataclasses recurse, `~/` at the beginning of a text is the
+home folder.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import expanded, replacing
+from stable_audio_lite.files import expand_home, expanded, replacing
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
-    return _merged(_with_bases(path.parent / base, (*seen, path.resolve())), data)
+    return _merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -203,4 +204,4 @@ def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise UserError(f"{where}: key '{key}' must be {hint.__name__}, got {value!r}")
-    return value
+    return expand_home(value) if hint is str else value
