@@ -57,7 +57,7 @@ AudioSource = str | Path | Stored
 """A place to read audio from."""
 
 
-class Window(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """Bytes offset..offset + size of a file, as a file of their own that has the bytes `patch` at its `place`."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int, place: int = 0, patch: bytes = b""):
@@ -210,7 +210,7 @@ _counted: dict[tuple[str, int, int], int] = {}
 
 
 def _identity(path: AudioSource) -> tuple[str, int, int]:
-    """What tells a file from another, and from itself after a change."""
+    """Identify a file among others, and from itself after a change."""
     if isinstance(path, Stored):
         with path.open() as file:
             return path.name, file.seek(0, io.SEEK_END), 0
@@ -278,7 +278,7 @@ def _stands_for_unknown(size: int) -> bool:
     return size == 0 or 0x7FFFEF00 <= size <= 0x80001000 or 0xFFFFEF00 <= size <= 0xFFFFFFFF
 
 
-class _Endless(Window):
+class _Endless(FileWindow):
     """An MP3 that seems far longer than it is: libsndfile guesses a length from the size, and stops there."""
 
     _TIMES = 64  # a frame may have 20 times the bytes of another
@@ -313,7 +313,7 @@ def _without_length(path: AudioSource) -> _Endless | None:
     return _Endless(file, 0, _end_without_tags(file), header, bytes(4) if header else b"")
 
 
-def _with_length(path: AudioSource) -> Window | None:
+def _with_length(path: AudioSource) -> FileWindow | None:
     """Open a CAF that was written to a pipe as if its length were in its header, as libsndfile needs it."""
     file = path.open() if isinstance(path, Stored) else open(path, "rb")
     size, place = file.seek(0, io.SEEK_END), 8
@@ -323,7 +323,7 @@ def _with_length(path: AudioSource) -> Window | None:
             file.seek(place)
             kind, length = struct.unpack(">4sq", file.read(12))
             if kind == b"data" and length == -1:
-                return Window(file, 0, size, place + 4, struct.pack(">q", size - place - 12))
+                return FileWindow(file, 0, size, place + 4, struct.pack(">q", size - place - 12))
             place += 12 + max(length, 0)
     file.close()
     return None
