@@ -58,7 +58,7 @@ AudioSource = str | Path | Stored
 """A place to read audio from."""
 
 
-class Window(io.RawIOBase):
+class FileWindow(io.RawIOBase):
     """Bytes offset..offset + size of a file, as a file of their own that has the bytes `patch` at its `place`."""
 
     def __init__(self, file: BinaryIO, offset: int, size: int, place: int = 0, patch: bytes = b""):
@@ -212,7 +212,7 @@ _counted: dict[tuple[str, int, int], int] = {}
 
 
 def _identity(path: AudioSource) -> tuple[str, int, int]:
-    """What tells a file from another, and from itself after a change."""
+    """Identify a file among others, and from itself after a change."""
     if isinstance(path, Stored):
         with path.open() as file:
             return path.name, file.seek(0, io.SEEK_END), 0
@@ -277,7 +277,7 @@ def _stands_for_unknown(size: int) -> bool:
     return size == 0 or 0x7FFFEF00 <= size <= 0x80001000 or 0xFFFFEF00 <= size <= 0xFFFFFFFF
 
 
-class _Endless(Window):
+class _Endless(FileWindow):
     """An MP3 that seems far longer than it is: libsndfile guesses a length from the size, and stops there."""
 
     _TIMES = 64  # a frame may have 20 times the bytes of another
@@ -312,7 +312,7 @@ def _without_length(path: AudioSource) -> _Endless | None:
     return _Endless(file, 0, _end_without_tags(file), header, bytes(4) if header else b"")
 
 
-def _with_length(path: AudioSource) -> Window | None:
+def _with_length(path: AudioSource) -> FileWindow | None:
     """Open a CAF that was written to a pipe, or a WAV that was never closed, as if its header told the length."""
     file = path.open() if isinstance(path, Stored) else open(path, "rb")
     size = file.seek(0, io.SEEK_END)
@@ -328,7 +328,7 @@ def _with_length(path: AudioSource) -> Window | None:
         if kind == b"data":
             if length == unknown and (unknown or int.from_bytes(head[4:8], "little") <= place):
                 left = struct.pack(layout[0] + layout[-1], min(size - place - width, 0xFFFFFFFF))
-                return Window(file, 0, size, place + 4, left)
+                return FileWindow(file, 0, size, place + 4, left)
             break
         place += width + max(length, 0) + (length % 2 if head[:4] == b"RIFF" else 0)
     file.close()

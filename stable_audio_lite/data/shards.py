@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from stable_audio_lite.audio.decoding import Stored, Window
+from stable_audio_lite.audio.decoding import FileWindow, Stored
 from stable_audio_lite.data.item import SUFFIXES, Item, captions_of, is_hidden, say_left_out
 from stable_audio_lite.errors import UserError
 
@@ -94,4 +94,4 @@ def _open(address: str) -> BinaryIO:
 
 
 def _open_member(address: str, offset: int, size: int) -> BinaryIO:
-    return io.BufferedReader(Window(_open(address), offset, size))
+    return io.BufferedReader(FileWindow(_open(address), offset, size))

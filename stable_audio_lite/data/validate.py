@@ -141,7 +141,7 @@ def validate(path: str | Path, workers: int = 4, model: str | None = None) -> Da
 
 
 def _reader(model: str) -> Callable[[Sequence[str]], list[str]] | None:
-    """What finds the ends of texts that a bundle's text encoder doesn't read; None if it has none."""
+    """Make a function that finds the ends of texts that a bundle's text encoder doesn't read; None if it has none."""
     from stable_audio_lite.clap.tokenizer import load_tokenizer, unread_parts
 
     folder = resolve(model)
