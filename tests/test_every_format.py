@@ -327,6 +327,7 @@ def test_all_commands_read_the_same_lengths(
     found = {entry.about.name: entry.about.seconds for entry in read_shard(output / "000000.tar")}
     assert found == pytest.approx({name: f / r for name, (f, r) in library.items()}, abs=1 / 44100)
 
+    (tmp_path / "lie").mkdir()
     lie = patched(write(tmp_path / "lie" / "lie.wav", EXACT["16.wav"], 1000), 24, struct.pack("<I", 1))
     assert main(["encode", str(lie), "-o", str(tmp_path / "out"), "--model", str(tiny_bundle)]) == 2
     assert "lie.wav: has a rate of 1 Hz" in capsys.readouterr().err

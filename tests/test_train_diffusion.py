@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 from stable_audio_lite.audio.io import read_audio, write_audio
-from stable_audio_lite.data.latents import read_cache
+from stable_audio_lite.data.latents import LatentCache, read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.representation import encoder_hash
@@ -70,6 +70,27 @@ def test_evaluation_hears_the_times_trained_on(bundles: dict[str, Path], tmp_pat
         assert figures == task.evaluate(9)
     assert set(figures) == {"held_out/v", "held_out/v_t2of4", "held_out/v_t3of4"}
     assert figures["held_out/v"] == pytest.approx((figures["held_out/v_t2of4"] + figures["held_out/v_t3of4"]) / 2)
+
+
+def test_longer_recordings_and_captions_than_a_model_takes(
+    bundles: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recording counts as one of the longest length that timing embeddings have; lost ends of captions are named."""
+    index = json.loads((bundles["latents"] / "latents.json").read_text())
+    cache = LatentCache(tmp_path / "latents", index["encoder"], 4)
+    entries = read_cache(bundles["latents"], index["encoder"])[1][:4]
+    long = "a tone number one, " * 8 + "and its end"
+    cache.write(0, [replace(e, about=replace(e.about, seconds=9999.0, captions=(long,))) for e in entries])
+    cache.finish()
+    settings = diffusion_settings(bundles | {"latents": cache.folder}, tmp_path / "run", 1)
+    task = train_diffusion.DiffusionTask(load(train_diffusion.TrainDiffusionConfig, settings, tmp_path))
+    said = capsys.readouterr().err
+    assert "4 of 4 captions are longer than the 16 tokens" in said and "and its end" in said
+    batch = task.batch(0, 0, 1)
+    assert batch["seconds_total"].min() > task.model.timing.max_seconds
+    errors = task.errors(batch)
+    batch["seconds_total"] = torch.full((4,), float(task.model.timing.max_seconds))
+    assert torch.equal(errors, task.errors(batch)) and bool(errors.isfinite().all())
 
 
 def test_levels_without_items_are_logged_as_nan() -> None:
