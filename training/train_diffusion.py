@@ -154,7 +154,7 @@ class DiffusionTask(TrainingTask):
 
     def fingerprint(self) -> dict[str, Any]:
         model = to_dict(self.model)
-        facts = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
+        facts: dict[str, Any] = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
         if isinstance(self.representation, LatentRepresentation):
             facts["vae"] = f"encoder {self.representation.hash[:12]}"
         if self.clap is not None:
