@@ -14,13 +14,10 @@ import argparse
 import base64
 import html
 import importlib.util
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +26,7 @@ from evaluation.metrics.fidelity import OCTAVES, Fidelity, fidelity, mean_fideli
 from evaluation.output import print_result
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.codec import Codec
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, add_overwrite, check_outputs, file_path, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
@@ -55,11 +52,11 @@ class PosteriorStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Mean fidelity by system, "VAE" first, the VAE's latents, a picture by file, and why files were left out."""
+    """Mean fidelity by system, "VAE" first, the VAE's latents, pictures by file, and why files were left out."""
 
     systems: dict[str, Fidelity]
     latents: PosteriorStatistics
-    pictures: dict[str, bytes]
+    pictures: dict[str, dict[str, bytes]]
     left_out: list[str]
     files: int
 
@@ -97,7 +94,7 @@ def reconstruct(
             output = codec.vae.decode_chunked(posterior.mean)[0, :, : audio.shape[1]].float()
         posteriors.append(posterior)
         if pictures:
-            drawn[str(item.path)] = picture(audio, output, codec.sample_rate)
+            drawn[str(item.path)] = pictures_of(audio, output, codec.sample_rate)
         for name, found in {"VAE": output, **{name: system(audio) for name, system in systems.items()}}.items():
             rows[name].append(fidelity(found, audio, codec.sample_rate))
     if not posteriors:
@@ -134,26 +131,12 @@ def reconstruction_table(found: Reconstruction) -> str:
     return "\n".join([*lines, *(f"left out: {reason}" for reason in found.left_out)])
 
 
-def picture(target: Tensor, output: Tensor, sample_rate: int) -> bytes:
-    """PNG of the spectrograms of input, output and difference, the mean of both channels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def pictures_of(target: Tensor, output: Tensor, sample_rate: int) -> dict[str, bytes]:
+    """Spectrograms of input, output and difference of (2, T) signals, as WebP."""
+    from stable_audio_lite.audio.plot import spectrogram_webp
 
-    from stable_audio_lite.audio.plot import spectrogram_db
-
-    signals = torch.stack((target, output, output - target)).mean(1)
-    decibels, frequencies = spectrogram_db(signals, sample_rate, columns=500)
-    figure = Figure(figsize=(13, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    seconds = np.linspace(0, target.shape[1] / sample_rate, decibels.shape[2])
-    for axis, levels, name in zip(
-        figure.subplots(1, 3, sharey=True), decibels, ("in", "out", "difference"), strict=True
-    ):
-        axis.pcolormesh(seconds, frequencies, levels, vmin=-90, vmax=0, cmap="magma", rasterized=True)
-        axis.set(yscale="log", title=name, xlabel="seconds")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=70)
-    return buffer.getvalue()
+    signals = {"in": target, "out": output, "difference": output - target}
+    return {name: spectrogram_webp(signal, sample_rate, columns=400)[0] for name, signal in signals.items()}
 
 
 def reconstruction_page(found: Reconstruction) -> str:
@@ -164,8 +147,12 @@ def reconstruction_page(found: Reconstruction) -> str:
         for c, (m, s, k) in enumerate(zip(latents.mean, latents.std, latents.kl, strict=True))
     )
     images = "".join(
-        f'<h3>{html.escape(name)}</h3><img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in found.pictures.items()
+        f"<h3>{html.escape(file)}</h3>"
+        + "".join(
+            f'{name} <img src="data:image/webp;base64,{base64.b64encode(webp).decode()}"> '
+            for name, webp in drawn.items()
+        )
+        for file, drawn in found.pictures.items()
     )
     return (
         "<!doctype html><meta charset=utf-8><title>Reconstruction</title><h1>Reconstruction</h1>"
@@ -183,7 +170,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each file at most (default: 30)")
     parser.add_argument("--codecs", default=CODECS, help=f"KIND:KBITS,... or '' (default: {CODECS})")
     parser.add_argument("--dac", metavar="FILE", help="weights.pth of descript-audio-codec, to compare with")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of each file")
+    parser.add_argument("--html", type=file_path, metavar="FILE", help="write a page with a picture of each file")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return guarded(lambda: _run(parser.parse_args()))
 
@@ -191,6 +179,7 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("auraloss") is None:
         raise UserError("the distances need auraloss; install it with: pip install 'stable-audio-lite[evaluate]'")
+    check_outputs([args.html] if args.html else [], overwrite=args.overwrite)
     codec = Codec.from_pretrained(args.bundle, device="cpu", dtype="float32")
     systems = {name: ffmpeg_codec(name, codec.sample_rate) for name in args.codecs.split(",") if name}
     if args.dac:

@@ -18,9 +18,10 @@ from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource, stereo_blocks, write_audio_blocks
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_place, replacing, save_tensors
+from stable_audio_lite.files import check_apart, check_place, replacing, save_tensors
 from stable_audio_lite.representation import LatentRepresentation, load_latents
 from stable_audio_lite.systems import load_model_config
+from stable_audio_lite.weights import read_safetensors
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Codec:
         Raises:
             UserError: the audio can't be read or the latents can't be written.
         """
+        check_apart([path], [output])
         check_place(output)
         samples = 0
 
@@ -81,6 +83,7 @@ class Codec:
         Raises:
             UserError: the file is no latent of this VAE, or the audio can't be written.
         """
+        check_apart([path], [output])
         latent, samples = self._read(path)
         return write_audio_blocks(output, self._sound(latent, samples), self.sample_rate)
 
@@ -92,22 +95,19 @@ class Codec:
             left -= piece.shape[2]
 
     def _read(self, path: str | Path) -> tuple[Tensor, int]:
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such latent file")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about, latent = file.metadata() or {}, file.get_tensor("latent")
-            encoder, samples = about["encoder"], int(about["samples"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path}: no latents of stable-audio-lite encode, or damaged; encode the sound again"
-            ) from error
+        tensors, about = read_safetensors(path)
+        latent = tensors.get("latent")
+        if latent is None or not about.get("samples", "").isdigit():
+            raise UserError(f"{path}: no latents of stable-audio-lite encode; encode the sound again")
         channels = self.vae.config.latent_channels
-        if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
+        if (
+            about.get("encoder") != self.encoder
+            or latent.ndim != 2
+            or latent.shape[0] != channels
+            or latent.shape[1] == 0
+        ):
             raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
-        return latent, samples
+        return latent, int(about["samples"])
 
     @property
     def _device(self) -> torch.device:

@@ -1,7 +1,8 @@
 """Strict YAML to frozen dataclasses and back.
 
 A key that the dataclass lacks, a missing key without a default, or a value of another type fails with one line that
-names the file and the key. Sequences become tuples, nested dataclasses recurse.
+names the file and the key. Sequences become tuples, nested dataclasses recurse, `~/` at the beginning of a text is the
+home folder.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import expand_home, expanded, replacing
 
 T = TypeVar("T")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Folder of the configs that come with the package."""
 
 
 def load_config(path: str | Path, cls: type[T]) -> T:
@@ -31,13 +35,23 @@ def load_config(path: str | Path, cls: type[T]) -> T:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
+    A file that isn't there is looked for in `CONFIGS`, with or without `configs/` and `.yaml`: "stable_audio/tiny".
+
     A key `base` names another YAML file, relative to this file's folder, from which this one differs: mappings are
     merged key by key unless their `kind` differs, and any other value replaces the base's.
 
     Raises:
         UserError: the file or its base is missing, unreadable, or not a YAML mapping, or bases form a circle.
     """
-    return _with_bases(Path(path), ())
+    return _with_bases(find_config(path), ())
+
+
+def find_config(path: str | Path) -> Path:
+    """Find a YAML file as `read_yaml` does; a path that leads nowhere is returned as it is."""
+    path = expanded(path)
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    places = (path, CONFIGS / name, CONFIGS / f"{name}.yaml")
+    return next((place for place in places if place.is_file()), path)
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -48,7 +62,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
-    return _merged(_with_bases(path.parent / base, (*seen, path.resolve())), data)
+    return _merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +81,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a YAML file") from error
+        raise UserError(
+            f"{path}: can't be read ({error.strerror}); give a YAML file, or the name of one that comes with the "
+            "package, such as stable_audio/tiny"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
@@ -187,4 +204,4 @@ def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise UserError(f"{where}: key '{key}' must be {hint.__name__}, got {value!r}")
-    return value
+    return expand_home(value) if hint is str else value

@@ -1,4 +1,4 @@
-"""Atomic writing: nothing half-written is ever left under its final name."""
+"""Atomic writing: nothing half-written is ever left under its final name, and nothing is written over its source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,38 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder in the place of `~`.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such home folder; write it out") from error
+
+
+def check_apart(sources: Iterable[object], outputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that no output is the same file as one of the sources, by whatever name; only paths count as sources.
+
+    Raises:
+        UserError: one is.
+    """
+    paths = [Path(source) for source in sources if isinstance(source, (str, os.PathLike))]
+    known = {(found.st_dev, found.st_ino) for found in map(_stat, paths) if found}
+    for output in outputs:
+        if (found := _stat(Path(output))) and (found.st_dev, found.st_ino) in known:
+            raise UserError(f"{output}: is the file that is read; write to another place")
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.resolve().stat()  # also where a folder on the way isn't there yet
+    except OSError:
+        return None
+
+
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors as safetensors.
 
@@ -138,6 +170,11 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     except SafetensorError as error:
         raise OSError(f"{error}; free some space") from error
     os.chmod(path, 0o644)  # safetensors writes files that only their owner can read
+
+
+def expand_home(path: str) -> str:
+    """Replace a leading `~` in a path or an address by the home folder, as a shell would."""
+    return str(expanded(path)) if path.startswith("~") else path
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

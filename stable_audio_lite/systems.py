@@ -18,7 +18,7 @@ from stable_audio_lite.bundle import FORMAT, read_config
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, Process, ScheduleConfig
-from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.diffusion.samplers import SAMPLERS, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer, SpectrogramTransformerConfig
@@ -30,6 +30,10 @@ from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 
 TIMING_TOKENS = 2
 """Number of tokens that seconds_start and seconds_total add to the text's."""
+
+
+MAX_CFG = 100.0
+"""Largest guidance scale; far below it sound is noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +62,11 @@ class GenerationDefaults:
     margin: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # checks them
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
-        if not self.rho > 0:
-            raise ValueError(f"rho must be above 0, got {self.rho}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 <= self.cfg <= MAX_CFG:
+            raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
         if self.margin is not None and self.margin < 0:
             raise ValueError(f"margin must be at least 0, or null, got {self.margin}")
         if not 0 <= self.rescale <= 1:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.config import load_config
 from training.signals import Stopped
 
@@ -22,7 +21,7 @@ def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None
     A run that a signal stopped ends with exit status 128 and the signal's number.
     """
     parser = Parser(description=description)
-    parser.add_argument("--config", required=True, type=Path, help="YAML file with the run's settings")
+    parser.add_argument("--config", required=True, type=file_path, help="YAML file with the run's settings")
     arguments = parser.parse_args()
     stopped = "stopped; the same command goes on from what is finished"
 

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from evaluation.embedders.streams import TargetLevel, mono_at
-from evaluation.embedders.weights import Published, state_hash
+from evaluation.embedders.weights import Published
+from evaluation.result import Missing
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import state_hash
 
 CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
@@ -37,7 +40,7 @@ class ClapEmbedder:
         self.clap, self.level = clap.eval(), level
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
-            "weights": state_hash(clap.state_dict()),
+            "weights": state_hash(clap.state_dict())[:12],
             "tokenizer": hashlib.sha256(clap.tokenizer.to_str().encode()).hexdigest()[:12],
             "sample_rate": SAMPLE_RATE,
             "mel": f"{clap.config.mel_bins} bands from {clap.config.mel_lowest:g} Hz",
@@ -48,11 +51,7 @@ class ClapEmbedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (1, D) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (1, D) of a file."""
         mel = streamed_log_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
         return {"embedding": self.clap.embed_mels([mel]).cpu()}
 
@@ -81,12 +80,17 @@ def streamed_log_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> Tensor:
 
 
 def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: TargetLevel) -> ClapEmbedder:
-    """The embedder at `source`; None, or a LAION file that isn't here, is found as `CLAP_WEIGHTS` says.
+    """The embedder at `source`; None is LAION's in `folder`, or else the shipped starter's, which needs no download.
 
     Raises:
-        Missing: none is given, and `folder` has no LAION file.
+        Missing: none is given, and this installation has no starter.
         UserError: there is no such thing, it is damaged, or the bundle has no audio tower.
     """
+    if source is None and not (folder / CLAP_WEIGHTS.file).is_file():
+        try:
+            return ClapEmbedder(load_clap("starter").to(device), level)
+        except UserError as error:
+            raise Missing(f"{error}; or give --clap SOURCE") from error
     if source is None or source.endswith(LAION_SUFFIXES):
         source = str(CLAP_WEIGHTS.find(source, folder))
     return ClapEmbedder(load_clap(source).to(device), level)

@@ -169,8 +169,7 @@ class SpectrogramTransformer(nn.Module):
         """
         if self.null is None:
             raise ValueError("a transformer without text has no null condition")
-        tokens = self.null.expand(batch, -1, -1)
-        return Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        return Condition.unmasked(self.null, batch)
 
     def context(self, cond: Condition) -> TransformerContext:
         """Project a condition for all cross-attentions; do it once per generation.

@@ -346,8 +346,7 @@ class UNet(nn.Module):
 
     def null_condition(self, batch: int) -> Condition:
         """The learned null for `batch` items, nothing masked."""
-        tokens = self.null.expand(batch, -1, -1)
-        return Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        return Condition.unmasked(self.null, batch)
 
     def context(self, cond: Condition) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.

@@ -46,6 +46,12 @@ class Condition:
         return Condition(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
 
     @staticmethod
+    def unmasked(tokens: Tensor, batch: int) -> Condition:
+        """The same tokens (S, D) for `batch` items, nothing masked."""
+        mask = torch.ones(batch, len(tokens), dtype=torch.bool, device=tokens.device)
+        return Condition(tokens.expand(batch, -1, -1), mask)
+
+    @staticmethod
     def concatenate(conditions: Sequence[Condition]) -> Condition:
         """Join along the batch; all must have the same S and D."""
         return Condition(torch.cat([c.tokens for c in conditions]), torch.cat([c.mask for c in conditions]))

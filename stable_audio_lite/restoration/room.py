@@ -68,12 +68,7 @@ def convolve(audio: Tensor, response: Tensor) -> Tensor:
 
 
 def fit_filters(
-    dry: Tensor,
-    wet: Tensor,
-    taps: int,
-    lookahead: int = 0,
-    prior: Tensor | None = None,
-    ridge: float | Tensor = _RIDGE,
+    dry: Tensor, wet: Tensor, taps: int, lookahead: int = 0, prior: Tensor | None = None, ridge: float | Tensor = _RIDGE
 ) -> Tensor:
     """Find filters h (F, taps) that minimise |wet - h * dry|^2 + ridge |dry|^2 |h - prior|^2 in each frequency.
 

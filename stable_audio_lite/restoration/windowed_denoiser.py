@@ -34,7 +34,8 @@ class WindowedDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, C, F, T) = x0 + sigma eps, sigma (B,)."""
         starts = window_starts(x.shape[-1], self.frames, self.overlap)
-        fade = self._fade(x)
+        ramp = torch.arange(1, self.frames + 1, device=x.device, dtype=x.dtype)
+        fade = torch.minimum(ramp, ramp.flip(0)).clamp(max=self.overlap) / self.overlap  # a trapezoid
         total = torch.zeros_like(x)
         weight = x.new_zeros(x.shape[-1])
         for start in starts:
@@ -47,11 +48,6 @@ class WindowedDenoiser:
             for (item, start), window in zip(chunk, denoised, strict=True):
                 total[item, ..., start : start + self.frames] += window
         return total / weight
-
-    def _fade(self, x: Tensor) -> Tensor:
-        """Weights (frames,) of a window: a trapezoid that rises and falls over `overlap` frames."""
-        ramp = torch.arange(1, self.frames + 1, device=x.device, dtype=x.dtype)
-        return torch.minimum(ramp, ramp.flip(0)).clamp(max=self.overlap) / self.overlap
 
 
 def window_starts(total: int, frames: int, overlap: int) -> list[int]:
