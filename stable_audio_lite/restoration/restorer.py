@@ -306,9 +306,7 @@ def _at_level(degradation: Degradation, audio: Tensor, gain: float) -> Degradati
         return degradation
     level = 10 * math.log10(max(float(audio.double().square().mean(1).max()), 1e-20))
     if level > -120 and degradation.noise_db > level + _OWN_NOISE_DB:
-        raise UserError(
-            f"noise_db: noise of {degradation.noise_db:g} dB is not in a sound of {level:.1f} dB; give less"
-        )
+        raise UserError(f"noise_db: the sound has {level:.1f} dB, so its noise has no {degradation.noise_db:g} dB")
     return Denoise(degradation.noise_db + 20 * math.log10(gain))
 
 
