@@ -53,7 +53,7 @@ _EVERYTHING = torch.ones(1, 1, dtype=torch.bool)
 
 @dataclass(frozen=True, kw_only=True)
 class DegradedSound:
-    """What was done to a sound.
+    """A degraded sound.
 
     Attributes:
         degraded: (1, T), what is left of it.
