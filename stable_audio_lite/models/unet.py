@@ -364,15 +364,10 @@ class UNet(nn.Module):
         return UNetContext(layers, attention_mask(cond.mask))
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
-        """Predict v.
+        """Predict v, (B, C, T), in x's dtype whatever that of the weights.
 
-        Args:
-            x: (B, C, T) noisy latents, any T: padded to a multiple of the strides' product, then cropped.
-            t: (B,) diffusion times in 0..1.
-            context: `self.context(condition)`.
-
-        Returns:
-            (B, C, T) in x's dtype, whatever the dtype of the weights.
+        Takes noisy latents x (B, C, T), any T (padded to a multiple of the strides' product, then cropped), diffusion
+        times t (B,) in 0..1, and `self.context(condition)`.
         """
         if x.ndim != 3 or x.shape[1] != self.channels:
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")

@@ -53,12 +53,8 @@ _OWN_NOISE_DB = 1.0  # by which white noise may seem louder than the sound that 
 class RestoreSettings:
     """Settings of DDRM; the defaults are those of Saito et al. 2022 (arXiv 2211.04124).
 
-    Attributes:
-        steps: sampling steps.
-        eta: share of fresh noise where the observation says nothing or is noisier.
-        eta_b: weight of the observation where it is cleaner.
-        seed: of the noise; None draws one.
-        batch: windows denoised at once; more need more memory.
+    `eta` is the share of fresh noise where the observation says nothing or is noisier, `eta_b` the observation's weight
+    where it is cleaner. Without a `seed` one is drawn. `batch` windows are denoised at once; more need more memory.
 
     Raises:
         UserError: a value is out of range.
