@@ -62,7 +62,8 @@ class Conditioned(nn.Module):
     def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Tensor:
         """Noisy data (B, ...), times, text features, (start, total) seconds, dropped (B,) bool -> prediction."""
         network: Any = self.network
-        condition = drop(self.conditioner(text, *timing), network.null_condition(len(x)), dropped)
+        condition = self.conditioner(text, *timing)
+        condition = drop(condition, network.null_condition(len(x), condition.mask), dropped)
         return network(x, t, network.context(condition))
 
 

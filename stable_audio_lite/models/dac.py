@@ -54,7 +54,7 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[st
         UserError: any other tensor that both have differs in shape.
     """
     channels = vae.config.audio_channels
-    last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
+    last = f"decoder.layers.{len(vae.config.strides) + 2}."
     state = dict(vae.state_dict())
     first = dac_state.get(_dac_name("encoder.layers.0.weight_v"))
     mono = channels > 1 and first is not None and first.shape[1] == 1
