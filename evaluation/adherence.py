@@ -44,7 +44,7 @@ from evaluation.tagger import load_tagger, train_on_corpus
 from stable_audio_lite.audio.io import audio_info, read_audio
 from stable_audio_lite.bundle import part_path, resolve
 from stable_audio_lite.clap.checkpoints import load_clap
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.devices import choose_device
 from stable_audio_lite.diffusion.samplers import SAMPLERS
@@ -171,8 +171,8 @@ def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id")
-    add("--corpus", type=Path, required=True, help="whose held-out captions are the prompts")
-    add("--tagger", type=Path, help="folder that evaluation.tagger wrote (default: trains one)")
+    add("--corpus", type=file_path, required=True, help="whose held-out captions are the prompts")
+    add("--tagger", type=file_path, help="folder that evaluation.tagger wrote (default: trains one)")
     add("--clap", metavar="SOURCE", help="for the Fréchet distance (default: the bundle's, if it is whole)")
     add("--items", type=int, help=f"prompts (default: {ITEMS}, or {ITEMS_EACH} for each of several combinations)")
     add("--seed", type=int, default=0)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation.result import MetricValue, Result, different_settings, format_value, load_result
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Failures, Parser, file_path, guarded
 from stable_audio_lite.errors import UserError
 
 ALIKE = "≈"
@@ -106,18 +106,24 @@ def _shortened(value: object) -> str:
 def main() -> int:
     """Run the command; returns its exit status."""
     parser = Parser(description=__doc__)
-    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT", help="JSON that evaluation.run wrote")
+    parser.add_argument("results", nargs="+", type=file_path, metavar="RESULT", help="JSON that evaluation.run wrote")
     return guarded(lambda: _run(parser.parse_args()))
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     if len(args.results) < 2:
         raise UserError("give at least two results to compare")
-    results = [load_result(path) for path in args.results]
-    check_comparable(results, args.results)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # the table's signs are in no Windows code page
-    print(comparison_table(results, args.results))
+    found, failures = {}, Failures()
+    for path in args.results:
+        with failures.of(path):
+            found[path] = load_result(path)
+    if len(found) > 1:
+        paths, results = list(found), list(found.values())
+        check_comparable(results, paths)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # the table's signs are in no Windows code page
+        print(comparison_table(results, paths))
+    return failures.status(len(args.results))
 
 
 if __name__ == "__main__":

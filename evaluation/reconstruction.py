@@ -18,7 +18,6 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from evaluation.metrics.fidelity import OCTAVES, Fidelity, fidelity, mean_fideli
 from evaluation.output import print_result
 from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.codec import Codec
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, add_overwrite, check_outputs, file_path, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
@@ -183,7 +182,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each file at most (default: 30)")
     parser.add_argument("--codecs", default=CODECS, help=f"KIND:KBITS,... or '' (default: {CODECS})")
     parser.add_argument("--dac", metavar="FILE", help="weights.pth of descript-audio-codec, to compare with")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture of each file")
+    parser.add_argument("--html", type=file_path, metavar="FILE", help="write a page with a picture of each file")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return guarded(lambda: _run(parser.parse_args()))
 
@@ -191,6 +191,7 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("auraloss") is None:
         raise UserError("the distances need auraloss; install it with: pip install 'stable-audio-lite[evaluate]'")
+    check_outputs([args.html] if args.html else [], overwrite=args.overwrite)
     codec = Codec.from_pretrained(args.bundle, device="cpu", dtype="float32")
     systems = {name: ffmpeg_codec(name, codec.sample_rate) for name in args.codecs.split(",") if name}
     if args.dac:

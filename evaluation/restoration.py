@@ -103,8 +103,9 @@ class DegradationSettings:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise UserError(f"--task: must be one of {', '.join(TASKS)}, got {self.task}")
-        if min(self.gap, self.cutoff, self.rt60, self.seconds) <= 0 or not math.isfinite(self.snr):
-            raise UserError("--gap, --cutoff, --rt60 and --seconds must be above 0, and --snr finite")
+        positive = (self.gap, self.cutoff, self.rt60, self.seconds)
+        if not (all(0 < value < math.inf for value in positive) and math.isfinite(self.snr)):
+            raise UserError("--gap, --cutoff, --rt60 and --seconds must be above 0, and all of them and --snr finite")
 
     def samples(self, config: SpectrogramConfig) -> int:
         """Samples of an excerpt: two windows of the model at least, and whole frames."""

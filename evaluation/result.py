@@ -17,6 +17,9 @@ from stable_audio_lite.config import from_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
+FEW_SOUNDS = 100
+"""Number of sounds below which metrics say little."""
+
 _FORMAT = 2
 """Version of the file's layout."""
 
@@ -133,6 +136,10 @@ def result_table(result: Result) -> str:
     lines = [f"{'':18}{'n':>7}{'':>9}{'value':>10}{'95 %':>22}   baselines"]
     lines += [_line(metric) for metric in result.metrics]
     lines += [f"{name}: not measured: {reason}" for name, reason in result.missing.items()]
+    counts = {"generated sounds": len(result.generated), "recordings": len(result.reference)}
+    few = [f"{count} {kind}" for kind, count in counts.items() if 0 < count < FEW_SOUNDS]
+    if few and result.metrics:
+        lines.append(f"warning: {' and '.join(few)} are few; distances shrink as sounds get more, say {FEW_SOUNDS}")
     near = [(sound.nearest[0].cosine, sound) for sound in result.generated if sound.nearest]
     if near:
         cosine, sound = max(near, key=lambda pair: pair[0])

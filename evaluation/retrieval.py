@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -21,7 +20,7 @@ from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.clap.checkpoints import load_clap
 from stable_audio_lite.clap.mel import SAMPLE_RATE
 from stable_audio_lite.clap.model import Clap, retrieval
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.doctor import mean_pairwise_cosine
 from stable_audio_lite.errors import UserError
@@ -41,7 +40,7 @@ def main() -> int:
     """Run the command; returns its exit status."""
     parser = Parser(description=__doc__)
     parser.add_argument("bundle", help="a shipped model, a bundle's folder or a hub id, with both CLAP towers")
-    parser.add_argument("data", type=Path, help="a folder of captioned audio")
+    parser.add_argument("data", type=file_path, help="a folder of captioned audio")
     parser.add_argument("--items", type=int, default=500, help="pieces at most (default: 500)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return guarded(lambda: _run(parser.parse_args()))

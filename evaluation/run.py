@@ -23,13 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, add_overwrite, check_outputs, file_path, guarded
 from stable_audio_lite.errors import UserError
 
 ABOUT = """Measure generated sounds against recordings, each metric beside what it is for real sounds and for noise.
 
 Metrics: fd_openl3, fd_passt, fd_clap (Fréchet distances), fd_inf_openl3, ... (the same extrapolated to infinitely many
-sounds), kl_passt, clap_score. One whose weights are not there says what to fetch, and the others go on."""
+sounds), kl_passt, clap_score. One whose weights are not there says what to fetch, and the others go on; without any,
+CLAP is the shipped starter's, which knows little but its own corpus. The exit status is 2 if a metric that was asked
+for is not measured, or none."""
 
 _Kind = Literal["peak", "lufs"]
 
@@ -75,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("generated", metavar="GENERATED", help=f"sounds under test: {sources}")
     add("reference", metavar="REFERENCE", nargs="?", help="recordings, likewise; or statistics, a .npz")
     add("--metrics", default="", metavar="A,B,...", help="default: fd_openl3,kl_passt,clap_score,fd_clap")
-    add("-o", "--output", type=Path, default=Path("result.json"), help="default: result.json")
+    add("-o", "--output", type=file_path, default=Path("result.json"), help="default: result.json")
+    add_overwrite(parser)
     add("--name", help="of the model in reports (default: GENERATED's)")
     add(
         "--training", metavar="DATA", help="what the model learned from: the sounds of it that are most like each sound"
@@ -84,11 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--openl3", metavar="FILE", help="weights: a path, or owner/name/file on the hub (default: in --weights)")
     add("--content", default="music", choices=("music", "env"), help="what OpenL3 was trained on (default: music)")
     add("--passt", metavar="FILE", help="weights, likewise")
-    add("--clap", metavar="SOURCE", help="LAION's .pt, likewise; a transformers folder or hub id; a bundle; 'starter'")
-    add("--weights", metavar="FOLDER", type=Path, default=Path("weights"), help="where weights lie (default: weights)")
+    add(
+        "--clap",
+        metavar="SOURCE",
+        help="LAION's .pt, likewise; a transformers folder or hub id; a bundle (default: in --weights, else 'starter')",
+    )
+    add(
+        "--weights", metavar="FOLDER", type=file_path, default=Path("weights"), help="where they lie (default: weights)"
+    )
     add("--level", default="peak:-1", metavar="KIND:DB", help="peak:-1 by definition, or lufs:-23 (default: peak:-1)")
-    add("--save-statistics", metavar="FOLDER", type=Path, help="also write the reference's statistics, NAME.npz")
-    add("--cache", metavar="FOLDER", type=Path, help="of embeddings (default: ~/.cache/stable-audio-lite/embeddings)")
+    add("--save-statistics", metavar="FOLDER", type=file_path, help="also write the reference's statistics, NAME.npz")
+    add("--cache", metavar="FOLDER", type=file_path, help="of embeddings (default: in ~/.cache/stable-audio-lite)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--workers", type=int, default=2, help="sounds worked on at once in each process (default: 2)")
     add("--batch", type=int, default=16, help="windows of a sound that go through a network at once (default: 16)")
@@ -126,14 +135,17 @@ def _level(text: str) -> tuple[_Kind, float]:
     return cast(_Kind, kind), decibels
 
 
-def main_of(args: argparse.Namespace) -> None:
-    """Evaluate, store and print.
+def main_of(args: argparse.Namespace) -> int:
+    """Evaluate, store and print; returns the exit status.
 
     Raises:
         UserError: an argument is out of range, as `evaluation.evaluate.evaluate`, or the result can't be written.
     """
     options = options_of(args)
+    there = options.save_statistics.glob("*.npz") if options.save_statistics else ()
+    check_outputs([options.output, *there], overwrite=args.overwrite)
     from evaluation.evaluate import evaluate
+    from evaluation.metrics.registry import METRICS
     from evaluation.result import result_table, save_result
 
     warnings.filterwarnings("ignore")
@@ -143,14 +155,18 @@ def main_of(args: argparse.Namespace) -> None:
     save_result(result, options.output)
     print(result_table(result))
     print(options.output)
+    lacking = [name for name in options.metrics if name in result.missing]
+    if not lacking and any(result.metric(name) for name in METRICS):
+        return 0
+    print(f"error: not measured: {', '.join(lacking) or 'anything'}; the lines above say why", file=sys.stderr)
+    return 2
 
 
 def main() -> int:
     """Run the command; returns its exit status."""
     parser = Parser(description=ABOUT)
     add_arguments(parser)
-    args = parser.parse_args()
-    return guarded(lambda: main_of(args), "stopped; the same command goes on with what is embedded")
+    return guarded(lambda: main_of(parser.parse_args()), "stopped; the same command goes on with what is embedded")
 
 
 if __name__ == "__main__":

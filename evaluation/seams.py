@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from evaluation.metrics.music import key, tempo
 from evaluation.metrics.seams import seam_distances
 from evaluation.output import print_result
 from evaluation.prompt_facts import HeldOutPrompt
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.edits import CROSSFADE_SECONDS, Inpainting, Loop, Sound
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
@@ -136,7 +135,7 @@ def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", metavar="BUNDLE", help="'starter', a bundle's folder or a hub id")
-    add("--corpus", type=Path, required=True, help="whose held-out captions and recordings are used")
+    add("--corpus", type=file_path, required=True, help="whose held-out captions and recordings are used")
     add("--items", type=int, default=40, help="sounds of each kind (default: 40)")
     add("--seed", type=int, default=0)
     add("--device", default="auto")

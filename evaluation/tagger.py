@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from evaluation.mel_crops import MelConfig, all_crops, augment, mel_power, normalise, random_crop
 from stable_audio_lite.audio.io import read_audio, resample
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, add_overwrite, check_outputs, file_path, guarded
 from stable_audio_lite.config import load_config, save_config
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -240,18 +240,20 @@ def main() -> int:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train on each CORPUS/train, test on the first one's held_out")
-    training.add_argument("corpora", metavar="CORPUS", type=Path, nargs="+")
-    training.add_argument("-o", "--output", type=Path, default=Path("tagger"))
+    training.add_argument("corpora", metavar="CORPUS", type=file_path, nargs="+")
+    training.add_argument("-o", "--output", type=file_path, default=Path("tagger"))
+    add_overwrite(training)
     training.add_argument("--steps", type=int, default=1500)
     training.add_argument("--seed", type=int, default=0)
     testing = commands.add_parser("test", help="accuracy on CORPUS/held_out")
-    testing.add_argument("tagger", type=Path)
-    testing.add_argument("corpus", type=Path)
+    testing.add_argument("tagger", type=file_path)
+    testing.add_argument("corpus", type=file_path)
     return guarded(lambda: _run(parser.parse_args()))
 
 
 def _run(args: argparse.Namespace) -> None:
     if args.command == "train":
+        check_outputs([args.output / _CONFIG, args.output / _WEIGHTS], args.corpora, overwrite=args.overwrite)
         tagger, corpus = train_on_corpus(*args.corpora, steps=args.steps, seed=args.seed), args.corpora[0]
         save_tagger(tagger, args.output)
     else:

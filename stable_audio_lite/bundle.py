@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +60,8 @@ def resolve(name: str | Path) -> Path:
     Raises:
         UserError: there is no such bundle, or it can't be downloaded.
     """
+    if not isinstance(name, (str, Path)):
+        raise UserError(f"a bundle is a name or a path, got {name!r}")
     if (shipped := SHIPPED.get(str(name))) is not None:
         if not (shipped / CONFIG_FILE).is_file():
             raise UserError(f"{shipped}: these weights are missing from this installation; install it again")
@@ -228,6 +231,16 @@ def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> N
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise UserError(f"{where}: weights don't fit {CONFIG_FILE}: {'; '.join(found[:_SHOWN])}{more}")
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hexadecimal digits, of the tensors' names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def model_hash(folder: str | Path) -> str:

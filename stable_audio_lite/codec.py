@@ -18,7 +18,7 @@ from stable_audio_lite import bundle
 from stable_audio_lite.audio.io import AudioSource, stereo_blocks, write_audio_blocks
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_place, replacing, save_tensors
+from stable_audio_lite.files import check_apart, check_place, replacing, save_tensors
 from stable_audio_lite.representation import LatentRepresentation, load_latents
 from stable_audio_lite.systems import load_model_config
 
@@ -57,6 +57,7 @@ class Codec:
         Raises:
             UserError: the audio can't be read or the latents can't be written.
         """
+        check_apart([path], [output])
         check_place(output)
         samples = 0
 
@@ -81,6 +82,7 @@ class Codec:
         Raises:
             UserError: the file is no latent of this VAE, or the audio can't be written.
         """
+        check_apart([path], [output])
         latent, samples = self._read(path)
         return write_audio_blocks(output, self._sound(latent, samples), self.sample_rate)
 

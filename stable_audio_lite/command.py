@@ -1,18 +1,22 @@
 """The argument parser and the runner that all commands share: user errors are one line, and all commands end alike.
 
 The exit status is 0, or the one that the command returns; 2 after a mistake that the user can fix, which is reported in
-one line on stderr; 130 after Ctrl-C.
+one line on stderr, or after several in single files; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import check_apart, check_place, expanded
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -33,11 +37,71 @@ Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """Registry of subcommand parsers; each sets `run`, a function of the parsed arguments that may return a status."""
 
 
+def file_path(text: str) -> Path:
+    """Parse a path; `~` is the home folder, and `-` is refused, which elsewhere stands for a pipe."""
+    if text.strip() in ("", "-"):
+        raise argparse.ArgumentTypeError(f"{text!r} names no file; sound and settings go through files, not pipes")
+    try:
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Declare --overwrite, without which no command replaces a file."""
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path] = (), *, overwrite: bool) -> None:
+    """Check, before any work, that all outputs can be written.
+
+    Raises:
+        UserError: one is an input, can't be written, or is there already and may not be replaced.
+    """
+    check_apart(inputs, outputs)
+    for path in outputs:
+        check_place(path)
+        if path.resolve().exists() and not overwrite:
+            raise UserError(f"{path}: is there already; choose another place or give --overwrite")
+
+
+class Failures:
+    """Mistakes in single files of a command that takes several, which goes on past them."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    @contextlib.contextmanager
+    def of(self, name: object) -> Iterator[None]:
+        """Print a mistake in the file of that name as one line, instead of raising it."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except (UserError, OSError) as error:
+            text = " ".join(str(error).split())
+            print(f"error: {text if str(name) in text else f'{name}: {text}'}", file=sys.stderr)
+            self._names.append(str(name))
+
+    def status(self, total: int) -> int:
+        """Name the files that failed, of `total` in all; returns the command's exit status."""
+        if self._names and total > 1:
+            print(f"{len(self._names)} of {total} failed: {', '.join(self._names)}", file=sys.stderr)
+        return 2 if self._names else 0
+
+
+def tolerate_encodings() -> None:
+    """Print what the terminal's encoding lacks with escapes: a prompt stops no batch, a name no summary."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command's `action`; returns its exit status.
 
     A `UserError` or an `OSError` becomes one line; anything else is a bug and shows its traceback.
     """
+    tolerate_encodings()
     try:
         return action() or 0
     except KeyboardInterrupt:

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import expanded, replacing
 
 T = TypeVar("T")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+"""Folder of the configs that come with the package."""
 
 
 def load_config(path: str | Path, cls: type[T]) -> T:
@@ -31,13 +34,23 @@ def load_config(path: str | Path, cls: type[T]) -> T:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping.
 
+    A file that isn't there is looked for in `CONFIGS`, with or without `configs/` and `.yaml`: "stable_audio/tiny".
+
     A key `base` names another YAML file, relative to this file's folder, from which this one differs: mappings are
     merged key by key unless their `kind` differs, and any other value replaces the base's.
 
     Raises:
         UserError: the file or its base is missing, unreadable, or not a YAML mapping, or bases form a circle.
     """
-    return _with_bases(Path(path), ())
+    return _with_bases(find_config(path), ())
+
+
+def find_config(path: str | Path) -> Path:
+    """Find a YAML file as `read_yaml` does; a path that leads nowhere is returned as it is."""
+    path = expanded(path)
+    name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    places = (path, CONFIGS / name, CONFIGS / f"{name}.yaml")
+    return next((place for place in places if place.is_file()), path)
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -67,7 +80,10 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a YAML file") from error
+        raise UserError(
+            f"{path}: can't be read ({error.strerror}); give a YAML file, or the name of one that comes with the "
+            "package, such as stable_audio/tiny"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no such date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
@@ -87,6 +103,18 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass into the mapping that `from_dict` turns back into an equal one (tuples as lists)."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """Words for each value that differs between two plain mappings, like "unet.width was 32, is 64".
+
+    Keys that `was` lacks, as an older version may have written it, don't count.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        dot = key and key + "."
+        return [words for k, value in was.items() for words in differences(value, now.get(k), f"{dot}{k}")]
+    shown = ["none" if value is None else str(value) for value in (was, now)]
+    return [f"{key} was {shown[0]}, is {shown[1]}"] if was != now else []
 
 
 def save_config(config: Any, path: str | Path) -> None:

@@ -11,8 +11,10 @@ from torch import nn
 from stable_audio_lite import bundle
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
-from stable_audio_lite.config import to_dict
+from stable_audio_lite.clap.tokenizer import learned_words, load_tokenizer, ran_out
+from stable_audio_lite.config import find_config, to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
+from stable_audio_lite.request import milliseconds
 from stable_audio_lite.systems import (
     ComplexSTFTConfig,
     SpectralConfig,
@@ -30,7 +32,7 @@ def describe(name: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such config or bundle, or a key in it is wrong.
     """
-    is_config = Path(name).suffix in (".yaml", ".yml") and not Path(name).is_dir()
+    is_config = not Path(name).is_dir() and (Path(name).suffix in (".yaml", ".yml") or find_config(name).is_file())
     where = Path(name) if is_config else bundle.resolve(name)
     config = load_system(where)
     with torch.device("meta"):
@@ -46,6 +48,9 @@ def describe(name: str | Path) -> dict[str, Any]:
     if not is_config:
         facts["parts"] = [part for part in bundle.PARTS if bundle.part_path(where, part).is_file()]
         facts["model"] = bundle.model_hash(where)
+        if config.clap and (file := where / bundle.TOKENIZER_FILE).is_file():
+            tokenizer = load_tokenizer(file)
+            facts["words"] = learned_words(tokenizer) if ran_out(tokenizer, config.clap.vocab_size) else []
     return facts
 
 
@@ -57,7 +62,7 @@ def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, 
     }
     return parts, {
         "sample_rate": config.sample_rate,
-        "window_seconds": round(config.window_seconds, 3),
+        "window_seconds": milliseconds(config.window_seconds),
         "window_samples": config.window_samples,
         "latent_shape": list(config.latent_shape),
         "samples_per_latent_frame": config.hop,
@@ -68,7 +73,7 @@ def _spectral(config: SpectralConfig) -> tuple[dict[str, nn.Module], dict[str, A
     shape = config.spectrogram
     facts: dict[str, Any] = {
         "sample_rate": shape.sample_rate,
-        "window_seconds": round(shape.seconds, 3),
+        "window_seconds": milliseconds(shape.seconds),
         "window_samples": shape.samples,
         "spectrogram_shape": list(shape.shape),
         "samples_per_frame": shape.hop,

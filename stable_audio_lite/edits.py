@@ -19,6 +19,7 @@ from stable_audio_lite.diffusion.editing import Circular, KnownRegion, resampled
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, Sampler, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import Representation
+from stable_audio_lite.request import check_number, milliseconds
 from stable_audio_lite.systems import GenerationDefaults
 
 CROSSFADE_SECONDS = 0.02
@@ -187,14 +188,13 @@ class _FromSound(Edit):
 
     def seconds(self, representation: Representation, wanted: float | None) -> float:
         length, window = self.source.seconds, representation.window_seconds
+        lasts = f"{self.source.name}: lasts {milliseconds(length):.3f} s"
         if wanted is not None and wanted > length + 0.5 / self.source.sample_rate:
-            raise UserError(
-                f"{self.source.name}: lasts {length:.3f} s; give at most that as seconds, or continue it instead"
-            )
+            raise UserError(f"{lasts}; give at most that as seconds, or continue it instead")
         if wanted is None and length > window:
             raise UserError(
-                f"{self.source.name}: lasts {length:.3f} s, longer than the window of this model; give seconds up to "
-                f"{math.floor(window * 1000) / 1000} to use its beginning"
+                f"{lasts}, longer than the window of this model; give seconds up to {milliseconds(window)} to use its "
+                "beginning"
             )
         return min(length if wanted is None else wanted, window)
 
@@ -218,6 +218,7 @@ class Variation(_FromSound):
     strength: float = 0.6
 
     def __post_init__(self) -> None:
+        check_number("strength", self.strength)
         if not 0 <= self.strength <= 1:
             raise UserError(f"strength must lie in 0..1, got {self.strength}")
 
@@ -256,9 +257,8 @@ class Inpainting(_FromSound):
             raise UserError(f"{name}: say which stretch to make anew, such as 1.5-2.5")
         for first, last in self.gaps:
             if not 0 <= first < last or last > seconds + 0.5 / self.source.sample_rate:
-                raise UserError(
-                    f"{name}: can't inpaint {first:g}-{last:g}; stretches lie in order within 0-{seconds:.3f} s"
-                )
+                within = f"stretches lie in order within 0-{milliseconds(seconds):.3f} s"
+                raise UserError(f"{name}: can't inpaint {first:g}-{last:g}; {within}")
         frames = math.ceil(seconds * representation.sample_rate / representation.hop)
         if not self._mask(representation, frames)[:frames].any():
             raise UserError(
@@ -355,6 +355,9 @@ class Loop(Edit):
     beats: int = 4
 
     def __post_init__(self) -> None:
+        for name, value in (("bars", self.bars), ("bpm", self.bpm), ("beats", self.beats)):
+            if value is not None:
+                check_number(name, value, whole=name != "bpm")
         if self.bars is not None and self.bars < 1:
             raise UserError(f"bars must be at least 1, got {self.bars}")
         if self.bpm is not None and not 20 <= self.bpm <= 400:
@@ -364,12 +367,14 @@ class Loop(Edit):
 
     def seconds(self, representation: Representation, wanted: float | None) -> float:
         rate, hop = representation.sample_rate, representation.hop
-        longest = math.floor((representation.shape[-1] - 2 * _CIRCLE) * hop / rate * 1000) / 1000
+        longest = milliseconds((representation.shape[-1] - 2 * _CIRCLE) * hop / rate)
         if self.bpm is None:
             seconds = longest if wanted is None else wanted
         else:
             bar = 60 * self.beats / self.bpm
             most = int(longest / bar)
+            if wanted is not None and not 0 < wanted < math.inf:
+                raise UserError(f"seconds must lie above 0 and be finite, got {wanted}")
             if wanted is not None and self.bars is None:
                 bars = round(wanted / bar)
                 if bars < 1 or abs(wanted - bars * bar) > 0.5 / rate:
@@ -419,7 +424,7 @@ class Loop(Edit):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"loop": True, "bars": self.bars}
+        return {"loop": True, "bars": self.bars, "bpm": self.bpm, "beats": self.bpm and self.beats}
 
 
 def steps_around(steps: int) -> int:

@@ -1,4 +1,4 @@
-"""Atomic writing: nothing half-written is ever left under its final name."""
+"""Atomic writing: nothing half-written is ever left under its final name, and nothing is written over its source."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,41 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if need be, until the context or the process ends.
+
+    The system holds the lock, so that not even a killed process leaves it behind.
+
+    Raises:
+        UserError: another run is in there, or the folder can't be made or written.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        yield
+        return
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise UserError(f"output: {folder} can't be made or written ({error.strerror}); choose another") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            other = f"process {number}" if (number := file.read().strip()) else "another process"
+            raise UserError(f"output: {other} is at work in {folder}; wait for it, or choose another") from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def check_place(path: str | os.PathLike[str]) -> None:
     """Check, before the work begins, that `path` can be written; leaves nothing behind.
 
@@ -87,6 +122,38 @@ def check_place(path: str | os.PathLike[str]) -> None:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder in the place of `~`.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: no such home folder; write it out") from error
+
+
+def check_apart(sources: Iterable[object], outputs: Iterable[str | os.PathLike[str]]) -> None:
+    """Check that no output is the same file as one of the sources, by whatever name; only paths count as sources.
+
+    Raises:
+        UserError: one is.
+    """
+    paths = [Path(source) for source in sources if isinstance(source, (str, os.PathLike))]
+    known = {(found.st_dev, found.st_ino) for found in map(_stat, paths) if found}
+    for output in outputs:
+        if (found := _stat(Path(output))) and (found.st_dev, found.st_ino) in known:
+            raise UserError(f"{output}: is the file that is read; write to another place")
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.resolve().stat()  # also where a folder on the way isn't there yet
+    except OSError:
+        return None
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -38,8 +38,10 @@ from stable_audio_lite.request import (
     Generated,
     Limits,
     Request,
+    check_number,
     check_texts,
     choose_seed,
+    list_prompts,
     make_request,
 )
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, SystemConfig, load_system
@@ -85,7 +87,7 @@ class StableAudio:
         device: str = "auto",
         dtype: torch.dtype | str | None = None,
         lora: str | Path | None = None,
-        lora_strength: float = 1.0,
+        lora_strength: float | None = None,
     ) -> Self:
         """Load a bundle for inference.
 
@@ -95,12 +97,16 @@ class StableAudio:
             dtype: of the networks' weights and activations; None or "auto" is bfloat16 where the processor multiplies
                 it in hardware and float32 elsewhere. The text encoder stays float32.
             lora: folder with a LoRA that training.train_diffusion made for this model; it is merged into the U-Net.
-            lora_strength: 1 is as trained, 0 is none.
+            lora_strength: of the LoRA; 1 is as trained, the default, and 0 none.
 
         Raises:
             UserError: there is no such bundle, LoRA or device, the LoRA is for another system, or a file is damaged or
                 doesn't fit.
         """
+        if lora_strength is not None:
+            check_number("lora_strength", lora_strength)
+            if lora is None or not math.isfinite(lora_strength):
+                raise UserError(f"lora_strength: is the strength of a LoRA, got {lora_strength:g} and lora {lora}")
         folder = bundle.resolve(name)
         config = load_system(folder)
         if lora is not None and not isinstance(config, StableAudioConfig):
@@ -112,8 +118,9 @@ class StableAudio:
         representation = load_representation(folder, config)
         network, merged = bundle.load_module(folder, config.part, config.network), None
         if lora is not None:
-            merge_lora(network.float(), lora, representation.hash, lora_strength)
-            merged = {"lora": str(lora), "lora_strength": lora_strength}
+            strength = 1.0 if lora_strength is None else lora_strength
+            merge_lora(network.float(), lora, representation.hash, strength)
+            merged = {"lora": str(lora), "lora_strength": strength}
         text_encoder = conditioner = None
         if not isinstance(config, ComplexSTFTConfig) and config.clap is not None:
             timing, width = config.timing, config.clap.text_width
@@ -206,9 +213,14 @@ class StableAudio:
         Raises:
             UserError: a prompt is empty, the network takes no prompts, or a setting is out of range.
         """
-        if count < 1 or batch < 1:
-            raise UserError(f"count and batch must be at least 1, got {count} and {batch}")
-        edit = edit or Edit()
+        for name, value in (("count", count), ("batch", batch)):
+            check_number(name, value, whole=True)
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not isinstance(edit := edit or Edit(), Edit):
+            raise UserError(f"edit must be one of stable_audio_lite.edits, got {edit!r}")
+        if seconds is not None:
+            check_number("seconds", seconds)
         prompts = edit.prompt if prompts is None and self.conditioner else prompts
         about = (seconds_start, seconds_total, cfg, rescale, negative)
         self._check_text(prompts, dict(zip(PROMPT_SETTINGS, about, strict=True)))
@@ -225,7 +237,7 @@ class StableAudio:
             negative=negative,
             sampler=sampler,
         )
-        texts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
+        texts = list_prompts(prompts)
         check_texts(texts, negative)
         first = choose_seed(seed, len(texts) * count)
         items = [(text, first + i) for i, text in enumerate(t for t in texts for _ in range(count))]

@@ -177,9 +177,4 @@ def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentReprese
 
 def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
     """Identify a latent space by the SHA-256 of the encoder's weights in a VAE's state; the decoder may change."""
-    digest = hashlib.sha256()
-    for key in sorted(k for k in vae_state if k.startswith("encoder.")):
-        value = vae_state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return bundle.weights_hash({key: value for key, value in vae_state.items() if key.startswith("encoder.")})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.systems import GenerationDefaults
+from stable_audio_lite.systems import MAX_CFG, GenerationDefaults
 
 PROMPT_SETTINGS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
 """Settings that only make sense with a prompt."""
@@ -44,15 +45,24 @@ class Generated:
         """The seed of each item."""
         return [settings["seed"] for settings in self.settings]
 
-    def save(self, path: str | Path, index: int = 0) -> float:
+    def save(self, path: str | Path, index: int = 0, peak_db: float | None = None) -> float:
         """Write item `index` as WAV or FLAC with its settings inside; returns the gain applied (1 unless it clipped).
+
+        `peak_db` brings the peak to that level, relative to full scale, unless the sound is silent.
 
         Raises:
             UserError: there is no such item, or as `stable_audio_lite.audio.io.write_audio`.
         """
+        check_number("index", index, whole=True)
         if not 0 <= index < len(self.audio):
             raise UserError(f"index must lie in 0..{len(self.audio) - 1}, got {index}")
-        return write_audio(path, self.audio[index], self.sample_rate, self.settings[index])
+        audio, settings, gain = self.audio[index], self.settings[index], 1.0
+        if peak_db is not None:
+            check_number("peak_db", peak_db)
+            if not -100 <= peak_db <= 0:
+                raise UserError(f"peak_db must lie in -100..0 dB, got {peak_db:g}")
+            gain, settings = 10 ** (peak_db / 20) / (float(audio.abs().max()) or 1.0), settings | {"peak_db": peak_db}
+        return gain * write_audio(path, gain * audio, self.sample_rate, settings)
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,10 @@ def make_request(
     Raises:
         UserError: a setting is out of range.
     """
+    given = {"seconds": seconds, "seconds_start": seconds_start, "seconds_total": seconds_total}
+    for name, value in (given | {"steps": steps, "cfg": cfg, "rescale": rescale}).items():
+        if value is not None:
+            check_number(name, value, whole=name == "steps")
     length = limits.window if seconds is None else float(seconds)
     begins, ends = timing(length)
     start = begins if seconds_start is None else float(seconds_start)
@@ -141,6 +155,8 @@ def make_request(
         sampler=sampler or defaults.sampler,
     )
     _check(request, limits)
+    if request.cfg == 1 and (idle := "negative" if negative is not None else "rescale" if rescale else None):
+        raise UserError(f"{idle} changes guidance, and there is none at cfg 1; leave it out, or give a higher cfg")
     return request
 
 
@@ -149,15 +165,45 @@ def _check(request: Request, limits: Limits) -> None:
         raise UserError(f"steps must be at least 1, got {request.steps}")
     if request.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{request.sampler}'; choose one of {', '.join(SAMPLERS)}")
-    if not (math.isfinite(request.cfg) and 0 <= request.rescale <= 1):
-        raise UserError(f"cfg must be finite and rescale in 0..1, got {request.cfg} and {request.rescale}")
+    if not (0 <= request.cfg <= MAX_CFG and 0 <= request.rescale <= 1):
+        raise UserError(
+            f"cfg must lie in 0..{MAX_CFG:g} and rescale in 0..1, got {request.cfg:g} and {request.rescale:g}"
+        )
     if not 0.5 / limits.sample_rate < request.seconds <= limits.most:
-        most = f" and at most {math.floor(limits.most * 1000) / 1000}" if math.isfinite(limits.most) else ""
+        most = f" and at most {milliseconds(limits.most)}" if math.isfinite(limits.most) else ""
         raise UserError(f"seconds must lie above 0{most}, got {request.seconds}")
     if not 0 <= request.start <= request.total <= limits.longest:
         raise UserError(
             f"expected 0 <= seconds_start <= seconds_total <= {limits.longest}, got {request.start} and {request.total}"
         )
+
+
+def milliseconds(seconds: float) -> float:
+    """Round a length down to whole milliseconds, so that it can be asked for as it is told."""
+    return math.floor(seconds * 1000) / 1000
+
+
+def check_number(name: str, value: object, whole: bool = False) -> None:
+    """Refuse what is no number, or no whole one.
+
+    Raises:
+        UserError: names it.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        raise UserError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+
+
+def list_prompts(prompts: str | Iterable[str] | None) -> list[str | None]:
+    """List one prompt, several, or none.
+
+    Raises:
+        UserError: they are no such thing.
+    """
+    if prompts is None or isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes):
+        raise UserError(f"prompts must be a text or a list of texts, got {prompts!r}")
+    return list(prompts)
 
 
 def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
@@ -166,6 +212,8 @@ def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
     Raises:
         UserError: a prompt is empty or not valid UTF-8.
     """
+    if wrong := next((text for text in (*texts, negative) if not isinstance(text, str | None)), None):
+        raise UserError(f"a prompt must be text, got {wrong!r}")
     if not texts or not all(text is None or text.strip() for text in texts):
         raise UserError("a prompt is empty; say what you want to hear")
     for text in (*texts, negative):
@@ -183,6 +231,7 @@ def choose_seed(seed: int | None, items: int) -> int:
     """
     if seed is None:
         return secrets.randbelow(2**31)
+    check_number("seed", seed, whole=True)
     if not 0 <= seed < 2**63 - items:
         raise UserError(f"seed must lie in 0..2^63, got {seed}")
     return seed

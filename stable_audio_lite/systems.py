@@ -32,6 +32,10 @@ TIMING_TOKENS = 2
 """Number of tokens that seconds_start and seconds_total add to the text's."""
 
 
+MAX_CFG = 100.0
+"""Largest guidance scale; far below it sound is noise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
     """Defaults of `generate`; each bundle owns the values that suit its weights.
@@ -62,6 +66,8 @@ class GenerationDefaults:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if not 0 <= self.cfg <= MAX_CFG:
+            raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
         if not self.rho > 0:
             raise ValueError(f"rho must be above 0, got {self.rho}")
         if not 0 < self.sigma_min < self.sigma_max:

@@ -39,7 +39,9 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete bundle of configs/stable_audio/tiny.yaml with random weights; copy it before changing it."""
     config = load_model_config(TINY)
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["warm slow piano", "fast techno drums", "a quiet string quartet"], 280)
+    tokenizer = train_tokenizer(
+        ["warm slow piano", "fast techno drums", "a quiet string quartet"], config.clap.vocab_size
+    )
     unet = config.network()
     with torch.no_grad():
         # Layers that start at zero would hide the prompt from the output.

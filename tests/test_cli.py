@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +17,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from stable_audio_lite import cli
-from stable_audio_lite.audio.io import audio_info, read_metadata, write_audio
-from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.audio.io import audio_info, read_audio, read_metadata, write_audio
+from stable_audio_lite.clap.tokenizer import train_tokenizer
+from stable_audio_lite.edits import Sound, Variation
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.pipeline import Generated, StableAudio
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "stable_audio"
@@ -90,6 +95,49 @@ def test_a_folder_as_output(generate, tmp_path: Path) -> None:
     assert (tmp_path / "some" / "folder" / "piano-1.wav").is_file()
 
 
+def test_the_part_of_a_prompt_that_is_not_read_is_named(generate, tmp_path: Path, capsys) -> None:
+    """Two prompts that differ there only give the same sound; of the negative as well."""
+    long = "warm slow piano, " * 40
+    for name, ending in (("a.wav", "and the sea"), ("b.wav", "and a storm")):
+        assert generate(long + ending, "--negative", "drums " * 100, "--seed", 1, "--seconds", 0.2, "-o", name) == 0
+        notes = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if "not read" in line]
+        assert len(notes) == 2 and notes[0].startswith("note: 'warm slow piano") and notes[0].endswith(f"{ending}'")
+    assert torch.equal(*(read_audio(tmp_path / name) for name in ("a.wav", "b.wav")))
+    assert generate("warm piano", "--seconds", 0.2, "-o", "c.wav") == 0
+    assert "not read" not in capsys.readouterr().err
+
+
+def test_where_the_sound_lies_in_its_piece_can_be_said(generate, tmp_path: Path) -> None:
+    given = ("--seconds-start", 1.5, "--seconds-total", 7, "--rescale", 0.5)
+    assert generate("piano", "--seconds", 0.2, "--seed", 1, *given, "-o", "a.wav") == 0
+    stored = read_metadata(tmp_path / "a.wav").settings
+    assert (stored["seconds_start"], stored["seconds_total"], stored["rescale"]) == (1.5, 7, 0.5)
+
+
+def test_sounds_can_be_brought_to_one_level(generate, tmp_path: Path, capsys) -> None:
+    for name, level in (("a.wav", ()), ("b.wav", ("--normalize",)), ("c.flac", ("--normalize", -12))):
+        assert generate("piano", "--seconds", 0.2, "--seed", 1, "-o", name, *level) == 0
+    plain, full, quiet = (read_audio(tmp_path / name) for name in ("a.wav", "b.wav", "c.flac"))
+    assert float(full.abs().max()) == pytest.approx(10 ** (-1 / 20), abs=1e-4)
+    assert float(quiet.abs().max()) == pytest.approx(10 ** (-12 / 20), abs=1e-4)
+    torch.testing.assert_close(plain / plain.abs().max(), full / full.abs().max(), atol=1e-5, rtol=0)
+    assert read_metadata(tmp_path / "c.flac").settings["peak_db"] == -12
+
+
+def test_an_item_that_can_not_be_saved_stops_no_others(generate, tmp_path: Path, monkeypatch, capsys) -> None:
+    save = Generated.save
+
+    def failing(self: Generated, path: Path, *rest: object) -> float:
+        if self.seeds[0] == 4:
+            raise UserError(f"{path}: not written, the audio holds NaN")
+        return save(self, path, *rest)
+
+    monkeypatch.setattr(Generated, "save", failing)
+    assert generate("piano", "--seconds", 0.1, "--seed", 3, "--count", 3, "--batch", 1, "-o", "out") == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["piano-3.wav", "piano-5.wav"]
+    assert "1 of 3 failed: out/piano-4.wav" in capsys.readouterr().err
+
+
 def test_plot_lies_beside_the_sound(generate, tmp_path: Path) -> None:
     assert generate("piano", "--seconds", 0.2, "--plot", "-o", "a.wav") == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -118,6 +166,15 @@ def test_plot_lies_beside_the_sound(generate, tmp_path: Path) -> None:
         (["piano", "-o", "a.mp3"], "allowed: .wav, .flac"),
         (["piano", "-o", "empty.txt/a.wav"], "empty.txt/a.wav"),
         (["piano", "-o", "/proc/a.wav"], "/proc/a.wav"),
+        (["piano", "-o", "taken.wav"], "taken.wav: is there already"),
+        (["piano", "-o", "new.wav", "--plot"], "new.png: is there already"),
+        (["piano", "--cfg", "1e9"], "cfg must lie in 0..100"),
+        (["piano", "--cfg", 1, "--negative", "drums"], "negative changes guidance"),
+        (["piano", "--cfg", 1, "--rescale", 0.5], "rescale changes guidance"),
+        (["piano", "--lora-strength", "nan"], "lora_strength"),
+        (["piano", "--lora-strength", 0.5], "lora_strength"),
+        (["piano", "--normalize", 3], "--normalize must lie in -100..0"),
+        (["piano", "--seconds-start", 9, "--seconds-total", 8], "seconds_start <= seconds_total"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -126,8 +183,11 @@ def test_mistakes_are_one_line_and_leave_nothing(
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    for name in ("taken.wav", "new.png"):
+        (tmp_path / name).write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert message in refused(capsys, generate(*args))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["binary.txt", "empty.txt"]
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +265,45 @@ def test_info_on_a_sound_shows_what_made_it(generate, capsys: pytest.CaptureFixt
     assert cli.main(["info", "a.wav", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["prompt"], facts["seed"], facts["channels"]) == ("piano", 3, 2)
+
+
+def test_info_on_a_sound_that_is_not_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of any suffix; what is no sound is told as such."""
+    soundfile.write(tmp_path / "x.mp3", np.zeros((44100, 1)), 44100)
+    assert cli.main(["info", str(tmp_path / "x.mp3"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["channels"] == 1
+    (tmp_path / "notes.txt").write_text("no sound")
+    assert "notes.txt: can't be read as audio" in refused(capsys, cli.main(["info", str(tmp_path / "notes.txt")]))
+
+
+def test_the_window_that_info_tells_can_be_asked_for(
+    generate, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though it is no whole number of milliseconds: as long, and as the length of a variation."""
+    assert cli.main(["info", str(tiny_bundle), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["window_seconds"] <= facts["window_samples"] / facts["sample_rate"]
+    model = StableAudio.from_pretrained(tiny_bundle, "cpu", "float32")
+    sound = Sound(torch.rand(2, facts["window_samples"] + 1) - 0.5, 44100)
+    made = model.generate("piano", seconds=facts["window_seconds"], steps=1, edit=Variation(sound, 0.5))
+    assert made.audio.shape[-1] == round(facts["window_seconds"] * 44100)
+
+
+def test_info_lists_the_words_of_a_model_and_generate_names_others(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, copy)
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    texts = ["solo harp, 120 bpm", "harpsichord and drums", "drum solo", "harp and harpsichord"] * 3
+    tokenizer = train_tokenizer(texts, config["clap"]["vocab_size"])
+    (copy / "tokenizer.json").write_text(tokenizer.to_str())
+    assert cli.main(["info", str(copy), "--json"]) == 0
+    assert {"harpsichord", "drums", "solo", "bpm"} <= set(json.loads(capsys.readouterr().out)["words"])
+    fixed = ["--model", str(copy), "--device", "cpu", "--steps", "1", "--seconds", "0.1", "-o", str(tmp_path / "out")]
+    assert cli.main(["generate", "Solo harp, theremin, 120 bpm", "--negative", "harp", *fixed]) == 0
+    notes = [line for line in capsys.readouterr().err.replace("\r", "\n").split("\n") if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].endswith("learned from: theremin")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "missing.yaml", "missing.wav"])

@@ -87,6 +87,39 @@ def test_commands(bundle: Path, sound: Path, tmp_path: Path, capsys: pytest.Capt
     assert main([*back, "--overwrite"]) == 0 and sound.read_bytes() != before
 
 
+def test_one_bad_file_of_several_stops_nothing(bundle: Path, sound: Path, tmp_path: Path, capsys) -> None:
+    """All others are made, what failed is listed, and the status says so; for both commands."""
+    (tmp_path / "bad.wav").write_bytes(b"no sound")
+    shutil.copy(sound, tmp_path / "last.wav")
+    files = [str(tmp_path / name) for name in ("bad.wav", "sound.wav", "missing.wav", "last.wav")]
+    latents, model = tmp_path / "latents", ["--model", str(bundle)]
+    assert main(["encode", *files, "-o", str(latents), *model]) == 2
+    printed = capsys.readouterr()
+    assert sorted(path.name for path in latents.iterdir()) == ["last.safetensors", "sound.safetensors"]
+    assert printed.out.count("64 channels") == 2 and printed.err.count("error: ") == 2
+    last = printed.err.strip().split("\n")[-1]
+    assert last.startswith("2 of 4 failed: ") and "bad.wav" in last and "missing.wav" in last
+    (latents / "damaged.safetensors").write_bytes(b"no latents")
+    made = sorted(str(path) for path in latents.iterdir())
+    assert main(["decode", *made, "-o", str(tmp_path / "out"), *model]) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["last.wav", "sound.wav"]
+    assert "1 of 3 failed: " in capsys.readouterr().err
+
+
+def test_encoding_replaces_nothing_unasked(bundle: Path, sound: Path, tmp_path: Path, capsys) -> None:
+    """The latents of another folder's sound of that name stay."""
+    other, latents = tmp_path / "other" / "sound.wav", tmp_path / "latents"
+    write_audio(other, 0.1 * np.ones((1, 8000)), 32000)
+    command = ["-o", str(latents), "--model", str(bundle)]
+    assert main(["encode", str(other), *command]) == 0
+    before = (latents / "sound.safetensors").read_bytes()
+    assert main(["encode", str(sound), *command]) == 2
+    assert "sound.safetensors: is there already" in capsys.readouterr().err
+    assert (latents / "sound.safetensors").read_bytes() == before
+    assert main(["encode", str(sound), *command, "--overwrite"]) == 0
+    assert (latents / "sound.safetensors").read_bytes() != before
+
+
 def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:
     """Each of a file of the length, in megabytes of a process that holds torch; a command that fails is named."""
     assert all(50 < figure < 4000 for figure in codec_peaks(str(bundle), 0.02, tmp_path))
@@ -111,6 +144,7 @@ def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: p
         (["decode", str(tmp_path / "no_latent.safetensors")], "no latents"),
         (["decode", str(sound)], "no latents"),
         (["encode", str(tmp_path / "none.wav")], "no such file"),
+        (["encode", str(tmp_path / "twin")], "twin: is a folder; give the files in it"),
         (["encode", str(tmp_path / "no_latent.safetensors")], "can't be read as audio"),
         (["encode", str(sound), str(tmp_path / "twin/sound.wav")], "two of the files"),
     ]

@@ -155,4 +155,8 @@ def test_files_that_are_no_results_end_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="evaluation.run"):
             load_result(tmp_path / name)
     done = compare(tmp_path / "none.json", tmp_path / "text.json")
-    assert done.returncode != 0 and done.stderr.count("\n") == 1 and "none.json" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("error: ") == 2 and "2 of 2 failed" in done.stderr
+    for name in ("a", "b"):
+        save_result(result(figure(1.0), model=name), tmp_path / f"{name}.json")
+    done = compare(tmp_path / "a.json", tmp_path / "text.json", tmp_path / "b.json")
+    assert done.returncode == 2 and "| metric | a | b |" in done.stdout and "1 of 3 failed" in done.stderr

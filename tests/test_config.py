@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from stable_audio_lite.cli import main
 from stable_audio_lite.config import read_yaml
 from stable_audio_lite.errors import UserError
 
@@ -14,6 +15,22 @@ def write(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
+
+
+@pytest.mark.parametrize("name", ["complex_stft/tiny", "complex_stft/tiny.yaml", "configs/complex_stft/tiny.yaml"])
+def test_shipped_configs_are_found_by_name_from_any_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A file of that name comes first; what is nowhere is told."""
+    monkeypatch.chdir(tmp_path)
+    assert read_yaml(name)["kind"] == "complex_stft" and main(["info", name]) == 0
+    assert "complex_stft" in capsys.readouterr().out
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine: 1")
+    assert read_yaml(name) == {"mine": 1}
+    with pytest.raises(UserError, match="complex_stft/none: can't be read"):
+        read_yaml("complex_stft/none")
 
 
 def test_mappings_are_merged_and_values_replaced(tmp_path: Path) -> None:

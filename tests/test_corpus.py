@@ -325,6 +325,16 @@ def test_wrong_arguments_are_named(tmp_path: Path, change: dict[str, object], na
 
 
 @needs_synth
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "music" / "train" / "metadata.jsonl"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match="music: holds other files"):
+        build_corpus(tmp_path / "music", 1, 0, progress=False)
+    assert [path.name for path in (tmp_path / "music").iterdir()] == ["train"] and mine.read_text() == "mine"
+
+
+@needs_synth
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,23 @@ def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path)
         mine.add("s3://far.wav", UserError("no network"))
 
 
+def test_mended_files_are_forgotten(folder: Path, tmp_path: Path) -> None:
+    """A file that has changed since, or is there at last, no longer counts; one that is as broken as it was does."""
+    broken = [tmp_path / name for name in ("a.wav", "b.wav", "c.wav")]
+    for path in broken[:2]:
+        path.write_bytes(b"no audio")
+    unreadable = Unreadable(6, 0.5, tmp_path / "run")
+    for path in broken:
+        unreadable.add(path, UserError("broken"))
+    assert len(Unreadable(6, 0.5, tmp_path / "run")) == 3
+    for path in broken[1:]:
+        shutil.copy(folder / "0.wav", path)
+    again = Unreadable(6, 0.2, tmp_path / "run")
+    assert list(again.reasons) == [str(broken[0])]
+    listed = [json.loads(line) for line in (tmp_path / "run/unreadable.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in listed] == [str(broken[0])]
+
+
 def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> None:
     """An item that has no latent is left out; a file of another name in an item's place is refused."""
     items = read_items(folder)
@@ -201,9 +219,9 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
     names = [item.name for item in items]
-    assert cache.holds(0, names) and cache.holds(1, names) and not cache.holds(2, names)
+    assert [list(cache.held(shard, names) or ()) for shard in (0, 1)] == [[0], [2]] and cache.held(2, names) is None
     with pytest.raises(UserError, match=f"latent of {items[0].name}"):
-        cache.holds(0, ["other.wav", *names[1:]])
+        cache.held(0, ["other.wav", *names[1:]])
 
 
 def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from evaluation.metrics.scores import divergence, divergence_of_others
 from evaluation.result import Result, load_result, result_table
 from evaluation.run import add_arguments, options_of
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.clap.checkpoints import load_clap, save_transformers
+from stable_audio_lite.bundle import SHIPPED, save_bundle
+from stable_audio_lite.clap.checkpoints import load_clap, save_transformers, split_clap
 from stable_audio_lite.clap.model import Clap
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
@@ -413,13 +414,16 @@ def test_nearest_training_sounds_are_listed_beside_those_of_held_out_recordings(
     assert all_learned.metric("nearest_training").baselines == {}
 
 
-def test_training_sounds_without_an_embedder_are_not_searched(run, music: Path, tmp_path: Path) -> None:
+def test_training_sounds_without_an_embedder_are_not_searched(music: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(SHIPPED, "starter", tmp_path / "nothing")
     arguments = ["--metrics", "fd_openl3", "--weights", tmp_path, "--training", music / "real"]
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     given = [music / "made", music / "real", *arguments, "--cache", tmp_path, "-o", tmp_path / "r.json"]
     result = evaluate(options_of(parser.parse_args([str(a) for a in (*given, "--device", "cpu")])))
-    assert "630k" in result.missing["nearest_training"] and not any(s.nearest for s in result.generated)
+    assert "nothing: these weights are missing" in result.missing["nearest_training"] and not any(
+        s.nearest for s in result.generated
+    )
 
 
 def test_diversity_stands_beside_that_of_recordings(run, music: Path, tmp_path: Path) -> None:
@@ -459,12 +463,14 @@ def test_settings_tell_whatever_changes_figures(run, music: Path) -> None:
         (["made", "real", "--vae", "nowhere"], "nowhere"),
         (["made", "real", "--device", "toaster"], "toaster"),
         (["made", "real", "-o", "/proc/a.json"], "/proc/a.json"),
+        (["made", "real", "-o", "real/metadata.json"], "metadata.json: is there already"),
         (["made", "real", "--cache", "/proc/cache"], "/proc/cache"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_one_line(music: Path, weights: Path, monkeypatch, capsys, arguments: list, message: str) -> None:
     monkeypatch.chdir(music)
+    (music / "real" / "metadata.json").write_text("mine")
     before = sorted(music.rglob("*"))
     common = ["--metrics", "fd_openl3,fd_clap", "--weights", str(weights), "--device", "cpu"]
     given = common if "--clap" in arguments else [*common, "--clap", str(weights / "clap")]
@@ -484,6 +490,32 @@ def test_the_command_stores_and_prints(weights: Path, music: Path, tmp_path: Pat
     assert load_result(tmp_path / "a.json").model == "mine"
     out = capsys.readouterr().out
     assert "clap_score" in out and "shuffled captions" in out and str(tmp_path / "a.json") in out
+
+
+def test_without_downloads_it_measures_what_the_starters_clap_can(
+    music: Path, weights: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Nothing measured, or not what was asked for, is a failure; few sounds are warned of."""
+    config, clap = load_model_config(TINY), load_clap(weights / "clap")
+    save_bundle(tmp_path / "starter", config, split_clap(clap), tokenizer_json=clap.tokenizer.to_str())
+    monkeypatch.setitem(SHIPPED, "starter", tmp_path / "starter")
+    fixed = ["--weights", tmp_path, "--cache", tmp_path / "cache", "--device", "cpu", "-o", tmp_path / "a.json"]
+
+    def status(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [str(part) for part in ("run", *arguments, *fixed, "--overwrite")])
+        return command.main()
+
+    assert status(music / "made", music / "real") == 0
+    result, out = load_result(tmp_path / "a.json"), capsys.readouterr().out
+    assert result.metric("fd_clap") and result.metric("clap_score")
+    assert "warning: 6 generated sounds and 6 recordings are few" in out
+    assert status(music / "made", music / "real", "--metrics", "fd_clap,kl_passt") == 2
+    assert "error: not measured: kl_passt;" in capsys.readouterr().err and load_result(tmp_path / "a.json")
+    assert status(music / "made", "--metrics", "fd_clap") == 2
+    (tmp_path / "one").mkdir()
+    write_audio(tmp_path / "one" / "z.wav", tone(1, 1.0), RATE)
+    assert status(tmp_path / "one") == 2
+    assert "error: not measured: anything;" in capsys.readouterr().err
 
 
 def test_a_recording_that_fails_while_it_is_embedded_is_left_out(run, music: Path, monkeypatch) -> None:

@@ -158,11 +158,40 @@ def test_saved_files_carry_their_settings(model: StableAudio, tmp_path: Path) ->
         ("piano", {"seconds_total": 99.0}, "seconds_total <= 16"),
         ("piano", {"sampler": "magic"}, "dpmpp-2m"),
         ("piano", {"seed": -(2**70)}, "seed"),
+        ("piano", {"cfg": 1e9}, "cfg must lie in 0..100"),
+        ("piano", {"cfg": 1.0, "negative": "drums"}, "negative changes guidance"),
+        ("piano", {"cfg": 1.0, "rescale": 0.5}, "rescale changes guidance"),
+        (5, {}, "prompts must be"),
+        (b"piano", {}, "prompts must be"),
+        (["piano", 5], {}, "must be text"),
+        ("piano", {"negative": 5}, "must be text"),
+        ("piano", {"seconds": "3"}, "seconds must be a number"),
+        ("piano", {"seconds_start": "3"}, "seconds_start must be a number"),
+        ("piano", {"steps": 2.5}, "steps must be a whole number"),
+        ("piano", {"cfg": "high"}, "cfg must be a number"),
+        ("piano", {"seed": "x"}, "seed must be a whole number"),
+        ("piano", {"count": 1.5}, "count must be a whole number"),
+        ("piano", {"batch": None}, "batch must be a whole number"),
+        ("piano", {"sampler": 5}, "unknown sampler"),
+        ("piano", {"edit": "loop"}, "edit must be"),
     ],
 )
 def test_bad_requests_say_what_is_possible(model: StableAudio, prompts: object, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         model.generate(prompts, **settings)  # type: ignore[arg-type]
+
+
+def test_wrong_items_levels_and_strengths_are_named(model: StableAudio, tiny_bundle: Path, tmp_path: Path) -> None:
+    result = model.generate("piano", seconds=0.1, steps=1)
+    for arguments in ((-1,), (1,), ("0",), (0.5,), (0, "loud"), (0, 1.0), (0, float("nan"))):
+        with pytest.raises(UserError, match="index|peak_db"):
+            result.save(tmp_path / "a.wav", *arguments)
+    for strength in (0.5, float("nan"), "full"):
+        with pytest.raises(UserError, match="lora_strength"):
+            StableAudio.from_pretrained(tiny_bundle, "cpu", lora_strength=strength)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="a bundle is a name or a path, got 5"):
+        StableAudio.from_pretrained(5)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_devices_and_dtypes() -> None:

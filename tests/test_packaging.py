@@ -4,9 +4,11 @@ import ast
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,39 @@ def test_every_package_that_the_code_imports_is_required():
                 assert owners & required, f"{path.relative_to(ROOT)} imports {module}, which pyproject.toml lacks"
 
 
+def test_the_wheel_holds_every_config():
+    import setuptools
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = setuptools.find_namespace_packages(str(ROOT), include=settings["packages"]["find"]["include"])
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")}
+    assert len(folders) > 3 and {".".join(folder.parts) for folder in folders} <= set(packages)
+    assert "*.yaml" in settings["package-data"]["*"]
+
+
 def test_command_and_licence_are_declared():
     assert PROJECT["scripts"] == {"stable-audio-lite": "stable_audio_lite.cli:main"}
     assert PROJECT["license"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+@pytest.mark.long
+def test_a_wheel_works_outside_of_the_tree(tmp_path):
+    """Built from a copy of the sources and unpacked in an empty folder, it makes a sound and knows its subcommands."""
+    sources, site, empty = tmp_path / "sources", tmp_path / "site", tmp_path / "empty"
+    sources.mkdir(), empty.mkdir()
+    for name in ("stable_audio_lite", "training", "evaluation"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, sources], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    command = [sys.executable, "-m", "stable_audio_lite.cli"]
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    run = partial(subprocess.run, cwd=empty, env=environment, capture_output=True, text=True, check=True)
+    listed = run([*command, "--help"]).stdout
+    assert all(name in listed for name in ("generate", "plan", "evaluate"))
+    assert str(site) in run([sys.executable, "-c", "import training; print(training.__file__)"]).stdout
+    run([*command, "generate", "solo piano", "--seconds", "1", "--steps", "2", "-o", "music.wav"])
+    assert [path.name for path in empty.iterdir()] == ["music.wav"]

@@ -403,8 +403,10 @@ def test_mistakes_end_in_one_line(stored: Path, tmp_path: Path) -> None:
     assert "bad.json: not a result" in run(tmp_path / "bad.json")
     assert "is a folder" in run(stored, "-o", tmp_path)
     before = stored.read_bytes()
-    assert "is the result itself" in run(stored, "-o", stored)
-    assert stored.read_bytes() == before and os.listdir(tmp_path) == ["bad.json"]
+    assert "is the file that is read" in run(stored, "-o", stored, "--overwrite")
+    (tmp_path / "page.html").write_text("mine")
+    assert "page.html: is there already" in run(stored, "-o", tmp_path / "page.html")
+    assert stored.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["bad.json", "page.html"]
 
 
 def test_a_missing_template_engine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_the_command_prints_figures_or_one_line(sounds: Path, tmp_path: Path, mo
         (("--items", 1), "--items must be at least 2"),
         (("--seconds", 3), "0 of the 5 sounds have 3.0 s"),
         (("--rt60", 0), "must be above 0"),
+        (("--cutoff", "nan"), "must be above 0"),
     ):
         assert run(*arguments) == 2
         lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("error: ")]

@@ -82,6 +82,7 @@ def two_processes(settings: dict[str, object], folder: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
+@pytest.mark.long
 def test_two_processes_with_half_of_it_each_equal_one(settings: Settings, tmp_path: Path) -> None:
     """One process, two from step 2 to 5 and one again, with a bad batch in step 3: as one throughout, to 1e-3."""
     optimizer = {"lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.01}

@@ -17,8 +17,9 @@ from small_clap import tones
 
 from stable_audio_lite.clap.checkpoints import load_clap, load_text_encoder, text_encoder_name
 from stable_audio_lite.clap.mel import SAMPLE_RATE
-from stable_audio_lite.clap.tokenizer import UNKNOWN_TOKEN
+from stable_audio_lite.clap.tokenizer import UNKNOWN_TOKEN, load_tokenizer
 from stable_audio_lite.errors import UserError
+from training.loop import fit
 from training.task import OptimizerConfig, RunConfig
 from training.train_clap import ClapTask, TrainClapConfig, run
 
@@ -53,6 +54,22 @@ def test_training_writes_a_bundle_and_resumes(corpus, tmp_path):
     encoders = [load_text_encoder(folder) for folder in (bundle, tmp_path / "run/transformers")]
     assert torch.equal(*(encoder.encode(CAPTIONS).tokens for encoder in encoders))
     assert run(config) == bundle
+
+
+def test_a_run_keeps_its_tokenizer(corpus, tmp_path):
+    """Whatever the captions become: tokens, and the embedding of a caption, are those of the first start."""
+    first = run(settings(corpus, tmp_path / "run"))
+    rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
+    rows = [row | {"captions": [f"violins and violas whistle number {i}"]} for i, row in enumerate(rows)]
+    before = (first / "tokenizer.json").read_text(), load_text_encoder(first).encode(CAPTIONS).tokens
+    (corpus / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    goes_on = settings(corpus, tmp_path / "run", 2, optimizer=OptimizerConfig(lr=1e-12))
+    task = ClapTask(goes_on)
+    new = task.tokenizer.get_vocab()
+    fit(goes_on.run, task, goes_on)
+    assert task.tokenizer.get_vocab() == load_tokenizer(first / "tokenizer.json").get_vocab() != new
+    assert (first / "tokenizer.json").read_text() == before[0]
+    torch.testing.assert_close(load_text_encoder(first).encode(CAPTIONS).tokens, before[1], rtol=1e-3, atol=1e-4)
 
 
 def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):

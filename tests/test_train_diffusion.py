@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from training_runs import (
     vae_settings,
 )
 
-from stable_audio_lite.audio.io import read_audio
+from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.data.latents import read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
@@ -129,6 +130,52 @@ def test_training_goes_on_from_a_bundle(data: Path, bundles: dict[str, Path], tm
             train_diffusion.DiffusionTask(load(cls, again | {"initial": str(other)}, tmp_path))
 
 
+def test_a_run_keeps_its_statistics(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Latents of louder sounds are added: they are normalised as those that the U-Net began with."""
+    cls, settings = train_diffusion.TrainDiffusionConfig, diffusion_settings(bundles, tmp_path / "run", 1)
+    train_diffusion.run(load(cls, settings, tmp_path))
+    (louder := tmp_path / "louder").mkdir()
+    audio = read_audio(data / "5.wav", 44100)
+    write_audio(louder / "0.wav", (3 * audio).clamp(-1, 1).repeat(1, 4), 44100)
+    (louder / "metadata.jsonl").write_text('{"file_name": "0.wav", "text": "loud"}')
+    more = pre_encode.run(
+        pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(louder), output=str(tmp_path / "more"))
+    )
+    settings["latents"].append(str(more))
+    settings["run"]["steps"] = 2
+    task = train_diffusion.DiffusionTask(config := load(cls, settings, tmp_path))
+    latents, new = task.representation, task.representation.mean.clone()
+    train_diffusion.fit(config.run, task, config)
+    first = load_file(tmp_path / "run/bundle/unet.safetensors")
+    assert torch.equal(latents.mean[:, 0], first["latent_mean"]) and not torch.allclose(latents.mean, new, atol=1e-4)
+    assert torch.equal(latents.std[:, 0], first["latent_std"])
+    entry = task.examples.entries[0].latent.float()[:, :1]
+    x0 = (entry - first["latent_mean"][:, None]) / first["latent_std"][:, None]
+    assert torch.equal(task.examples.window(0, random.Random(0)).latent[:, :1], x0)
+
+
+@pytest.mark.parametrize(("sigma_min", "share"), [(0.3, 0.1855), (0.03, 0.0191)])
+def test_noise_levels_of_a_bundle_are_trained_on(
+    sigma_min: float, share: float, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    """By default none below where the generation of the bundle that the run goes on from ends: 2/pi atan(sigma_min)."""
+    cls = train_diffusion.TrainDiffusionConfig
+    settings = diffusion_settings(bundles, tmp_path / "first", 1)
+    model = yaml.safe_load(Path(settings["model"]).read_text())
+    model["generation"]["sigma_min"] = sigma_min
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(model))
+    settings["model"] = str(tmp_path / "model.yaml")
+    first = train_diffusion.run(load(cls, settings, tmp_path))
+    settings |= {"initial": str(first), "batch_size": 64}
+    task = train_diffusion.DiffusionTask(load(cls, settings, tmp_path))
+    shares = task.batch(0, 0, 1)["shares"]
+    assert share - 1e-4 < float(shares.min()) < share + 1 / 64
+    assert f"lowest_time {task.lowest_time:.3g}, as {first} generates" in task.notes[0]
+    for given in (0.0, 0.5):
+        task = train_diffusion.DiffusionTask(load(cls, settings | {"lowest_time": given}, tmp_path))
+        assert task.lowest_time == given and given <= float(task.batch(0, 0, 1)["shares"].min()) < given + 1 / 64
+
+
 def test_latents_of_another_vae_are_refused(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     other = train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "other", 3), tmp_path))
     settings = diffusion_settings(bundles | {"vae": other}, tmp_path / "run", 1)
@@ -168,6 +215,7 @@ def test_what_can_not_be_read_is_left_out(data: Path, bundles: dict[str, Path], 
     assert json.loads((tmp_path / "clap/unreadable.jsonl").read_text())["file"].endswith("3.wav")
 
 
+@pytest.mark.long
 def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """SIGKILL at a random moment leaves whole shards only; the same command ends with the cache of one whole run."""
     many, cache = tmp_path / "many", tmp_path / "latents"
@@ -217,6 +265,41 @@ def test_interrupted_pre_encoding_goes_on(
     assert encoded == [2, 3, 4, 5]
     pre_encode.run(pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "whole")))
     assert_same_shards(tmp_path / "whole", tmp_path / "latents", 3)
+
+
+def test_what_changed_is_encoded_again(
+    data: Path,
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A caption corrected, a file replaced, one mended: the cache is that of a first run, and what it took is said."""
+    shutil.copytree(data, folder := tmp_path / "data")
+    (folder / "3.wav").write_bytes(b"no audio")
+    settings = {"vae": str(bundles["vae"]), "data": str(folder), "shard_items": 2, "max_unreadable": 0.2}
+    config = pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "latents"))
+    encode, encoded = pre_encode.encode_item, []
+    monkeypatch.setattr(pre_encode, "encode_item", lambda *args: encoded.append(args[1]) or encode(*args))
+    pre_encode.run(config)
+    assert "5 encoded, 0 kept, 0 kept with new captions or metadata, 1 left out" in capsys.readouterr().err
+    lines = (folder / "metadata.jsonl").read_text().replace("a tone number 1", "corrected")
+    (folder / "metadata.jsonl").write_text(lines)
+    shutil.copy(data / "3.wav", folder)
+    shutil.copy(data / "0.wav", folder / "5.wav")
+    encoded.clear()
+    pre_encode.run(config)
+    assert encoded == [3, 5]
+    assert "2 encoded, 3 kept, 1 kept with new captions or metadata, 0 left out" in capsys.readouterr().err
+    assert not (tmp_path / "latents/unreadable.jsonl").read_text()
+    pre_encode.run(replace(config, output=str(tmp_path / "whole")))
+    assert_same_shards(tmp_path / "whole", tmp_path / "latents", 3)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "latents").glob("*.tar")}
+    encoded.clear()
+    pre_encode.run(config)
+    assert not encoded and {path: path.stat().st_mtime_ns for path in times} == times
+    with pytest.raises(UserError, match="made otherwise .dtype was float32, is bfloat16"):
+        pre_encode.run(replace(config, dtype="bfloat16"))
 
 
 def assert_same_shards(one: Path, other: Path, count: int) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,14 +17,16 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from training_runs import (
     ONE_THREAD,
     ROOT,
     assert_same_curve,
     assert_same_weights,
+    clap_settings,
+    diffusion_settings,
     distance,
+    forget_precision,
     kill,
     load,
     losses,
@@ -30,10 +35,11 @@ from training_runs import (
     vae_settings,
 )
 
+from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
-from stable_audio_lite.config import load_config
+from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.errors import UserError
-from training import assemble, pre_encode, train_clap, train_diffusion, train_vae
+from training import assemble, command, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
 from training.update import Update
@@ -54,6 +60,7 @@ def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, 
     assert_same_weights(whole / "bundle", parts / "bundle")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "kills", "steps"), [("vae", 10, 150), ("clap", 1, 60), ("diffusion", 1, 60)])
 def test_killed_trainer_goes_on(
     name: str, kills: int, steps: int, data: Path, bundles: dict[str, Path], tmp_path: Path
@@ -80,10 +87,15 @@ def test_killed_trainer_goes_on(
 
 
 def vae_task_with_nans(config: object, bad: Callable[[int], bool]) -> train_vae.VAETask:
-    """The task of `config`, whose total loss is NaN in its calls number 0, 1, ... for which `bad` is true."""
+    """The task of `config`, whose losses are NaN in batches number 0, 1, ... for which `bad` is true."""
     task = train_vae.VAETask(config)
-    total, calls = task._total, itertools.count()
-    task._total = lambda *args: total(*args) * (float("nan") if bad(next(calls)) else 1.0)
+    measure, calls = task.reconstruction, itertools.count()
+
+    def spoiled(output: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        factor = float("nan") if bad(next(calls)) else 1.0
+        return {name: loss * factor for name, loss in measure(output, target).items()}
+
+    task.reconstruction = spoiled
     return task
 
 
@@ -220,11 +232,96 @@ def test_a_tracker_that_is_not_installed_is_named(data: Path, tmp_path: Path, mo
         train_vae.run(config)
 
 
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
-    save_checkpoint(tmp_path, 1, Resumable({"net": small}, {}, {}), {})
-    with pytest.raises(UserError, match="step_00000001"):
-        load_checkpoint(tmp_path / "step_00000001", Resumable({"net": large}, {}, {}))
+def test_damage_and_mismatch_are_two_messages(tmp_path: Path) -> None:
+    """A whole checkpoint is never to be removed; a damaged one is, and what is then gone on from is named."""
+    small, large = (Resumable({"net": torch.nn.Linear(width, 2)}, {}, {}) for width in (2, 3))
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, small, {})
+    first, second = checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"step_00000002: does not fit .*size mismatch.*the checkpoint is whole") as fit:
+        load_checkpoint(second, large)
+    assert "remove" not in str(fit.value)
+    cut = (second / "net.safetensors").read_bytes()[:-3]
+    for path, advice in ((second, "go on from step_00000001"), (first, "start anew")):
+        (path / "net.safetensors").write_bytes(cut)
+        with pytest.raises(UserError, match=rf"net.safetensors: damaged \(.*\); remove \S*{path.name} to {advice}$"):
+            load_checkpoint(path, small)
+        (path / "net.safetensors").unlink()
+        with pytest.raises(UserError, match=rf"net.safetensors: missing; .* to {advice}$"):
+            load_checkpoint(path, small)
+        (path / "state.json").write_text('{"step"')
+        with pytest.raises(UserError, match="state.json: damaged"):
+            load_checkpoint(path, small)
+
+
+def test_a_second_run_is_kept_out_and_a_killed_one_keeps_nobody_out(data: Path, tmp_path: Path) -> None:
+    """Of a trainer and of pre-encoding alike; the process that is at work is named."""
+    code = f"import time\nfrom stable_audio_lite.files import locked\nwith locked({str(tmp_path)!r}): time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / ".lock").exists() or not (tmp_path / ".lock").read_text():
+            assert other.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path, 1), tmp_path.parent)
+        with pytest.raises(UserError, match=f"output: process {other.pid} is at work in {tmp_path}"):
+            train_vae.run(config)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+    train_vae.run(config)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_leave_a_checkpoint(
+    number: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the second step: it is ended and saved, one line says so, the status is the signal's, and the run goes on."""
+    whole, parts = (vae_settings(data, tmp_path / name, 4) for name in ("whole", "parts"))
+    for settings in (whole, parts):
+        settings["discriminator_start"] = 0
+    train_vae.run(load(train_vae.TrainVAEConfig, whole, tmp_path))
+    file = tmp_path / "parts.yaml"
+    file.write_text(yaml.safe_dump(parts))
+    monkeypatch.setattr(sys, "argv", ["train_vae", "--config", str(file)])
+    handlers, step = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)], train_vae.VAETask.step
+
+    def interrupted(task: train_vae.VAETask, batch: object, index: int, update: Update) -> dict[str, torch.Tensor]:
+        if index == 1:
+            os.kill(os.getpid(), number)
+        return step(task, batch, index, update)
+
+    try:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+            patched.setattr(train_vae.VAETask, "step", interrupted)
+            command.main("", train_vae.TrainVAEConfig, train_vae.run)
+        assert ended.value.code == 128 + number
+        assert [path.name for path in checkpoints(tmp_path / "parts/checkpoints")][-1] == "step_00000002"
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("stopped after step 2 of 4; the same command goes on from ") and "step_00000002" in last
+        assert signal.getsignal(signal.SIGINT) == handlers[1]
+    finally:
+        signal.signal(signal.SIGTERM, handlers[0])
+    train_vae.run(load(train_vae.TrainVAEConfig, parts, tmp_path))
+    assert_same_curve(tmp_path / "whole", tmp_path / "parts", 0, 4)
+    assert_same_weights(tmp_path / "whole/bundle", tmp_path / "parts/bundle")
+
+
+def test_a_run_says_what_it_is_about_to_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Processes, device, number type, where it resumes, and each setting that is another one than before."""
+    settings = vae_settings(data, tmp_path / "run", 1)
+    train_vae.run(load(train_vae.TrainVAEConfig, settings, tmp_path))
+    device = Accelerator().device.type
+    assert f"1 process on {device}, float32, {tmp_path / 'run'}: from step 0 to 1\n" in capsys.readouterr().err
+    changed = settings | {"batch_size": 3, "run": settings["run"] | {"steps": 2, "precision": "bf16"}}
+    forget_precision()
+    try:
+        train_vae.run(load(train_vae.TrainVAEConfig, changed, tmp_path))
+    finally:
+        forget_precision()
+    words = "from step 1 to 2; batch_size was 2, is 3; run.steps was 1, is 2; run.precision was no, is bf16\n"
+    assert f"1 process on {device}, bf16, {tmp_path / 'run'}: {words}" in capsys.readouterr().err
 
 
 def test_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
@@ -265,8 +362,8 @@ def test_a_scaled_loss_gives_the_same_updates_and_overflow_is_not_bad(data: Path
     assert burst.scaler.get_scale() == 2.0**125
     # The scale goes on from a checkpoint.
     state = Resumable(burst.task.modules, burst.optimizers, {})
-    _checkpoint(burst.run, 1, state, burst)
-    assert _resume(tmp_path / "run", state, scaled) == 1
+    _checkpoint(burst.run, 1, state, burst, {})
+    assert _resume(tmp_path / "run/checkpoints/step_00000001", state, scaled) == 1
     assert scaled.scaler.get_scale() == 2.0**125
 
 
@@ -290,25 +387,101 @@ def test_shipped_configs_are_right() -> None:
 
 
 def test_a_vae_alone_can_be_put_in_place(bundles: dict[str, Path], tmp_path: Path) -> None:
-    """Its weights are those of its run; what documents it there stays."""
+    """Its weights are those of its run, in 16 bits; what documents it there stays."""
     for name in ("README.md", "curves.png"):
         (tmp_path / name).write_text(name)
         assemble.run(assemble.AssembleConfig(bundle=str(bundles["vae"]), output=str(tmp_path)))
-    assert_same_weights(bundles["vae"], tmp_path)
+    stored = load_file(tmp_path / "vae.safetensors")
+    assert all(torch.equal(stored[k], v.half()) for k, v in load_file(bundles["vae"] / "vae.safetensors").items())
     assert all((tmp_path / name).read_text() == name for name in ("README.md", "curves.png"))
     assert Codec.from_pretrained(tmp_path, "cpu", "float32").vae.hop == 1024
 
 
+def test_shipped_bundles_are_not_written_over(bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever way their folder is given; and no config that the README's commands use names a place among them."""
+    before = {path: path.stat().st_mtime_ns for folder in SHIPPED.values() for path in folder.glob("*")}
+    monkeypatch.chdir(ROOT)
+    for output in (SHIPPED["starter"], "stable_audio_lite/starter", "configs/../stable_audio_lite/starter_vae/"):
+        with pytest.raises(
+            UserError, match=r"output: \S+ is the shipped starter(-vae)? with its card; choose a new folder"
+        ):
+            assemble.run(assemble.AssembleConfig(bundle=str(bundles["vae"]), output=str(output)))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for path in (ROOT / "configs").glob("*/*.yaml"):
+        config = read_yaml(path)
+        for output in (config.get("output"), (config.get("run") or {}).get("output")):
+            assert (ROOT / "stable_audio_lite") not in Path(output or "runs").resolve().parents, path
+
+
+def test_a_missing_stage_is_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """By the trainer to run first; the folder of a run in the place of its bundle is told apart."""
+    none, run = str(tmp_path / "runs/none/bundle"), str(bundles["vae"].parent)
+    vae, clap = vae_settings(data, tmp_path / "run", 1), clap_settings(data, tmp_path / "run", 1)
+    diffusion = diffusion_settings(bundles, tmp_path / "run", 1)
+    encoding, release = (
+        {"vae": none, "data": str(data), "output": str(tmp_path / "run")},
+        {"output": str(tmp_path / "run")},
+    )
+    missing = "is not there yet; run training"
+    for trainer, cls, settings, words in (
+        (train_vae, train_vae.TrainVAEConfig, vae | {"initial": none}, f"initial: .*{missing}.train_vae"),
+        (train_clap, train_clap.TrainClapConfig, clap | {"initial": none}, f"initial: .*{missing}.train_clap"),
+        (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            diffusion | {"vae": none},
+            f"vae: .*{missing}.train_vae",
+        ),
+        (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            diffusion | {"clap": none},
+            f"clap: .*{missing}.train_cl",
+        ),
+        (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            diffusion | {"initial": none},
+            f"{missing}.train_diffusion",
+        ),
+        (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            diffusion | {"latents": [none]},
+            "run training.pre_encode",
+        ),
+        (
+            train_diffusion,
+            train_diffusion.TrainDiffusionConfig,
+            diffusion | {"vae": run},
+            f"of a run; give {run}/bundle",
+        ),
+        (pre_encode, pre_encode.PreEncodeConfig, encoding, f"vae: .*{missing}.train_vae"),
+        (assemble, assemble.AssembleConfig, release | {"bundle": none}, f"bundle: .*{missing}.train_diffusion"),
+        (
+            assemble,
+            assemble.AssembleConfig,
+            release | {"bundle": str(bundles["vae"]), "vae": none},
+            "run training.train_vae",
+        ),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            trainer.run(load(cls, settings, tmp_path))
+        assert " -o" not in str(caught.value) and "YAML" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_half_precision_needs_a_gpu(data: Path, tmp_path: Path) -> None:
     config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 1, precision="fp16"), tmp_path)
-    AcceleratorState._reset_state(reset_partial_state=True)  # which keeps the precision of the process's first run
+    forget_precision()
     try:
         with pytest.raises(UserError, match="precision: fp16 needs a GPU"):
             train_vae.run(config)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_precision()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["vae", "diffusion"])
 def test_two_processes_equal_one_with_the_doubled_batch(
     name: str, data: Path, bundles: dict[str, Path], tmp_path: Path

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from stable_audio_lite.config import load_config
@@ -88,6 +89,11 @@ def trainer_of(name: str, data: Path, bundles: dict[str, Path]) -> tuple[object,
         "clap": (train_clap, train_clap.TrainClapConfig, partial(clap_settings, data)),
         "diffusion": (train_diffusion, train_diffusion.TrainDiffusionConfig, partial(diffusion_settings, bundles)),
     }[name]
+
+
+def forget_precision() -> None:
+    """Let this process run with another number type, which accelerate keeps from its first run on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def losses(output: Path) -> dict[int, dict[str, float]]:

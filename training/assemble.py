@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from stable_audio_lite.bundle import CARD_FILE, PARTS, TOKENIZER_FILE, part_path, read_part, save_bundle
+from stable_audio_lite.bundle import CARD_FILE, PARTS, SHIPPED, TOKENIZER_FILE, part_path, read_part, save_bundle
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import encoder_hash
 from stable_audio_lite.systems import StableAudioConfig, load_model_config, load_system
 from training.command import main
+from training.frozen import check_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,14 @@ def run(config: AssembleConfig) -> Path:
     """Write the bundle; returns its folder.
 
     Raises:
-        UserError: the two VAEs have different encoders, or a part is missing.
+        UserError: the two VAEs have different encoders, a part is missing, or `output` is a shipped bundle.
     """
     source, output = Path(config.bundle), Path(config.output)
+    for name, folder in SHIPPED.items():
+        if output.resolve() == folder.resolve():
+            raise UserError(f"output: {output} is the shipped {name} with its card; choose a new folder")
+    check_stage("bundle", config.bundle, "training.train_diffusion (or training.train_vae, for a VAE alone)")
+    check_stage("vae", config.vae, "training.train_vae")
     system = load_system(source)
     if config.model:
         system = replace(system, generation=load_system(config.model).generation)

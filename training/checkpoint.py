@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Resumable:
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     averages: dict[str, dict[str, Tensor]]
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, step: int, state: Resumable, info: dict[str, Any], main: bool = True) -> Path:
@@ -64,20 +63,31 @@ def load_checkpoint(path: Path, state: Resumable) -> dict[str, Any]:
     """Load `path` into `state` in place and return what `info` was, with `step`.
 
     Raises:
-        UserError: a file is missing or damaged, or its tensors don't fit.
+        UserError: a file is missing or damaged, or, in other words, its tensors don't fit.
     """
-    with _refusing(path, "remove this folder to go back one checkpoint"):
-        info = json.loads((path / "state.json").read_text())
+    info = read_info(path)
+    with _fitting(path, "the checkpoint is whole, but of other settings: set them back, or choose another run.output"):
         for name, module in state.modules.items():
-            _load_module(module, load_file(path / f"{name}.safetensors"))
+            _load_module(module, _read(path, name))
         for name, average in state.averages.items():
-            for key, value in load_file(path / f"ema_{name}.safetensors").items():
+            for key, value in _read(path, f"ema_{name}").items():
                 average[key].copy_(sharded_like(value, average[key]))
         for name, optimizer in state.optimizers.items():
-            _load_optimizer(optimizer, state.modules[name], load_file(path / f"optimizer_{name}.safetensors"))
-        for key, value in load_file(path / "tensors.safetensors").items() if state.tensors else ():
-            state.tensors[key].copy_(value)
+            _load_optimizer(optimizer, state.modules[name], _read(path, f"optimizer_{name}"))
     return info
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Read what `info` was when checkpoint `path` was saved, with `step`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        info = json.loads((path / "state.json").read_text())
+        return info | {"step": int(info["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path / "state.json", error) from error
 
 
 def warm_start(run: Path, state: Resumable, modules: Collection[str]) -> None:
@@ -91,20 +101,47 @@ def warm_start(run: Path, state: Resumable, modules: Collection[str]) -> None:
     done = checkpoints(run / "checkpoints")
     if not done:
         raise UserError(f"{run}: holds no checkpoint to continue from; give the `output` of an earlier run")
-    with _refusing(done[-1], "continue a run of the same networks and optimizers"):
+    with _fitting(done[-1], "continue a run of the same networks and optimizers"):
         for name in modules:
-            _load_module(state.modules[name], load_file(done[-1] / f"{name}.safetensors"))
+            _load_module(state.modules[name], _read(done[-1], name))
         for name, optimizer in state.optimizers.items():
-            _load_optimizer(optimizer, state.modules[name], load_file(done[-1] / f"optimizer_{name}.safetensors"))
+            _load_optimizer(optimizer, state.modules[name], _read(done[-1], f"optimizer_{name}"))
 
 
 @contextmanager
-def _refusing(path: Path, advice: str) -> Iterator[None]:
+def _fitting(path: Path, advice: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: can't be loaded ({reason}); {advice}") from error
+    except UserError:
+        raise
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{path}: does not fit ({_reason(error)}); {advice}") from error
+
+
+def _read(path: Path, name: str) -> dict[str, Tensor]:
+    file = path / f"{name}.safetensors"
+    if not file.exists():
+        raise UserError(
+            f"{file}: missing; set back what was changed in the config, or, if the file was lost, remove {path} to "
+            f"{_back(path)}"
+        )
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{file}: damaged ({_reason(error)}); remove {file.parent} to {_back(file.parent)}")
+
+
+def _back(path: Path) -> str:
+    earlier = [other for other in checkpoints(path.parent) if other < path]
+    return f"go on from {earlier[-1].name}" if earlier else "start anew"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -134,8 +171,6 @@ def _files(state: Resumable) -> Iterator[tuple[str, dict[str, Tensor]]]:
         yield f"ema_{name}", average
     for name, optimizer in state.optimizers.items():
         yield f"optimizer_{name}", _optimizer_tensors(optimizer, state.modules[name])
-    if state.tensors:
-        yield "tensors", state.tensors
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

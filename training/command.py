@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
-from stable_audio_lite.command import Parser, guarded
+from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.config import load_config
+from training.signals import Stopped
 
 T = TypeVar("T")
 
 
 def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None:
-    """Parse --config into `cls`, run, and print where the result is; ends the process."""
+    """Parse --config into `cls`, run, and print where the result is; ends the process.
+
+    A run that a signal stopped ends with exit status 128 and the signal's number.
+    """
     parser = Parser(description=description)
-    parser.add_argument("--config", required=True, type=Path, help="YAML file with the run's settings")
+    parser.add_argument("--config", required=True, type=file_path, help="YAML file with the run's settings")
     arguments = parser.parse_args()
-    stopped = "stopped; the same command goes on from the last checkpoint"
-    sys.exit(guarded(lambda: print(run(load_config(arguments.config, cls))), stopped))
+    stopped = "stopped; the same command goes on from what is finished"
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise Stopped(number, stopped)
+
+    def action() -> int:
+        try:
+            print(run(load_config(arguments.config, cls)))
+        except Stopped as stop:
+            if message := str(stop):
+                print(message, file=sys.stderr)
+            return 128 + stop.number
+        return 0
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.exit(guarded(action, stopped))

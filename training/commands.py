@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from stable_audio_lite.command import Commands
+from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
 
 _ABOUT = """Parameters, memory by part, disk, speed, time to finish and the largest batch of a training run, measured
@@ -17,7 +16,7 @@ def add_plan(commands: Commands) -> None:
     summary = "what a training run will take: memory, disk, time"
     parser = commands.add_parser("plan", help=summary, description=_ABOUT)
     parser.set_defaults(run=_plan)
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a trainer's YAML file")
+    parser.add_argument("config", metavar="CONFIG", type=file_path, help="a trainer's YAML file")
     parser.add_argument("--steps", type=int, default=3, help="steps to time (default: 3)")
     parser.add_argument("--processes", type=int, default=1, help="of the run (default: 1)")
     parser.add_argument("--profile", action="store_true", help="also show which operations take the time of a step")

@@ -23,10 +23,13 @@ from torch.optim import Optimizer
 
 from stable_audio_lite.config import save_config
 from stable_audio_lite.errors import UserError
-from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, save_checkpoint, tidy
+from stable_audio_lite.files import locked
+from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, read_info, save_checkpoint, tidy
 from training.ema import EMA
+from training.fingerprint import changed_settings, check_fingerprint, fingerprint
 from training.monitor import Monitor
 from training.shard import shard, sharding
+from training.signals import Signals, Stopped
 from training.task import RunConfig, TrainingTask
 from training.update import Health, Update
 
@@ -35,34 +38,53 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
     """Train `task` for `run.steps` steps, resuming from the newest checkpoint in `run.output`.
 
     `config` is the whole configuration (a dataclass), saved beside the checkpoints. Returns the bundle's folder.
+    SIGTERM and Ctrl-C end the run after the step that they come in, with a checkpoint.
 
     Raises:
-        UserError: the output can't be written, its newest checkpoint doesn't fit, or losses stay not finite.
+        UserError: the output can't be written or another run is in it, its newest checkpoint is damaged or was trained
+            with something else, or losses stay not finite.
+        Stopped: by a signal.
     """
     output = Path(run.output)
     sharded = sharding(task.parts)
     accelerator = _accelerator(run, output, sharded)
-    sharded = sharded and accelerator.num_processes > 1
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(locked(output))
+        signals = stack.enter_context(Signals(accelerator))
+        return _fit(run, task, config, accelerator, sharded and accelerator.num_processes > 1, signals)
+
+
+def _fit(
+    run: RunConfig, task: TrainingTask, config: Any, accelerator: Accelerator, sharded: bool, signals: Signals
+) -> Path:
+    output = Path(run.output)
+    own, done = fingerprint(run, task), checkpoints(output / "checkpoints")
+    if done:
+        check_fingerprint(done[-1], read_info(done[-1]).get("fingerprint", {}), own)
     plain = {n: m.to(accelerator.device) for n, m in task.modules.items()}
     gather = shard(plain, task.parts if sharded else {}, accelerator)
     optimizers: dict[str, Optimizer] = {n: c.build(plain[n]) for n, c in task.optimizers.items()}
     averages = {n: EMA(plain[n], run.ema_decay) for n in task.averaged} if run.ema_decay else {}
-    state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()}, task.tensors)
-    new = not checkpoints(output / "checkpoints")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        tidy(output / "checkpoints")
-        save_config(config, output / "config.yaml")
+    state = Resumable(plain, optimizers, {n: e.average for n, e in averages.items()})
     if run.compile:
         for module in plain.values():
             module.compile(dynamic=False)
     # Sharded weights need no DDP around them.
     task.modules = {n: accelerator.prepare_model(m, evaluation_mode=sharded) for n, m in plain.items()}
     update = Update(accelerator, run, task, optimizers)
-    if new:
+    start = _resume(done[-1], state, update) if done else 0
+    if not done:
         task.begin(state)
-        _checkpoint(run, 0, state, update)  # so that there is one to return to from the first step on
-    start = 0 if new else _resume(output, state, update)
+    about = {"fingerprint": own, "kept": task.keep()}
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _announce(accelerator, run, (*task.notes, *changed_settings(output, config)), start)
+        tidy(output / "checkpoints")
+        save_config(config, output / "config.yaml")
+    accelerator.init_trackers("logs")
+    if not done:
+        _checkpoint(run, 0, state, update, about)  # so that there is one to return to from the first step on
     with Monitor(accelerator, run, task.batch_size, start) as monitor:
         while start < run.steps:
             for step, batches in _batches(task, accelerator, start, run):
@@ -85,8 +107,14 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
                         if modules := gather():
                             monitor.play(step, task.demonstrate(modules))
                 monitor.show(step, losses | update.grad_norms, update.health)
-                if _due(run.checkpoint_every, step, run.steps) and not update.bad:
-                    _checkpoint(run, start, state, update)
+                stopping = signals.stopping() and start < run.steps
+                if (stopping or _due(run.checkpoint_every, step, run.steps)) and not update.bad:
+                    _checkpoint(run, start, state, update, about)
+                if stopping:
+                    accelerator.end_training()
+                    newest = checkpoints(output / "checkpoints")[-1]
+                    words = f"stopped after step {start} of {run.steps}; the same command goes on from {newest}"
+                    raise Stopped(signals.number, words if accelerator.is_main_process else "")
     bundle = output / "bundle"
     with _Averaged(plain, averages):
         if modules := gather():
@@ -95,9 +123,18 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
     return bundle
 
 
-def _resume(output: Path, state: Resumable, update: Update) -> int:
-    """Load the newest checkpoint; returns the step to continue with."""
-    info = load_checkpoint(checkpoints(output / "checkpoints")[-1], state)
+def _announce(accelerator: Accelerator, run: RunConfig, notes: Iterable[str], start: int) -> None:
+    """Say what the run is about to do, with `notes` on its settings."""
+    count, number_type = accelerator.num_processes, "float32" if run.precision == "no" else run.precision
+    words = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {number_type}, "
+    words += f"{run.output}: from step {start} to {run.steps}"
+    print("; ".join((words, *notes)), file=sys.stderr, flush=True)
+
+
+def _resume(checkpoint: Path, state: Resumable, update: Update) -> int:
+    """Load a checkpoint; returns the step to continue with."""
+    info = load_checkpoint(checkpoint, state)
+    update.task.take(info.get("kept", {}))
     update.health = Health(**info["health"])
     if update.scaler is not None and info.get("scaler"):
         update.scaler.load_state_dict(info["scaler"])
@@ -111,7 +148,7 @@ def _return(output: Path, step: int, state: Resumable, update: Update) -> int:
     row = f"losses or gradients were not finite in the {update.run.max_bad_steps} steps up to {step}"
     if health.returns > update.run.max_returns:
         raise UserError(f"{row}; last good checkpoint: {good}. Lower the learning rates or max_grad_norm")
-    start = _resume(output, state, update)
+    start = _resume(good, state, update)
     update.health = health
     if update.accelerator.is_main_process:
         print(f"\n{row}: back to {good}, learning rates times {0.5**health.returns:g}", file=sys.stderr, flush=True)
@@ -126,10 +163,6 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
     trackers = [] if run.tracker == "none" else [run.tracker]
     if trackers and importlib.util.find_spec(run.tracker) is None:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {output} can't be made ({error.strerror})") from error
     # Autocast would keep a copy of every weight that was whole for a while.
     handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
     accelerator = Accelerator(
@@ -137,7 +170,6 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
     )
     if run.precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU, whose loss scaling it relies on; choose bf16 or no")
-    accelerator.init_trackers("logs")
     return accelerator
 
 
@@ -198,10 +230,10 @@ class _Averaged:
             self.modules[name].load_state_dict(raw)
 
 
-def _checkpoint(run: RunConfig, step: int, state: Resumable, update: Update) -> None:
+def _checkpoint(run: RunConfig, step: int, state: Resumable, update: Update, about: dict[str, Any]) -> None:
     folder = Path(run.output) / "checkpoints"
     scaler = update.scaler.state_dict() if update.scaler is not None else None
-    info = {"seed": run.seed, "health": asdict(update.health), "scaler": scaler}
+    info = {"seed": run.seed, "health": asdict(update.health), "scaler": scaler} | about
     save_checkpoint(folder, step, state, info, main=update.accelerator.is_main_process)
     if update.accelerator.is_main_process:
         prune(folder, run.keep_last)

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
 from training.checkpoint import checkpoints
 from training.loop import one_step
@@ -171,10 +172,19 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
 
 
 def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
-    """Find the trainer that knows most of the file's keys, so that reading it strictly names what is wrong."""
-    keys = set(read_yaml(path))
-    shared = {name: len(keys & {f.name for f in dataclasses.fields(c)}) for name, (c, _) in TRAINERS.items()}
-    best = max(shared, key=lambda name: shared[name])
+    """Find the trainer that knows most of the file's keys, so that reading it strictly names what is wrong.
+
+    Of those that know as many, it is the one for the kind of the file's model and of its `data`.
+    """
+    data = read_yaml(path)
+    if isinstance(model := data.get("model"), str) and read_config(model)[1]["kind"] != "stable_audio":
+        return "train_diffusion", *TRAINERS["train_diffusion"]
+
+    def known(name: str) -> tuple[int, bool]:
+        shared = data.keys() & {f.name for f in dataclasses.fields(TRAINERS[name][0])}
+        return len(shared), isinstance(data.get("data"), list) == (name == "train_clap")
+
+    best = max(TRAINERS, key=known)
     return best, *TRAINERS[best]
 
 

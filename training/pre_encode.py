@@ -1,13 +1,17 @@
 """Encode a data set once: python -m training.pre_encode --config configs/stable_audio/pre_encode.yaml.
 
 Each item becomes one latent of its whole length, with its captions and timing, in WebDataset shards; the mean and
-standard deviation per latent channel are stored beside them. Rerunning the command adds the missing shards.
+standard deviation per latent channel are stored beside them. Rerunning the command adds what is missing, and renews
+what belongs to audio or captions that have changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,12 +21,14 @@ from accelerate import Accelerator
 from stable_audio_lite.audio.io import audio_hash, read_audio
 from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata
 from stable_audio_lite.data.manifest import Item, read_items
-from stable_audio_lite.data.unreadable import Unreadable
+from stable_audio_lite.data.unreadable import Unreadable, content_hash
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import locked
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.representation import load_latents
 from stable_audio_lite.systems import load_model_config
 from training.command import main
+from training.frozen import check_stage
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -63,39 +69,81 @@ def run(config: PreEncodeConfig) -> Path:
     """
     from tqdm import tqdm
 
+    check_stage("vae", config.vae, "training.train_vae")
     items = read_items(config.data)
     if bare := next((item for item in items if not item.captions), None):
         raise UserError(f"{bare.path}: has no caption; list it in metadata.jsonl with a 'text'")
     accelerator = Accelerator()
     latents = load_latents(config.vae, load_model_config(config.vae))
     vae = latents.to(accelerator.device, getattr(torch, config.dtype)).vae
-    cache = LatentCache(Path(config.output), latents.hash, len(items), config.shard_items)
-    # Each process takes shards by number, not from those missing: another process may already be writing some.
-    mine = range(accelerator.process_index, len(cache.shards), accelerator.num_processes)
-    names = [item.name for item in items]
-    todo = [shard for shard in mine if not cache.holds(shard, names)]
-    unreadable = Unreadable(len(items), config.max_unreadable, config.output)
-    count = sum(len(cache.shards[shard]) for shard in todo)
-    with tqdm(total=count, unit="item", disable=not accelerator.is_main_process) as bar:
-        for shard in todo:
-            cache.write(shard, _encoded(cache.shards[shard], items, vae, latents.sample_rate, unreadable, bar))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        cache.finish()
+    main_process, count = accelerator.is_main_process, accelerator.num_processes
+    with locked(config.output) if main_process else nullcontext():
+        accelerator.wait_for_everyone()  # for the lock
+        cache = LatentCache(Path(config.output), latents.hash, len(items), config.shard_items, config.dtype)
+        # Each process takes shards by number, not from those missing: another process may already be writing some.
+        mine = range(accelerator.process_index, len(cache.shards), count)
+        unreadable = Unreadable(len(items), config.max_unreadable, config.output)
+        total = sum(len(cache.shards[shard]) for shard in mine)
+        with tqdm(total=total, unit="item", disable=not main_process) as bar:
+            encoder = _Encoder(vae, items, latents.sample_rate, unreadable, bar)
+            for shard in mine:
+                encoder.renew(cache, shard)
+        figures = torch.tensor([encoder.kept, encoder.captioned, encoder.encoded], device=accelerator.device)
+        kept, captioned, encoded = accelerator.reduce(figures).tolist()
+        if main_process:
+            cache.finish()
+            print(
+                f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {config.dtype}, "
+                f"{config.output}: {encoded} encoded, {kept} kept, {captioned} kept with new captions or metadata, "
+                f"{len(items) - kept - captioned - encoded} left out as unreadable",
+                file=sys.stderr,
+            )
     return cache.folder
 
 
-def _encoded(
-    numbers: range, items: Sequence[Item], vae: VAE, sample_rate: int, unreadable: Unreadable, bar: tqdm[Any]
-) -> Iterator[CachedLatent]:
-    """Encode the items that can be read."""
-    for number in numbers:
-        item = items[number]
+class _Encoder:
+    """Makes shards what the data set is now, and counts what that took."""
+
+    def __init__(self, vae: VAE, items: Sequence[Item], sample_rate: int, unreadable: Unreadable, bar: tqdm[Any]):
+        self.vae, self.items, self.sample_rate = vae, items, sample_rate
+        self.names = [item.name for item in items]
+        self.unreadable, self.bar = unreadable, bar
+        self.kept = self.captioned = self.encoded = 0
+
+    def renew(self, cache: LatentCache, shard: int) -> None:
+        """Write a shard unless all that it holds, or could hold, is there already."""
+        held = cache.held(shard, self.names)
+        hashes = {n: content_hash(self.items[n].path) for n in held or ()}
+        current = {n: _described(e, self.items[n]) for n, e in (held or {}).items() if e.about.audio == hashes[n]}
+        same = sum(entry is (held or {})[n] for n, entry in current.items())
+        self.kept, self.captioned = self.kept + same, self.captioned + len(current) - same
+        self.bar.update(len(current))
+        missing = (n for n in cache.shards[shard] if n not in current)
+        if held is None or same < len(held):
+            # In the order of the items, each encoded when its turn comes.
+            new = (current.get(n) or self._encode(n) for n in cache.shards[shard])
+            cache.write(shard, (entry for entry in new if entry))
+        elif found := {n: entry for n in missing if (entry := self._encode(n))}:  # which could not be read before
+            cache.write(shard, (entry for _, entry in sorted((current | found).items())))
+
+    def _encode(self, number: int) -> CachedLatent | None:
+        """Encode an item, or note that it can't be read."""
+        self.bar.update()
         try:
-            yield encode_item(vae, number, item, sample_rate)
+            entry = encode_item(self.vae, number, self.items[number], self.sample_rate)
         except UserError as error:
-            unreadable.add(item.path, error)
-        bar.update()
+            self.unreadable.add(self.items[number].path, error)
+            return None
+        self.encoded += 1
+        return entry
+
+
+def _described(entry: CachedLatent, item: Item) -> CachedLatent:
+    """Give a latent the captions and metadata that its item has now; without a change it is the same object."""
+    metadata = json.loads(json.dumps(item.metadata))
+    if (entry.about.captions, entry.about.metadata) == (item.captions, metadata):
+        return entry
+    return replace(entry, about=replace(entry.about, captions=item.captions, metadata=metadata))
 
 
 @torch.inference_mode()

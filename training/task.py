@@ -117,12 +117,12 @@ class TrainingTask(ABC):
         modules: the networks by name; the loop replaces them by their prepared (DDP) forms.
         optimizers: optimizer settings by the name of the module that each updates.
         averaged: names of the modules whose moving average is kept and exported.
-        tensors: all other tensors that change in place during training, by name; saved and resumed.
         parts: parts gathered one at a time where weights are sharded, {} if they can't be: see training.shard.
         batch_size: items per process and batch.
         items: number of items in an epoch.
         frozen: networks that are used but not trained, by name.
         demonstrate_every: steps between demonstrations; 0 for none.
+        notes: remarks on the settings, for the run's first lines.
         criterion: name of the held-out metric that selects the best weights, the smaller the better; "" for none.
     """
 
@@ -133,12 +133,23 @@ class TrainingTask(ABC):
     items: int
     frozen: dict[str, nn.Module] = {}
     demonstrate_every: int = 0
+    notes: tuple[str, ...] = ()
     criterion: str = ""
-    tensors: dict[str, Tensor] = {}
     parts: Parts = {}
 
     def begin(self, state: Resumable) -> None:  # noqa: B027
         """Load into `state` what a new run takes over from another; called before its first step."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Describe what the weights depend on, by the keys of the configuration, as nested mappings of plain values."""
+
+    def keep(self) -> dict[str, Any]:
+        """Plain values that the run keeps from its first step on, whatever they would be now."""
+        return {}
+
+    def take(self, kept: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what the run kept; called once its weights are loaded."""
 
     @abstractmethod
     def batch(self, number: int, rank: int, world: int) -> Any:

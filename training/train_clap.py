@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,13 @@ from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import CLIP_FRAMES, SAMPLE_RATE, log_mel, mel_views, repeat_pad
 from stable_audio_lite.clap.model import Clap, retrieval
 from stable_audio_lite.clap.tokenizer import UNKNOWN_TOKEN, tokenize, train_tokenizer
-from stable_audio_lite.config import load_config
+from stable_audio_lite.config import load_config, to_dict
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.systems import StableAudioConfig
 from training.command import main
+from training.frozen import check_stage
 from training.loop import fit
 from training.noise import generator
 from training.task import OptimizerConfig, RunConfig, TrainingTask
@@ -120,6 +121,7 @@ class ClapTask(TrainingTask):
 
     def __init__(self, config: TrainClapConfig):
         self.config = config
+        check_stage("initial", config.initial, "training.train_clap", hub=True)
         self.model = load_config(config.model, StableAudioConfig)
         self.batch_size = config.batch_size
         self.pieces = [item for folder in config.data for item in _captioned(folder)]
@@ -239,6 +241,18 @@ class ClapTask(TrainingTask):
         assert isinstance(clap, Clap)
         save_bundle(folder, self.model, split_clap(clap), self.tokenizer.to_str())
         save_transformers(clap, folder.parent / "transformers")
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"model": {"clap": to_dict(self.model.clap)}, "freeze_text": self.config.freeze_text}
+
+    def keep(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer.to_str()}
+
+    def take(self, kept: dict[str, Any]) -> None:
+        if "tokenizer" in kept:
+            from tokenizers import Tokenizer
+
+            self.tokenizer = self._unwrapped.tokenizer = Tokenizer.from_str(kept["tokenizer"])
 
     @property
     def _unwrapped(self) -> Clap:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.bundle import load_part, read_part, save_bundle
+from stable_audio_lite.config import to_dict
 from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
@@ -36,11 +37,11 @@ from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, load
 from training.command import main
 from training.denoising import Conditioned, DemosConfig, loss_by_level, stratified_shares
 from training.examples import Examples, LatentWindows, SoundExamples, latent_statistics
-from training.frozen import FrozenClap, load_frozen_clap
+from training.frozen import FrozenClap, check_stage, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
 from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
-from training.update import Update
+from training.update import Update, unwrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class TrainDiffusionConfig:
             LoRA.
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest share of the noise levels that is trained. A generator that ends above that level
-            (generation.sigma_min of the model) has no use for those below, where most of the loss is.
+            (generation.sigma_min of the model) has no use for those below, where most of the loss is. None: all levels,
+            or, with `initial`, those down to where that bundle's generator ends: it may never have seen others.
         time_shift: above 1, more of the noise levels are near 1, where the content is decided: half of them are above
             time_shift / (1 + time_shift) if lowest_time is 0.
         gain_db: for sound, the level of each crop is changed by up to this many dB either way.
@@ -86,7 +88,7 @@ class TrainDiffusionConfig:
     lora: LoraConfig | None = None
     batch_size: int = 16
     condition_dropout: float = 0.1
-    lowest_time: float = 0.0
+    lowest_time: float | None = None
     time_shift: float = 1.0
     gain_db: float = 0.0
     max_unreadable: float = 0.01
@@ -108,7 +110,7 @@ class TrainDiffusionConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in 0..1, got {self.condition_dropout}")
-        if not 0 <= self.lowest_time < 1:
+        if not 0 <= (self.lowest_time or 0.0) < 1:
             raise ValueError(f"lowest_time must be at least 0 and below 1, got {self.lowest_time}")
         if not self.time_shift > 0:
             raise ValueError(f"time_shift must be above 0, got {self.time_shift}")
@@ -123,9 +125,13 @@ class DiffusionTask(TrainingTask):
 
     def __init__(self, config: TrainDiffusionConfig):
         self.config = config
+        check_stage("vae", config.vae, "training.train_vae")
+        check_stage("clap", config.clap, "training.train_clap", hub=True)
+        check_stage("initial", config.initial, "training.train_diffusion")
         self.model = load_system(config.model)
         self.process, self.batch_size = self.model.process, config.batch_size
         self.criterion = f"held_out/{self.process.objective}"
+        self.lowest_time = self._lowest_time()
         self.demonstrate_every = config.demos.every if config.demos else 0
         self.clap = self._load_clap()
         self.representation = self._load_representation()
@@ -146,12 +152,27 @@ class DiffusionTask(TrainingTask):
         self.modules: dict[str, nn.Module] = {"model": model}
         self.optimizers = {"model": config.optimizer}
 
+    def fingerprint(self) -> dict[str, Any]:
+        model = to_dict(self.model)
+        facts = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
+        if isinstance(self.representation, LatentRepresentation):
+            facts["vae"] = f"encoder {self.representation.hash[:12]}"
+        if self.clap is not None:
+            facts["clap"] = f"text encoder {self.clap.hash}"
+        return facts | {"lora": to_dict(self.config.lora) if self.config.lora else None}
+
+    def take(self, kept: dict[str, Any]) -> None:
+        """Normalise latents by the statistics that the U-Net has had from the start."""
+        network = network_of(unwrap(self.modules["model"]))
+        if isinstance(network, UNet) and isinstance(latents := self.representation, LatentRepresentation):
+            latents.mean, latents.std = (v.cpu()[:, None] for v in (network.latent_mean, network.latent_std))
+
     def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
         seed, size = self.config.run.seed, self.batch_size
         numbers = item_numbers(number, rank, world, size)
         batch = self.examples.batch(number, rank, world, size, seed)
         own, draws = slice(rank * size, (rank + 1) * size), generator(seed, number)
-        shares = stratified_shares(world * size, draws, self.config.lowest_time, self.config.time_shift)
+        shares = stratified_shares(world * size, draws, self.lowest_time, self.config.time_shift)
         return batch | {
             "eps": item_noise(seed, numbers, tuple(batch["x0"].shape[1:])),
             "shares": shares[own],
@@ -186,7 +207,7 @@ class DiffusionTask(TrainingTask):
             numbers = range(first, min(first + self.batch_size, count))
             batch = self.validation.draw(numbers, 0)
             batch["eps"] = item_noise(0, numbers, tuple(batch["x0"].shape[1:]))
-            lowest = self.config.lowest_time
+            lowest = self.lowest_time
             batch["shares"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
             batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
             shares.append(batch["shares"])
@@ -221,6 +242,17 @@ class DiffusionTask(TrainingTask):
             else:
                 model = StableAudio.from_pretrained(exported, device=device)
             return self.config.demos.sounds(model)
+
+    def _lowest_time(self) -> float:
+        config = self.config
+        if config.lowest_time is not None or not config.initial:
+            return config.lowest_time or 0.0
+        theirs = load_system(config.initial)
+        shares = torch.linspace(0, 1, 10_001)
+        alpha, sigma = theirs.process.alpha_sigma(theirs.process.at(shares))
+        lowest, end = float(shares[sigma >= theirs.generation.sigma_min * alpha][0]), theirs.generation.sigma_min
+        self.notes = (f"lowest_time {lowest:.3g}, as {config.initial} generates down to sigma_min {end:g}",)
+        return lowest
 
     def _load_clap(self) -> FrozenClap | None:
         name = self.config.model

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.bundle import load_part, save_bundle
+from stable_audio_lite.config import to_dict
 from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
@@ -25,6 +27,7 @@ from stable_audio_lite.models.waveform_vae import WaveformVAE
 from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.checkpoint import Resumable, warm_start
 from training.command import main
+from training.frozen import check_stage
 from training.loop import fit
 from training.losses import (
     MultiResolutionSTFTLoss,
@@ -125,6 +128,7 @@ class VAETask(TrainingTask):
 
     def __init__(self, config: TrainVAEConfig):
         self.config = config
+        check_stage("initial", config.initial, "training.train_vae")
         self.model = load_model_config(config.model)
         self.batch_size = config.batch_size
         kind = self.model.vae.kind
@@ -160,6 +164,14 @@ class VAETask(TrainingTask):
             self.modules["discriminator"] = Discriminator(config.discriminator)
             self.optimizers["discriminator"] = config.discriminator_optimizer
         self.reconstruction = self._reconstruction(vae)
+
+    def fingerprint(self) -> dict[str, Any]:
+        judge = self.config.discriminator
+        return {
+            "model": {"sample_rate": self.model.sample_rate, "vae": to_dict(self.model.vae)},
+            "discriminator": to_dict(judge) if judge else None,
+            "freeze_encoder": self.config.freeze_encoder,
+        }
 
     def begin(self, state: Resumable) -> None:
         if self.config.continues:

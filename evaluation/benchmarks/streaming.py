@@ -35,7 +35,7 @@ def codec_peaks(bundle: str, minutes: float, folder: Path) -> tuple[float, float
     sound, latents = folder / "noise.wav", folder / "noise.safetensors"
     write_audio_blocks(sound, noise(60 * minutes), NOISE_RATE)
     model = ["--model", bundle, "-o", str(folder)]
-    encoding = peak_megabytes("stable_audio_lite.cli", ["encode", str(sound), *model])
+    encoding = peak_megabytes("stable_audio_lite.cli", ["encode", str(sound), "--overwrite", *model])
     return encoding, peak_megabytes("stable_audio_lite.cli", ["decode", str(latents), "--overwrite", *model])
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from evaluation.embedders.streams import TargetLevel, mono_at
 from evaluation.embedders.weights import Published, state_hash
+from evaluation.result import Missing
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
+from stable_audio_lite.errors import UserError
 
 CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
@@ -81,12 +83,17 @@ def streamed_log_mel(config: ClapConfig, blocks: Iterable[Tensor]) -> Tensor:
 
 
 def load_clap_embedder(source: str | None, folder: Path, device: torch.device, level: TargetLevel) -> ClapEmbedder:
-    """The embedder at `source`; None, or a LAION file that isn't here, is found as `CLAP_WEIGHTS` says.
+    """The embedder at `source`; None is LAION's in `folder`, or else the shipped starter's, which needs no download.
 
     Raises:
-        Missing: none is given, and `folder` has no LAION file.
+        Missing: none is given, and this installation has no starter.
         UserError: there is no such thing, it is damaged, or the bundle has no audio tower.
     """
+    if source is None and not (folder / CLAP_WEIGHTS.file).is_file():
+        try:
+            return ClapEmbedder(load_clap("starter").to(device), level)
+        except UserError as error:
+            raise Missing(f"{error}; or give --clap SOURCE") from error
     if source is None or source.endswith(LAION_SUFFIXES):
         source = str(CLAP_WEIGHTS.find(source, folder))
     return ClapEmbedder(load_clap(source).to(device), level)

@@ -210,8 +210,10 @@ def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict
     return gain
 
 
-def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int) -> float:
-    """Write (2, T) blocks as `write_audio` does all of them together; they wait on disk until the peak is known.
+def write_audio_blocks(
+    path: str | Path, blocks: Iterable[Any], sample_rate: int, metadata: dict[str, Any] | None = None, channels: int = 2
+) -> float:
+    """Write (channels, T) blocks as `write_audio` does all together; they wait on disk until the peak is known.
 
     Returns:
         The gain applied: 1.0, or less where the peak would have clipped.
@@ -229,15 +231,22 @@ def write_audio_blocks(path: str | Path, blocks: Iterable[Any], sample_rate: int
         with replacing(path) as final, tempfile.TemporaryFile(dir=final.parent) as raw:
             for block in blocks:
                 values = _finite(path, block)
-                if values.shape[0] != 2:
-                    raise ValueError(f"expected blocks (2, T), got {values.shape}")
+                if values.shape[0] != channels:
+                    raise ValueError(f"expected blocks ({channels}, T), got {values.shape}")
                 peak = max(peak, float(np.abs(values).max(initial=0.0)))
                 raw.write(values.T.tobytes())
             gain = 1.0 / max(peak, 1.0)
             raw.seek(0)
-            with soundfile.SoundFile(str(final), "w", sample_rate, 2, format=container, subtype="PCM_24") as file:
-                while data := raw.read(1 << 20):
-                    file.write(np.frombuffer(data, np.float32).reshape(-1, 2) * gain)
+            tags = _tags(metadata) if metadata else {}
+            with soundfile.SoundFile(
+                str(final), "w", sample_rate, channels, format=container, subtype="PCM_24"
+            ) as file:
+                for name, text in tags.items() if container == "FLAC" else ():
+                    setattr(file, name, text)
+                while data := raw.read(4 * channels << 18):
+                    file.write(np.frombuffer(data, np.float32).reshape(-1, channels) * gain)
+            if tags and container == "WAV":
+                _append_wav_tags(final, tags)
     except soundfile.SoundFileError as error:
         raise UserError(f"{path}: can't be written ({error}); free some space, or choose .flac beyond 4 GB") from error
     return gain
@@ -350,13 +359,26 @@ def _encode(samples: np.ndarray, sample_rate: int, container: str, tags: dict[st
 _WAV_IDS = {"title": b"INAM", "comment": b"ICMT", "software": b"ISFT"}
 
 
-def _with_wav_tags(wav: bytes, tags: dict[str, str]) -> bytes:
+def _wav_list(tags: dict[str, str]) -> bytes:
     info = b"INFO"
     for name, text in tags.items():
         data = text.encode("utf-8") + b"\0"
         info += _WAV_IDS[name] + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
-    body = wav[8:] + b"\0" * (len(wav) % 2) + b"LIST" + struct.pack("<I", len(info)) + info
+    return b"LIST" + struct.pack("<I", len(info)) + info
+
+
+def _with_wav_tags(wav: bytes, tags: dict[str, str]) -> bytes:
+    body = wav[8:] + b"\0" * (len(wav) % 2) + _wav_list(tags)
     return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def _append_wav_tags(path: Path, tags: dict[str, str]) -> None:
+    with path.open("r+b") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.write(b"\0" * (size % 2) + _wav_list(tags))
+        size = file.tell()
+        file.seek(4)
+        file.write(struct.pack("<I", size - 8))
 
 
 def _read_wav_tags(path: Path) -> dict[str, str]:

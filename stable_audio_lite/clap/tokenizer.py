@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 PAD_TOKEN = _SPECIAL.index("<pad>")
 UNKNOWN_TOKEN = _SPECIAL.index("<unk>")
+_SAME_WORD = 30  # merges within which parts of one word follow one another
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -49,6 +51,47 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> tup
     ids = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(texts))]
     padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD_TOKEN)
     return padded, padded != PAD_TOKEN
+
+
+def unread_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
+    """Return the end of a text that `tokenize` cuts off, "" where it takes all."""
+    tokenizer.no_truncation()
+    encoding = tokenizer.encode(text)
+    starts = [at[0] for at, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not special]
+    room = max_tokens - (len(encoding.ids) - len(starts))
+    return text[starts[room] :].strip() if len(starts) > room else ""
+
+
+def ran_out(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Tell whether training made all words whole tokens before there were `vocab_size` of them."""
+    return tokenizer.get_vocab_size() < vocab_size
+
+
+def unlearned_words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Find the words of a text that are not in those which a tokenizer was trained on, if it ran out of words."""
+    normal = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    pieces = tokenizer.pre_tokenizer.pre_tokenize_str(normal)
+    words = [normal[first:last].strip() for piece, (first, last) in pieces if tokenizer.token_to_id(piece) is None]
+    return list(dict.fromkeys(word for word in words if any(map(str.isalnum, word))))
+
+
+def learned_words(tokenizer: Tokenizer) -> list[str]:
+    """List the words that a tokenizer was trained on, if it ran out of them.
+
+    A token whose next merge followed at once was only a step on the way to a longer word.
+    """
+    merges = [m.split(" ") if isinstance(m, str) else m for m in json.loads(tokenizer.to_str())["model"]["merges"]]
+    rank = {first + second: at for at, (first, second) in enumerate(merges)}
+    continued: dict[str, int] = {}
+    for at, (first, _) in enumerate(merges):
+        continued.setdefault(first, at)
+    words = []
+    for token, at in rank.items():
+        word = token.removeprefix("\u0120")  # a space, in byte-level BPE
+        step = token in continued and (continued[token] - at <= _SAME_WORD or len(word) < 3)
+        if word != token and word.isalpha() and len(word) > 1 and not step:
+            words.append(word)
+    return sorted(words)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> Tokenizer:

@@ -8,14 +8,12 @@ Nothing heavy is imported before the arguments are known to be good, so that mis
 
 from __future__ import annotations
 
-import io
-import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from stable_audio_lite import __version__
-from stable_audio_lite.cli import codec, corpus, doctor, generate, info, restore, validate_dataset
+from stable_audio_lite.cli import codec, continuation, corpus, doctor, generate, info, restore, validate_dataset
 from stable_audio_lite.command import Parser, guarded
 
 ENTRY_POINTS = "stable_audio_lite.commands"
@@ -23,12 +21,13 @@ ENTRY_POINTS = "stable_audio_lite.commands"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return its exit status."""
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int | None:
     args = build_parser().parse_args(argv)
     warnings.filterwarnings("ignore")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A prompt that the terminal's encoding lacks is printed with escapes, rather than stopping a batch.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    return guarded(lambda: args.run(args))
+    return args.run(args)
 
 
 def build_parser() -> Parser:
@@ -37,6 +36,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     generate.add_command(commands)
+    continuation.add_command(commands)
     restore.add_command(commands)
     codec.add_encode(commands)
     codec.add_decode(commands)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stable_audio_lite.cli.options import add_model
-from stable_audio_lite.command import Commands, Parser
+from stable_audio_lite.command import Commands, Failures, Parser, add_overwrite, check_outputs, file_path
 from stable_audio_lite.errors import UserError
+
+if TYPE_CHECKING:
+    from stable_audio_lite.codec import Codec
 
 
 def add_encode(commands: Commands) -> None:
@@ -25,47 +30,61 @@ def add_decode(commands: Commands) -> None:
     parser.set_defaults(run=_decode)
     _add_files(parser, "what encode wrote", "folder for the sounds")
     parser.add_argument("--format", default="wav", choices=("wav", "flac"), help="of the sounds (default: wav)")
-    parser.add_argument("--overwrite", action="store_true", help="replace sounds that are there")
 
 
 def _add_files(parser: Parser, files: str, output: str) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE", type=Path, help=files)
-    parser.add_argument("-o", "--output", type=Path, required=True, help=output)
+    parser.add_argument("files", nargs="+", metavar="FILE", type=file_path, help=files)
+    parser.add_argument("-o", "--output", type=file_path, required=True, help=output)
+    add_overwrite(parser)
     add_model(parser, "starter-vae")
 
 
-def _encode(args: argparse.Namespace) -> None:
-    outputs = _outputs(args.files, args.output, ".safetensors")
-    from stable_audio_lite.codec import Codec
-
-    codec = Codec.from_pretrained(args.model, args.device, args.dtype)
-    for path, output in zip(args.files, outputs, strict=True):
+def _encode(args: argparse.Namespace) -> int:
+    def encode(codec: Codec, path: Path, output: Path) -> str:
         made = codec.encode_file(path, output)
-        print(f"{output}: {made.channels} channels x {made.frames} frames, {made.seconds:.2f} s", flush=True)
+        return f"{output}: {made.channels} channels x {made.frames} frames, {made.seconds:.2f} s"
+
+    return _each(args, ".safetensors", encode)
 
 
-def _decode(args: argparse.Namespace) -> None:
-    outputs = _outputs(args.files, args.output, f".{args.format}")
-    if not args.overwrite and (there := [path for path in outputs if path.exists()]):
-        raise UserError(
-            f"{there[0]}: is there already, perhaps the original; choose another folder or give --overwrite"
-        )
-    from stable_audio_lite.codec import Codec
-
-    codec = Codec.from_pretrained(args.model, args.device, args.dtype)
-    for path, output in zip(args.files, outputs, strict=True):
+def _decode(args: argparse.Namespace) -> int:
+    def decode(codec: Codec, path: Path, output: Path) -> str:
         gain = codec.decode_file(path, output)
-        print(f"{output}{f': attenuated to {gain:.3f}' if gain < 1 else ''}", flush=True)
+        return f"{output}{f': attenuated to {gain:.3f}' if gain < 1 else ''}"
+
+    return _each(args, f".{args.format}", decode)
 
 
-def _outputs(files: list[Path], folder: Path, suffix: str) -> list[Path]:
-    """One path in `folder` per file; two files of one name, which would overwrite each other, are refused."""
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; -o is the folder to write to")
-    if missing := [path for path in files if not path.is_file()]:
-        raise UserError(f"{missing[0]}: no such file")
-    outputs = [folder / f"{path.stem}{suffix}" for path in files]
+def _each(args: argparse.Namespace, suffix: str, work: Callable[[Codec, Path, Path], str]) -> int:
+    """Work on every file, past those that fail, and print what comes of it; returns the exit status."""
+    outputs, failures = _outputs(args, suffix), Failures()
+    for path in args.files:
+        with failures.of(path):
+            _check_file(path)
+    if files := [pair for pair in zip(args.files, outputs, strict=True) if pair[0].is_file()]:
+        from stable_audio_lite.codec import Codec
+
+        codec = Codec.from_pretrained(args.model, args.device, args.dtype)
+    for path, output in files:
+        with failures.of(path):
+            print(work(codec, path, output), flush=True)
+    return failures.status(len(args.files))
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the files in it, as in {path}/*")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+
+
+def _outputs(args: argparse.Namespace, suffix: str) -> list[Path]:
+    """One path in the folder per file, none of which is there or would be written twice."""
+    if args.output.is_file():
+        raise UserError(f"{args.output}: is a file; -o is the folder to write to")
+    outputs = [args.output / f"{path.stem}{suffix}" for path in args.files]
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise UserError(f"two of the files would become {twice}; rename one or run the command twice")
+    check_outputs(outputs, args.files, overwrite=args.overwrite)
     return outputs

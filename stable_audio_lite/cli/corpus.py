@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from stable_audio_lite.command import Commands
+from stable_audio_lite.command import Commands, file_path
 
 
 def add_command(commands: Commands) -> None:
@@ -14,7 +13,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("corpus", help="compose and render captioned music to train on", description=about)
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    add("output", metavar="OUT", type=Path, help="the folder to write")
+    add("output", metavar="OUT", type=file_path, help="the folder to write")
     add("--items", type=int, default=1000, help="pieces to train on (default: 1000)")
     add("--held-out", type=int, default=100, help="further pieces, kept apart (default: 100)")
     add("--seed", type=int, default=0, help="of the whole corpus (default: 0)")

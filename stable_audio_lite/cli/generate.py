@@ -1,115 +1,138 @@
-"""`stable-audio-lite generate`: sound from text."""
+"""`stable-audio-lite generate`: sound from text, or from sound and text."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import secrets
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_audio_lite.cli.options import add_model
+from stable_audio_lite.cli.options import add_sampling, sampling_of, stretch
 from stable_audio_lite.cli.progress import ProgressBar
-from stable_audio_lite.command import Commands
+from stable_audio_lite.cli.prompts import beats_of, prompts_of, tempo_of
+from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
 from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
+    from stable_audio_lite.edits import Edit
     from stable_audio_lite.pipeline import Generated, StableAudio
 
 _UNPROMPTED = "sound"  # stands for the prompt in names of files
+_ABOUT = """Make sound from text, or from sound and text:
+
+--init FILE --strength 0.6              a variation of FILE
+--init FILE --inpaint 2.0-3.5 5-6       stretches of FILE made anew, the rest as it is
+--loop --bars 4 --bpm 120               a sound whose end meets its beginning
+
+FILE's own prompt is used where it holds one and none is given. `continue` goes on where a sound ends."""
 
 
 def add_command(commands: Commands) -> None:
     """Add `generate` to the command line."""
-    parser = commands.add_parser("generate", help="make sound from text", description="Make sound from text.")
+    parser = commands.add_parser("generate", help="make sound from text, or from sound", description=_ABOUT)
     parser.set_defaults(run=_run)
     add = parser.add_argument
     add("prompt", nargs="?", metavar="PROMPT", help="what to hear; spectrogram models can do without")
-    add("--prompts", metavar="FILE", type=Path, help="a text file with one prompt per line, instead of PROMPT")
-    add("--seconds", type=float, help="length of the sound (default: the model's window)")
-    add("--seed", type=int, help="of the first item, the next one more each (default: random, printed)")
-    add("--steps", type=int, help="sampling steps (default: the model's)")
-    add("--cfg", type=float, help="guidance scale, 1 is none (default: the model's)")
-    add("--negative", metavar="TEXT", help="what not to hear; replaces the unconditional half of guidance")
-    add("--count", type=int, default=1, help="items per prompt (default: 1)")
+    add("--prompts", metavar="FILE", type=file_path, help="a text file with one prompt per line, instead of PROMPT")
+    add("--seconds", type=float, help="length of the sound (default: the model's window, or that of FILE)")
+    add("--init", metavar="FILE", type=file_path, help="a sound to start from")
+    add("--strength", type=float, help="of a variation: 0 gives FILE back, 1 ignores it (default: 0.6)")
+    add("--inpaint", nargs="+", metavar="START-END", type=stretch, help="stretches of FILE to make anew, in seconds")
+    add("--loop", action="store_true", help="make the sound's end meet its beginning")
+    add("--bars", type=int, help="length of a loop, at the tempo of the prompt or --bpm; a waltz has 3 beats a bar")
+    add_sampling(parser)
     add("--batch", type=int, default=4, help="items sampled at once (default: 4)")
-    add("--sampler", help="how to sample (default: the model's; an unknown name lists them)")
-    add_model(parser, "starter")
-    add("--lora", metavar="FOLDER", type=Path, help="a LoRA that was trained for this model")
-    add("--lora-strength", type=float, default=1.0, help="1 is as trained (default: 1)")
     output = "a .wav or .flac file (several items: numbered), or a folder (default: named after prompt and seed)"
-    add("-o", "--output", type=Path, help=output)
+    add("-o", "--output", type=file_path, help=output)
+    peak = "bring the peak of each sound to DB, full scale being 0 (default: -1; without the option, as generated)"
+    add("--normalize", type=float, nargs="?", const=-1.0, metavar="DB", help=peak)
     add("--plot", action="store_true", help="also write a spectrogram as .png beside each sound")
 
 
-def _run(args: argparse.Namespace) -> None:
-    prompts = _prompts(args)
+def _run(args: argparse.Namespace) -> int:
+    _check_options(args)
+    prompts = prompts_of(args, args.init)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     items = [prompt for prompt in prompts or [_UNPROMPTED] for _ in range(args.count)]
     outputs = _outputs(args.output, items, seed)
-    _check_outputs(outputs, args.plot)
+    _check_outputs(args, outputs)
 
     started = time.perf_counter()
     from stable_audio_lite.pipeline import StableAudio
 
     model = StableAudio.from_pretrained(args.model, args.device, args.dtype, args.lora, args.lora_strength)
+    edits = _edits(args, model, items)
     loaded = time.perf_counter()
-    seconds = 0.0
-    with ProgressBar(len(items)) as progress:
-        for first in range(0, len(items), args.batch):
-            stop = min(first + args.batch, len(items))
+    seconds, failures = 0.0, Failures()
+    with ProgressBar(len(items), lambda: remarks(model, prompts, args.negative)) as progress:
+        for first, stop in _batches(edits, args.batch):
             result = model.generate(
                 items[first:stop] if prompts else None,
                 count=1 if prompts else stop - first,
-                seconds=args.seconds,
                 seed=seed + first,
-                steps=args.steps,
-                cfg=args.cfg,
-                negative=args.negative,
-                sampler=args.sampler,
                 batch=args.batch,
+                edit=edits[first],
                 progress=progress.within(first, stop),
+                **sampling_of(args),
             )
             for index, path in enumerate(outputs[first:stop]):
-                progress.print(_save(result, index, path, args.plot))
+                progress.clear()
+                with failures.of(path):
+                    print(_save(args, result, index, path), flush=True)
             seconds += result.seconds * (stop - first)
-    _print_speed(model, seconds, loaded - started, time.perf_counter() - loaded)
+    if not (status := failures.status(len(items))):
+        _print_speed(model, seconds, loaded - started, time.perf_counter() - loaded)
+    return status
 
 
-def _prompts(args: argparse.Namespace) -> list[str]:
-    """One or several prompts, or none for a model that can do without."""
+def remarks(model: StableAudio, prompts: Sequence[str], negative: str | None) -> list[str]:
+    """Say what the model won't read of prompts, or doesn't know."""
+    if (encoder := model.text_encoder) is None:
+        return []
+    texts = [*dict.fromkeys(prompts), *([negative] if negative else [])]
+    return [f"{text[:40]!r}: {remark}" for text in texts for remark in encoder.remarks(text)]
+
+
+def _check_options(args: argparse.Namespace) -> None:
     if args.count < 1 or args.batch < 1:
         raise UserError(f"--count and --batch must be at least 1, got {args.count} and {args.batch}")
-    if args.prompt is None and args.prompts is None and _needs_no_prompt(args.model):
-        return []
-    if (args.prompt is None) == (args.prompts is None):
-        raise UserError("give either a PROMPT or --prompts FILE")
-    if args.prompt is None:
-        return _read_prompts(args.prompts)
-    if not args.prompt.strip():
-        raise UserError("the prompt is empty; say what you want to hear")
-    return [args.prompt.strip()]
+    if args.normalize is not None and not -100 <= args.normalize <= 0:
+        raise UserError(f"--normalize must lie in -100..0 dB, got {args.normalize:g}")
+    if args.loop and args.init:
+        raise UserError("--loop: is made from nothing but the prompt; leave out --init, or --loop")
+    for name, needed in (("strength", "init"), ("inpaint", "init"), ("bars", "loop")):
+        if getattr(args, name) is not None and not getattr(args, needed):
+            raise UserError(f"--{name}: needs --{needed}{' FILE' if needed == 'init' else ''}")
+    if args.inpaint and args.strength is not None:
+        raise UserError("--strength: is of variations; what is inpainted is made anew, so leave it out")
 
 
-def _needs_no_prompt(model: str) -> bool:
-    from stable_audio_lite.bundle import resolve
-    from stable_audio_lite.systems import StableAudioConfig, load_system
+def _edits(args: argparse.Namespace, model: StableAudio, items: Sequence[str]) -> list[Edit]:
+    """What each item is made from; the same object for those that can be sampled together."""
+    from stable_audio_lite.edits import Edit, Inpainting, Loop, Sound, Variation
 
-    return not isinstance(load_system(resolve(model)), StableAudioConfig)
+    if args.loop:
+        tempos = [(args.bpm or tempo_of(prompt), beats_of(prompt)) for prompt in items]
+        loops = {tempo: Loop(args.bars, *tempo) for tempo in tempos}
+        return [loops[tempo] for tempo in tempos]
+    edit = Edit()
+    if args.init:
+        sound = Sound.read(args.init, model.sample_rate)
+        edit = Variation(sound, 0.6 if args.strength is None else args.strength)
+        edit = Inpainting(sound, args.inpaint) if args.inpaint else edit
+    return [edit] * len(items)
 
 
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; give one prompt per line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{path}: holds no prompts; write one per line")
-    return prompts
+def _batches(edits: Sequence[Edit], batch: int) -> Iterator[tuple[int, int]]:
+    """First and last item, plus one, of what is sampled at once."""
+    for _, alike in itertools.groupby(range(len(edits)), key=lambda item: id(edits[item])):
+        run = list(alike)
+        for first in run[::batch]:
+            yield first, min(first + batch, run[-1] + 1)
 
 
 def _outputs(output: Path | None, items: list[str], seed: int) -> list[Path]:
@@ -117,38 +140,49 @@ def _outputs(output: Path | None, items: list[str], seed: int) -> list[Path]:
     if output is None or output.is_dir() or not output.suffix:
         folder = output or Path()
         return [folder / f"{_slug(prompt)}-{seed + i}.wav" for i, prompt in enumerate(items)]
-    if len(items) == 1:
-        return [output]
-    digits = len(str(len(items)))
-    return [output.with_stem(f"{output.stem}-{i + 1:0{digits}d}") for i in range(len(items))]
+    return numbered(output, len(items))
+
+
+def numbered(output: Path, items: int) -> list[Path]:
+    """The path itself for one item, or one with a number for each of several."""
+    digits = len(str(items))
+    several = [output.with_stem(f"{output.stem}-{i + 1:0{digits}d}") for i in range(items)]
+    return several if items > 1 else [output]
 
 
 def _slug(prompt: str) -> str:
     return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or _UNPROMPTED
 
 
-def _check_outputs(outputs: list[Path], plot: bool) -> None:
+def _check_outputs(args: argparse.Namespace, outputs: list[Path]) -> None:
     from stable_audio_lite.audio.io import check_writable
 
     for path in outputs:
         check_writable(path)
-    if plot:
+    pictures = [path.with_suffix(".png") for path in outputs] if args.plot else []
+    if pictures:
         from stable_audio_lite.audio.plot import check_plottable
 
-        check_plottable(outputs[0].with_suffix(".png"))
+        check_plottable(pictures[0])
+    check_outputs([*outputs, *pictures], [args.init] if args.init else [], overwrite=args.overwrite)
 
 
-def _save(result: Generated, index: int, path: Path, plot: bool) -> str:
+def _save(args: argparse.Namespace, result: Generated, index: int, path: Path) -> str:
     """Write one item and return the text to print."""
-    gain = result.save(path, index)
+    gain = result.save(path, index, args.normalize)
     settings = result.settings[index]
-    if plot:
+    if args.plot:
         from stable_audio_lite.audio.plot import plot_spectrogram
 
         plot_spectrogram(path.with_suffix(".png"), result.audio[index], result.sample_rate, settings.get("prompt", ""))
+    louder = f", {'amplified' if gain > 1 else 'attenuated'} to {gain:.3f}" if gain != 1 else ""
+    return f"{told(path, settings)}{louder}"
+
+
+def told(path: Path, settings: dict[str, object]) -> str:
+    """Lines that say what a file holds and how it was made."""
     rest = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "prompt" and value is not None)
-    quieter = f", attenuated to {gain:.3f}" if gain < 1 else ""
-    return f"{path}: {settings.get('prompt', 'unprompted')}\n  {rest}{quieter}"
+    return f"{path}: {settings.get('prompt', 'unprompted')}\n  {rest}"
 
 
 def _print_speed(model: StableAudio, seconds: float, loading: float, working: float) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_audio_lite.command import Commands
+from stable_audio_lite.files import expanded
 
 
 def add_command(commands: Commands) -> None:
@@ -15,13 +16,17 @@ def add_command(commands: Commands) -> None:
     about = "Parameters, shape and window of a model of any kind, or what is stored in a generated file."
     parser = commands.add_parser("info", help="parameters, shape and window of a model", description=about)
     parser.set_defaults(run=_run)
-    parser.add_argument("path", help="a model config (.yaml), a bundle (folder, hub id, 'starter'), or a .wav or .flac")
+    parser.add_argument(
+        "path", help="a config (a file, or stable_audio/paper), a bundle (a folder, a hub id, starter), or a sound"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _run(args: argparse.Namespace) -> None:
-    if Path(args.path).suffix.lower() in (".wav", ".flac"):
-        facts = _sound(args.path)
+    path = expanded(args.path)
+    suffix = path.suffix.lower()
+    if suffix in (".wav", ".flac") or (path.is_file() and suffix not in (".yaml", ".yml")):
+        facts = _sound(path)
     else:
         from stable_audio_lite.describe import describe
 
@@ -34,21 +39,21 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{key:28} {value}{rounded}")
 
 
-def _sound(path: str) -> dict[str, Any]:
+def _sound(path: Path) -> dict[str, Any]:
     from stable_audio_lite.audio.io import audio_info, read_metadata
 
     header, stored = audio_info(path), read_metadata(path).settings
-    return {"sample_rate": header.sample_rate, "channels": header.channels, "seconds": header.seconds, **stored}
+    return {"sample_rate": header.sample_rate, "channels": header.channels, **stored, "seconds": header.seconds}
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Rows of dotted key and value; lists become "64 x 4096"."""
+    """Rows of dotted key and value; lists become "64 x 4096" or "vae, unet"."""
     rows: list[tuple[str, Any]] = []
     for key, value in facts.items():
         if isinstance(value, dict):
             rows += _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
-            rows.append((prefix + key, " x ".join(map(str, value))))
+            rows.append((prefix + key, (", " if value and isinstance(value[0], str) else " x ").join(map(str, value))))
         else:
             rows.append((prefix + key, value))
     return rows

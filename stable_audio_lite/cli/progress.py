@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -10,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class ProgressBar:
-    """A bar on stderr over all items; it appears with the first step, so a refused request shows none."""
+    """A bar on stderr over all items, after what `notes` returns; a refused request, without a step, shows neither."""
 
-    def __init__(self, items: int) -> None:
-        self._items = items
+    def __init__(self, items: int, notes: Callable[[], list[str]] = list) -> None:
+        self._items, self._notes = items, notes
         self._bar: tqdm[NoReturn] | None = None
 
     def __enter__(self) -> ProgressBar:
@@ -30,14 +31,15 @@ class ProgressBar:
             if self._bar is None:
                 from tqdm import tqdm
 
+                for note in self._notes():
+                    print(f"note: {note}", file=sys.stderr)
                 layout = "{l_bar}{bar}| {n:.2f}/{total} [{elapsed}<{remaining}]"
                 self._bar = tqdm(total=self._items, leave=False, bar_format=layout)
             self._bar.update(first + (stop - first) * done / total - self._bar.n)
 
         return update
 
-    def print(self, text: str) -> None:
-        """Print to stdout without breaking the bar."""
+    def clear(self) -> None:
+        """Make room for other lines; the next step shows the bar again."""
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)

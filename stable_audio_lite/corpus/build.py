@@ -207,6 +207,8 @@ def _claim(out: Path, config: CorpusConfig) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out}: holds other files, no corpus; choose an empty folder") from None
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stable_audio_lite.config import differences
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -62,20 +63,21 @@ class LatentCache:
         encoder: hash of the VAE's encoder.
         items: number of items in the data set.
         shard_items: number of items in each shard but the last.
+        dtype: in which they are encoded.
 
     Raises:
-        UserError: the folder holds latents of another VAE or data set, or in shards of another size.
+        UserError: the folder holds latents of another VAE, number of items or type, or in shards of another size.
     """
 
-    def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256):
+    def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256, dtype: str = "float32"):
         self.folder, self.encoder, self.items, self.shard_items = folder, encoder, items, shard_items
-        mark, own = folder / _MARK, {"encoder": encoder, "items": items, "shard_items": shard_items}
-        if mark.exists():
-            theirs = json.loads(mark.read_text())
-            if theirs.get("encoder") != encoder:
-                raise UserError(f"{folder}: holds latents of another VAE; choose a new output or remove the folder")
-            if theirs != own:
-                raise UserError(f"{folder}: holds latents of {theirs}, not {own}; choose a new output")
+        mark = folder / _MARK
+        own = {"encoder": encoder, "items": items, "shard_items": shard_items, "dtype": dtype}
+        if mark.exists() and (found := differences(json.loads(mark.read_text()), own)):
+            other = "of another VAE" if found[0].startswith("encoder") else "made otherwise"
+            raise UserError(
+                f"{folder}: holds latents {other} ({'; '.join(found)}); choose a new output or remove the folder"
+            )
         with replacing(mark) as temporary:
             temporary.write_text(json.dumps(own))
 
@@ -88,24 +90,26 @@ class LatentCache:
         """Path of a shard."""
         return self.folder / f"{shard:06d}.tar"
 
-    def holds(self, shard: int, names: Sequence[str]) -> bool:
-        """Check that a shard exists and holds the latents of the data set, whose files are `names`.
+    def held(self, shard: int, names: Sequence[str]) -> dict[int, CachedLatent] | None:
+        """Read a shard's latents by item number; None where there is no shard. The data set's files are `names`.
 
         Raises:
             UserError: it holds the latents of other files.
         """
         if not self.path(shard).exists():
-            return False
-        for entry in read_shard(self.path(shard)):
+            return None
+        entries = read_shard(self.path(shard))
+        for entry in entries:
             if entry.about.name != names[entry.number]:
                 raise UserError(
                     f"{self.path(shard)}: item {entry.number} is the latent of {entry.about.name}, not of "
                     f"{names[entry.number]}; choose a new output"
                 )
-        return True
+        return {entry.number: entry for entry in entries}
 
     def write(self, shard: int, entries: Iterable[CachedLatent]) -> None:
-        """Write a shard, whole or not at all; `entries` are taken one by one."""
+        """Write a shard, whole or not at all; `entries` are taken one by one. The folder is unfinished then."""
+        (self.folder / _INDEX).unlink(missing_ok=True)
         with replacing(self.path(shard)) as temporary, tarfile.open(temporary, "w") as tar:
             for entry in entries:
                 array = io.BytesIO()

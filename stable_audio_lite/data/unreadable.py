@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from stable_audio_lite.audio.io import AudioSource
+from stable_audio_lite.audio.io import AudioSource, audio_hash
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import replacing
 
 REPORT = "unreadable.jsonl"
 
@@ -17,8 +18,8 @@ class Unreadable:
     Args:
         total: files in the data set.
         allowed: share of them that may be unreadable.
-        folder: where `unreadable.jsonl` lists them, one row per file, for all processes and after a restart; None keeps
-            the list in memory.
+        folder: where `unreadable.jsonl` lists them, one row per file, for all processes and after a restart, until the
+            file changes; None keeps the list in memory.
 
     Attributes:
         reasons: messages by file.
@@ -33,7 +34,7 @@ class Unreadable:
         self.total, self.allowed = total, allowed
         self.report = None if folder is None else Path(folder) / REPORT
         self.reasons: dict[str, str] = {}
-        self._read()
+        self._read(forget_changed=True)
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -49,8 +50,9 @@ class Unreadable:
             self.reasons[str(path)] = str(error)
             if self.report:
                 self.report.parent.mkdir(parents=True, exist_ok=True)
+                row = {"file": str(path), "error": str(error), "sha256": content_hash(path)}
                 with self.report.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"file": str(path), "error": str(error)}) + "\n")
+                    file.write(json.dumps(row) + "\n")
         if len(self) > self.allowed * self.total:
             listing = f"{self.report} lists them" if self.report else "stable-audio-lite validate-dataset lists them"
             raise UserError(
@@ -58,12 +60,27 @@ class Unreadable:
                 f"{listing})"
             ) from error
 
-    def _read(self) -> None:
+    def _read(self, forget_changed: bool = False) -> None:
         if not self.report or not self.report.is_file():
             return
-        for line in self.report.read_text(encoding="utf-8").splitlines():
+        kept, lines = [], self.report.read_text(encoding="utf-8").splitlines()
+        for line in lines:
             try:
                 row = json.loads(line)
-                self.reasons.setdefault(row["file"], row["error"])
+                file, error = row["file"], row["error"]
             except (ValueError, KeyError, TypeError):
                 continue  # a row cut short when a process was killed
+            if not forget_changed or row.get("sha256") == content_hash(file):
+                self.reasons.setdefault(file, error)
+                kept.append(line)
+        if forget_changed and kept != lines:
+            with replacing(self.report) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def content_hash(path: AudioSource) -> str:
+    """SHA-256 of a file's bytes in hexadecimal digits, "" where they can't be read."""
+    try:
+        return audio_hash(path)
+    except OSError:
+        return ""

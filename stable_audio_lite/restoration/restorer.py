@@ -8,13 +8,16 @@
 
 A sound of any length is one spectrogram, which the model denoises in overlapping windows at each step; this takes about
 6 MB of memory per second of sound. Channels are repaired one by one with the same noise, so that what they have in
-common stays the same.
+common stays the same. Silence stays silent, and sound far from the level of what models hear in training is brought
+near it meanwhile.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from stable_audio_lite import bundle
@@ -31,12 +35,18 @@ from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import check_apart
+from stable_audio_lite.request import check_number, milliseconds
 from stable_audio_lite.restoration.ddrm import ddrm
-from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Inpaint, encode_padded
-from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser
+from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Inpaint, encode_padded
+from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser, window_starts
 from stable_audio_lite.systems import SpectralConfig, StableAudioConfig, load_system
 
 _OVERLAP = 0.25  # share of a window that its neighbour overlaps at least
+_SILENT = 1e-6  # peak, -120 dB
+_HIDDEN = 1e-5  # peak of a stretch, relative to full scale at the model's level, that stays as it is
+_LEVEL_DB, _NEAR_DB = -20.0, 12.0  # level of sounding parts in training, and how far from it they stay as they are
+_OWN_NOISE_DB = 1.0  # by which white noise may seem louder than the sound that holds it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,9 @@ class RestoreSettings:
     batch: int = 4
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch", "eta", "eta_b", "seed"):
+            if name != "seed" or self.seed is not None:
+                check_number(name, getattr(self, name), whole=not name.startswith("eta"))
         if self.steps < 1 or self.batch < 1:
             raise UserError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
         if not (0 <= self.eta <= 1 and 0 <= self.eta_b <= 1):
@@ -128,11 +141,14 @@ class Restorer:
         Raises:
             UserError: the sound is empty, or the degradation doesn't fit it or the model.
         """
-        if not audio.shape[1]:
-            raise UserError(f"the sound is too short: it has no samples at the model's {self.sample_rate} Hz")
-        seed = settings.draw_seed()
+        if not isinstance(audio, Tensor) or audio.ndim != 2 or not audio.is_floating_point():
+            raise UserError("the sound must be a tensor (channels, samples) of floating-point numbers")
+        self._check_length(audio.shape[1])
+        seed, gain = settings.draw_seed(), _gain(audio, self.config.spectrogram.hop)
+        degradation = _at_level(degradation, audio, gain)
         segments = self._segments(audio.shape[1], degradation)
-        done, total = 0, len(audio) * len(segments) * settings.steps
+        audible = [channel for channel in range(len(audio)) if audio[channel].abs().max() >= _SILENT]
+        done, total = 0, len(audible) * len(segments) * settings.steps
 
         def on_step() -> None:
             nonlocal done
@@ -141,12 +157,37 @@ class Restorer:
                 progress(done, total)
 
         restored = audio.clone()
-        for channel in range(len(audio)):
+        for channel in audible:
             for number, (start, stop, local) in enumerate(segments):
-                segment = audio[channel, start:stop].to(self.device)
+                segment = gain * audio[channel, start:stop].to(self.device)
                 found = self._restore_segment(segment, local, settings, seed + number, on_step)
-                restored[channel, start:stop] = found.to(restored)
+                restored[channel, start:stop] = found.to(restored) / gain
         return restored
+
+    @torch.no_grad()
+    def estimate_seconds(
+        self, samples: int, channels: int, degradation: Degradation, settings: RestoreSettings
+    ) -> float:
+        """Estimate how long it takes to restore so much sound at the model's rate, by denoising some windows.
+
+        Raises:
+            UserError: there are no samples, or the degradation fits neither them nor the model.
+        """
+        self._check_length(samples)
+        segments, frames = self._segments(samples, degradation), self.config.spectrogram.frames
+        degradation.observe(self.spectrogram, torch.full((self.config.spectrogram.hop,), 0.1), frames)
+        overlap = max(1, round(_OVERLAP * frames))
+        lengths = [max(self.spectrogram.frames_of(stop - start), frames) for start, stop, _ in segments]
+        windows = sum(len(window_starts(length, frames, overlap)) for length in lengths)
+        x = torch.zeros(min(settings.batch, windows), *self.config.spectrogram.shape, device=self.device)
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            self.denoise(x, x.new_ones(len(x))).cpu()
+        return (time.perf_counter() - started) * channels * settings.steps * windows / len(x)
+
+    def _check_length(self, samples: int) -> None:
+        if samples < 1:
+            raise UserError(f"the sound is too short: it has no samples at the model's {self.sample_rate} Hz")
 
     def _segments(self, samples: int, degradation: Degradation) -> list[tuple[int, int, Degradation]]:
         """List ranges of samples to work on, each with its own degradation: all, or the surroundings of the gaps."""
@@ -172,7 +213,13 @@ class Restorer:
             return audio + weights * (found - audio)
         # Spectrograms lack the lowest frequencies, which come from the sound itself.
         held = self.spectrogram.decode(encode_padded(self.spectrogram, audio, min_frames=0))
-        return found + audio - held[0, : len(audio)]
+        return audio + self._sounding(audio) * (found - held[0, : len(audio)])
+
+    def _sounding(self, audio: Tensor) -> Tensor:
+        """Weights (T,): 1 near sound, 0 in silence, in between over a hop."""
+        config = self.config.spectrogram
+        near = F.max_pool1d(audio.abs()[None], config.window + 1, 1, config.window // 2)
+        return F.avg_pool1d((near > _HIDDEN).to(audio), config.hop + 1, 1, config.hop // 2, count_include_pad=False)[0]
 
     def _sample(
         self,
@@ -211,11 +258,12 @@ class Restorer:
         """Repair a file of any rate and channels; write 24-bit WAV or FLAC at its own rate, with the settings inside.
 
         `Bandwidth` may restore frequencies that the file's rate can't hold: then the rate becomes the model's. Around
-        gaps, the file's own samples stay as they are.
+        gaps, the file's own samples stay as they are, and so do frequencies that are beyond the model's rate.
 
         Raises:
             UserError: a file can't be read or written, or the degradation doesn't fit it.
         """
+        check_apart([path], [output])
         check_writable(output)
         rate = audio_info(path).sample_rate
         original = np.concatenate(list(audio_blocks(path)), 1)
@@ -226,12 +274,16 @@ class Restorer:
         restored = self.restore(audio, degradation, settings, progress).numpy()
         new_rate = max(rate, self.sample_rate) if isinstance(degradation, Bandwidth) else rate
         samples = round(original.shape[1] * new_rate / rate)
+        if not isinstance(degradation, Inpaint):
+            restored -= audio.numpy()  # the change; what the model can't hold stays
         result = _with_length(resample(restored, self.sample_rate, new_rate), samples)
         if isinstance(degradation, Inpaint):
             fade = max(1, round(self.config.spectrogram.hop * rate / self.sample_rate))
             weights = degradation.blend_weights(samples, rate, fade).numpy()
             # Clipped, since a peak in a gap is no reason to attenuate the rest.
             result = original + weights * (result.clip(-1, 1) - original)
+        else:
+            result += _with_length(resample(original, rate, new_rate), samples)
         stored = {"task": degradation.name, "model": self.name, "steps": settings.steps, "eta": settings.eta}
         stored |= {"eta_b": settings.eta_b, "seed": settings.seed, **degradation.settings()}
         return Restored(samples / new_rate, stored, write_audio(output, result, new_rate, stored))
@@ -240,7 +292,34 @@ class Restorer:
 def _check_gaps(degradation: Inpaint, seconds: float) -> None:
     for start, stop in degradation.gaps:
         if stop > seconds + 1e-6:
-            raise UserError(f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {seconds:.2f} s")
+            raise UserError(
+                f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {milliseconds(seconds)} s"
+            )
+
+
+def _gain(audio: Tensor, hop: int) -> float:
+    """The factor for (C, T) sound that brings its sounding parts to the level of training, 1 where they are near it."""
+    power = F.avg_pool1d(audio[None].double().square(), min(hop, audio.shape[1]))
+    if (loudest := float(power.max())) < _SILENT**2:
+        return 1.0
+    level = 10 * math.log10(float(power[power > 1e-4 * loudest].mean()))
+    return 1.0 if abs(level - _LEVEL_DB) <= _NEAR_DB else 10 ** ((_LEVEL_DB - level) / 20)
+
+
+def _at_level(degradation: Degradation, audio: Tensor, gain: float) -> Degradation:
+    """The degradation of the sound times a gain.
+
+    Raises:
+        UserError: noise is told to be louder than the sound that it is in.
+    """
+    if not isinstance(degradation, Denoise) or degradation.noise_db is None:
+        return degradation
+    level = 10 * math.log10(max(float(audio.double().square().mean(1).max()), 1e-20))
+    if level > -120 and degradation.noise_db > level + _OWN_NOISE_DB:
+        raise UserError(
+            f"noise_db: noise of {degradation.noise_db:g} dB is not in a sound of {level:.1f} dB; give less"
+        )
+    return Denoise(degradation.noise_db + 20 * math.log10(gain))
 
 
 def _with_length(audio: np.ndarray, samples: int) -> np.ndarray:

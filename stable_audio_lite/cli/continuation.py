@@ -1,0 +1,90 @@
+"""`stable-audio-lite continue`: what follows a sound, of any length."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stable_audio_lite.cli.generate import numbered, remarks, told
+from stable_audio_lite.cli.options import add_sampling, sampling_of
+from stable_audio_lite.cli.progress import ProgressBar
+from stable_audio_lite.cli.prompts import prompts_of
+from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
+from stable_audio_lite.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from stable_audio_lite.pipeline import StableAudio
+    from stable_audio_lite.request import Extension
+
+_ABOUT = """Go on where a sound ends. What is written begins with FILE's own samples (at the model's rate, in stereo);
+the rest is made in windows that go on from one another, in constant memory. FILE's own prompt is used where it
+holds one and none is given."""
+
+
+def add_command(commands: Commands) -> None:
+    """Add `continue` to the command line."""
+    parser = commands.add_parser("continue", help="make what follows a sound", description=_ABOUT)
+    parser.set_defaults(run=_run)
+    add = parser.add_argument
+    add("file", metavar="FILE", type=file_path, help="the sound")
+    add("prompt", nargs="?", metavar="PROMPT", help="what to hear after it")
+    add("--seconds", type=float, required=True, help="length to add")
+    add("-o", "--output", type=file_path, help="a .wav or .flac file (default: FILE's name and the seed, .wav)")
+    add_sampling(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.count < 1:
+        raise UserError(f"--count must be at least 1, got {args.count}")
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    outputs = numbered(args.output or Path(f"{args.file.stem}-{seed}.wav"), args.count)
+    from stable_audio_lite.audio.io import check_writable, write_audio_blocks
+
+    for path in outputs:
+        check_writable(path)
+    check_outputs(outputs, [args.file], overwrite=args.overwrite)
+    prompts = prompts_of(args, args.file)
+    from stable_audio_lite.edits import Sound
+    from stable_audio_lite.pipeline import StableAudio
+
+    model = StableAudio.from_pretrained(args.model, args.device, args.dtype, args.lora, args.lora_strength)
+    after, failures = Sound.read(args.file, model.sample_rate, model.window_seconds), Failures()
+    prompt, channels = next(iter(prompts), None), model.representation.audio_channels
+    with ProgressBar(args.count, lambda: remarks(model, prompts, args.negative)) as progress:
+        for item, path in enumerate(outputs):
+            within = progress.within(item, item + 1)
+            made = model.extend(prompt, after=after, seed=seed + item, progress=within, **sampling_of(args))
+            loud = _Limit()
+            blocks = itertools.chain(_source(args.file, model), loud.limited(made))
+            with failures.of(path):
+                write_audio_blocks(path, blocks, made.sample_rate, made.settings, channels)
+                progress.clear()
+                clipped = f", {loud.samples} samples clipped" if loud.samples else ""
+                print(f"{told(path, made.settings)}{clipped}", flush=True)
+    return failures.status(args.count)
+
+
+def _source(path: Path, model: StableAudio) -> Iterator[torch.Tensor]:
+    """The sound that is continued, as it is read."""
+    from stable_audio_lite.audio.io import stereo_blocks
+
+    for block in stereo_blocks(path, model.sample_rate):
+        yield block if model.representation.audio_channels == 2 else block.mean(0, keepdim=True)
+
+
+class _Limit:
+    """Clips what is made, since attenuating the file would change the sound that it goes on from; counts `samples`."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def limited(self, made: Extension) -> Iterator[torch.Tensor]:
+        for piece in made.pieces:
+            self.samples += int((piece.abs() > 1).sum())
+            yield piece.clamp(-1, 1)
