@@ -218,9 +218,19 @@ def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> N
     """Check a state dict against the tensors of `module`.
 
     Raises:
+        UserError: as `check_tensors`.
+    """
+    check_tensors(state, module.state_dict(), where)
+
+
+def check_tensors(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, config: str = CONFIG_FILE
+) -> None:
+    """Check names and shapes against `expected`, which the file `config` asks for.
+
+    Raises:
         UserError: names keys and shapes that differ, in one line that starts with `where`.
     """
-    expected = module.state_dict()
     found = [
         f"'{k}' has shape {tuple(state[k].shape)}, the config gives {tuple(v.shape)}"
         for k, v in expected.items()
@@ -230,7 +240,7 @@ def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> N
     found += [f"'{k}' {tuple(v.shape)} is unexpected" for k, v in state.items() if k not in expected]
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise UserError(f"{where}: weights don't fit {CONFIG_FILE}: {'; '.join(found[:_SHOWN])}{more}")
+        raise UserError(f"{where}: weights don't fit {config}: {'; '.join(found[:_SHOWN])}{more}")
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -39,7 +39,7 @@ class UNetConfig:
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
-        attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition keeps
+        attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition has
             the prompt's mask, as in stable-audio-tools.
     """
 
