@@ -29,8 +29,6 @@ from stable_audio_lite.interchange.model_config import (
 from stable_audio_lite.interchange.tensors import places
 from stable_audio_lite.systems import StableAudioConfig, load_model_config
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-# Lightning's prefixes of the weights; where it averages, and what of.
 _WRAPPERS = {"diffusion.": ("diffusion_ema.ema_model.", "model."), "autoencoder.": ("autoencoder_ema.ema_model.", "")}
 
 
