@@ -142,6 +142,7 @@ class WaveformEncoder(nn.Module):
         if config.blocks == "oobleck":
             self.project: nn.Module = nn.Identity()
             last.bias = nn.Parameter(bias)
+            nn.init.zeros_(last.weight_g.data[config.latent_channels :])
             return
         self.project = project = nn.Conv1d(width, out_channels, 1)
         means, scales = project.weight.data.chunk(2)
