@@ -217,9 +217,8 @@ def test_no_command_leaves_anything_half_written(
     files = sorted(folder.iterdir())
     statuses = []
     for path in files:
-        statuses.append(
-            main(["encode", str(path), "-o", str(tmp_path / "out" / path.name), "--model", str(tiny_bundle)])
-        )
+        out = tmp_path / "out" / path.name
+        statuses.append(main(["encode", str(path), "-o", str(out), "--model", str(tiny_bundle)]))
         written = [file for file in out.rglob("*") if file.is_file()]
         assert len(written) == (statuses[-1] == 0), path.name
         for file in written:
