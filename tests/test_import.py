@@ -40,7 +40,7 @@ DAC = {
     "downsampling_ratio": 8,
     "io_channels": 2,
 }
-_SHAPE = {"channels": 4, "c_mults": [1, 2, 4], "strides": [2, 4, 4], "use_snake": True}
+_SHAPE = {"channels": 16, "c_mults": [1, 2, 4], "strides": [2, 4, 4], "use_snake": True}
 OOBLECK = DAC | {
     "encoder": {"type": "oobleck", "config": {"in_channels": 2, "latent_dim": 16, **_SHAPE}},
     "decoder": {"type": "oobleck", "config": {"out_channels": 2, "latent_dim": 8, "final_tanh": False, **_SHAPE}},
@@ -101,7 +101,8 @@ class State(dict[str, Tensor]):
         if name not in self:
             fan = max(torch.Size(shape[1:]).numel(), 4)
             gain = name.endswith(("weight_g", "norm.weight", "groupnorm.weight", "to_in.0.weight"))
-            self[name] = torch.randn(shape) * (0.2 if gain or len(shape) == 1 else fan**-0.5) + gain
+            small = gain or len(shape) == 1 or name.endswith(("alpha", "beta"))
+            self[name] = torch.randn(shape) * (0.2 if small else fan**-0.5) + gain
         return self[name]
 
     def linear(self, name: str, x: Tensor, out: int, bias: bool = True) -> Tensor:
@@ -251,8 +252,8 @@ class ReferenceOobleck:
         return f"{part}.{theirs}" if self.diffusers else f"{part}.layers.{ours}"
 
     def encode(self, x: Tensor) -> Tensor:
-        x = self.conv(self.name("encoder", 0, "conv1"), x, 4, 7, padding=3)
-        for i, (out, stride) in enumerate(zip((4, 8, 16), (2, 4, 4), strict=True)):
+        x = self.conv(self.name("encoder", 0, "conv1"), x, 16, 7, padding=3)
+        for i, (out, stride) in enumerate(zip((16, 32, 64), (2, 4, 4), strict=True)):
             block = self.name("encoder", i + 1, f"block.{i}")
             x = self.snake(self.name(block, 3, "snake1"), self.units(block, x, 0))
             x = self.conv(self.name(block, 4, "conv1"), x, out, 2 * stride, stride=stride, padding=stride // 2)
@@ -260,8 +261,8 @@ class ReferenceOobleck:
         return self.conv(self.name("encoder", 5, "conv2"), x, 16, 3, padding=1)
 
     def decode(self, x: Tensor) -> Tensor:
-        x = self.conv(self.name("decoder", 0, "conv1"), x, 16, 7, padding=3)
-        for i, (out, stride) in enumerate(zip((8, 4, 4), (4, 4, 2), strict=True)):
+        x = self.conv(self.name("decoder", 0, "conv1"), x, 64, 7, padding=3)
+        for i, (out, stride) in enumerate(zip((32, 16, 16), (4, 4, 2), strict=True)):
             block = self.name("decoder", i + 1, f"block.{i}")
             x = self.transposed(
                 self.name(block, 1, "conv_t1"), self.snake(self.name(block, 0, "snake1"), x), out, stride
@@ -388,8 +389,8 @@ def test_an_oobleck_vae_computes_what_it_did(run, diffusers: bool) -> None:
     reference, audio, latents = ReferenceOobleck(diffusers), 0.3 * torch.randn(1, 2, 640), torch.randn(1, 8, 20)
     mean, sound = reference.encode(audio).chunk(2, 1)[0], reference.decode(latents)
     described = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "0.30.0", "audio_channels": 2}
-    described |= {"channel_multiples": [1, 2, 4], "decoder_channels": 4, "decoder_input_channels": 8}
-    described |= {"downsampling_ratios": [2, 4, 4], "encoder_hidden_size": 4, "sampling_rate": 44100}
+    described |= {"channel_multiples": [1, 2, 4], "decoder_channels": 16, "decoder_input_channels": 8}
+    described |= {"downsampling_ratios": [2, 4, 4], "encoder_hidden_size": 16, "sampling_rate": 44100}
     write(reference.state, described if diffusers else autoencoder(OOBLECK), wrapped=not diffusers)
     assert run("import", *FILES, "ours") == 0
     config = load_model_config("ours")

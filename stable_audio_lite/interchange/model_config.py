@@ -83,7 +83,7 @@ def write_model_config(path: str | Path, described: Described) -> None:
     config = described.config
     assert isinstance(config.vae, WaveformVAEConfig)
     if described.scale is None:
-        data = {"model_type": "autoencoder", "sample_size": 65536, "sample_rate": config.sample_rate}
+        data: dict[str, Any] = {"model_type": "autoencoder", "sample_size": 65536, "sample_rate": config.sample_rate}
         data |= {"audio_channels": config.vae.audio_channels, "model": _autoencoder_json(config.vae)}
     else:
         data = _system_json(config, described.scale)
@@ -122,7 +122,9 @@ def _diffusers(data: dict[str, Any]) -> Described:
         blocks="oobleck",
     )
     plain = {key: value for key, value in data.items() if not key.startswith("_")}
-    _check_same(plain, plain | {"channel_multiples": list(vae.multipliers[1:])}, "")
+    # Its encoder's first width is also the number of means and scales that it ends in.
+    ours = {"channel_multiples": list(vae.multipliers[1:]), "encoder_hidden_size": 2 * vae.latent_channels}
+    _check_same(plain, plain | ours, "")
     return Described(_with_vae(vae, _get(data, "sampling_rate", int)), "diffusers")
 
 
