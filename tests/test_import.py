@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_runs import TINY, diffusion_settings, load
 
 from stable_audio_lite import bundle, cli
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.codec import Codec
+from stable_audio_lite.config import save_config
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
@@ -30,6 +32,7 @@ from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.nn.snake import SnakeBeta
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import build_vae, load_model_config
+from training import pre_encode, train_diffusion
 
 WIDTH, TOKENS, LONGEST = 768, 79, 20
 DAC = {
@@ -40,7 +43,7 @@ DAC = {
     "downsampling_ratio": 8,
     "io_channels": 2,
 }
-_SHAPE = {"channels": 4, "c_mults": [1, 2, 4], "strides": [2, 4, 4], "use_snake": True}
+_SHAPE = {"channels": 16, "c_mults": [1, 2, 4], "strides": [2, 4, 4], "use_snake": True}
 OOBLECK = DAC | {
     "encoder": {"type": "oobleck", "config": {"in_channels": 2, "latent_dim": 16, **_SHAPE}},
     "decoder": {"type": "oobleck", "config": {"out_channels": 2, "latent_dim": 8, "final_tanh": False, **_SHAPE}},
@@ -101,7 +104,8 @@ class State(dict[str, Tensor]):
         if name not in self:
             fan = max(torch.Size(shape[1:]).numel(), 4)
             gain = name.endswith(("weight_g", "norm.weight", "groupnorm.weight", "to_in.0.weight"))
-            self[name] = torch.randn(shape) * (0.2 if gain or len(shape) == 1 else fan**-0.5) + gain
+            small = gain or len(shape) == 1 or name.endswith(("alpha", "beta"))
+            self[name] = torch.randn(shape) * (0.2 if small else fan**-0.5) + gain
         return self[name]
 
     def linear(self, name: str, x: Tensor, out: int, bias: bool = True) -> Tensor:
@@ -251,8 +255,8 @@ class ReferenceOobleck:
         return f"{part}.{theirs}" if self.diffusers else f"{part}.layers.{ours}"
 
     def encode(self, x: Tensor) -> Tensor:
-        x = self.conv(self.name("encoder", 0, "conv1"), x, 4, 7, padding=3)
-        for i, (out, stride) in enumerate(zip((4, 8, 16), (2, 4, 4), strict=True)):
+        x = self.conv(self.name("encoder", 0, "conv1"), x, 16, 7, padding=3)
+        for i, (out, stride) in enumerate(zip((16, 32, 64), (2, 4, 4), strict=True)):
             block = self.name("encoder", i + 1, f"block.{i}")
             x = self.snake(self.name(block, 3, "snake1"), self.units(block, x, 0))
             x = self.conv(self.name(block, 4, "conv1"), x, out, 2 * stride, stride=stride, padding=stride // 2)
@@ -260,8 +264,8 @@ class ReferenceOobleck:
         return self.conv(self.name("encoder", 5, "conv2"), x, 16, 3, padding=1)
 
     def decode(self, x: Tensor) -> Tensor:
-        x = self.conv(self.name("decoder", 0, "conv1"), x, 16, 7, padding=3)
-        for i, (out, stride) in enumerate(zip((8, 4, 4), (4, 4, 2), strict=True)):
+        x = self.conv(self.name("decoder", 0, "conv1"), x, 64, 7, padding=3)
+        for i, (out, stride) in enumerate(zip((32, 16, 16), (4, 4, 2), strict=True)):
             block = self.name("decoder", i + 1, f"block.{i}")
             x = self.transposed(
                 self.name(block, 1, "conv_t1"), self.snake(self.name(block, 0, "snake1"), x), out, stride
@@ -388,8 +392,8 @@ def test_an_oobleck_vae_computes_what_it_did(run, diffusers: bool) -> None:
     reference, audio, latents = ReferenceOobleck(diffusers), 0.3 * torch.randn(1, 2, 640), torch.randn(1, 8, 20)
     mean, sound = reference.encode(audio).chunk(2, 1)[0], reference.decode(latents)
     described = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "0.30.0", "audio_channels": 2}
-    described |= {"channel_multiples": [1, 2, 4], "decoder_channels": 4, "decoder_input_channels": 8}
-    described |= {"downsampling_ratios": [2, 4, 4], "encoder_hidden_size": 4, "sampling_rate": 44100}
+    described |= {"channel_multiples": [1, 2, 4], "decoder_channels": 16, "decoder_input_channels": 8}
+    described |= {"downsampling_ratios": [2, 4, 4], "encoder_hidden_size": 16, "sampling_rate": 44100}
     write(reference.state, described if diffusers else autoencoder(OOBLECK), wrapped=not diffusers)
     assert run("import", *FILES, "ours") == 0
     config = load_model_config("ours")
@@ -496,9 +500,8 @@ def test_with_its_clap_a_system_generates(run, whole: dict[str, Tensor], capsys:
     tokenizer = train_tokenizer(["warm slow piano", "fast techno drums"], 280)
     for width in (WIDTH, 96):
         clap = ClapConfig(text_width=width, **sizes)
-        base = load_model_config(Path(__file__).parents[1] / "configs/stable_audio/tiny.yaml")
         parts = {"text_encoder": TextEncoder(clap, tokenizer).state_dict()}
-        bundle.save_bundle(f"clap{width}", replace(base, clap=clap), parts, tokenizer.to_str())
+        bundle.save_bundle(f"clap{width}", replace(load_model_config(TINY), clap=clap), parts, tokenizer.to_str())
     write(whole, SYSTEM)
     assert run("import", *FILES, "ours") == 0
     assert "--clap" in capsys.readouterr().out
@@ -507,6 +510,42 @@ def test_with_its_clap_a_system_generates(run, whole: dict[str, Tensor], capsys:
     assert run("import", *FILES, "ours", "--clap", "clap768", "--overwrite") == 0
     model = StableAudio.from_pretrained("ours", "cpu", "float32")
     assert model.generate("warm piano", steps=2, seed=1).audio.isfinite().all()
+
+
+def test_a_unet_trains_on_an_imported_vae(run, data: Path, tiny_bundle: Path) -> None:
+    torch.manual_seed(7)
+    reference = ReferenceOobleck(False)
+    reference.decode(torch.randn(1, 8, 4)), reference.encode(torch.randn(1, 2, 64))
+    write(reference.state, autoencoder(OOBLECK))
+    assert run("import", *FILES, "ours") == 0
+    config = replace(load_model_config(TINY), vae=load_model_config("ours").vae)
+    save_config(config, "model.yaml")
+    pre_encode.run(pre_encode.PreEncodeConfig(vae="ours", data=str(data), output="latents"))
+    parts = {"vae": Path("ours"), "clap": tiny_bundle, "latents": Path("latents")}
+    settings = diffusion_settings(parts, Path("run"), 1) | {"model": "model.yaml"}
+    made = train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, Path()))
+    model = StableAudio.from_pretrained(made, "cpu", "float32")
+    assert model.representation.hop == 32 and model.generate("tone", steps=1, seed=1).audio.isfinite().all()
+
+
+def test_an_imported_system_is_trained_on_and_goes_back(run, whole: dict[str, Tensor], data: Path) -> None:
+    """From its weights, scale of latents included: the same tensors by name, some of which have moved."""
+    tokenizer = train_tokenizer(["a tone number 1"], 280)
+    clap = ClapConfig(vocab_size=300, text_layers=2, text_feed_forward=16, text_positions=80)
+    encoder = {"text_encoder": TextEncoder(clap, tokenizer).state_dict()}
+    bundle.save_bundle("clap", replace(load_model_config(TINY), clap=clap), encoder, tokenizer.to_str())
+    write(whole, SYSTEM)
+    assert run("import", *FILES, "ours", "--clap", "clap") == 0
+    pre_encode.run(pre_encode.PreEncodeConfig(vae="ours", data=str(data), output="latents"))
+    parts = {"vae": Path("ours"), "clap": Path("ours"), "latents": Path("latents"), "initial": Path("ours")}
+    settings = diffusion_settings(parts, Path("run"), 1, ema_decay=0.0) | {"model": "ours/config.yaml"}
+    made = train_diffusion.run(load(train_diffusion.TrainDiffusionConfig, settings, Path()))
+    assert run("export", made, "-o", "back.ckpt", "--config", "back.json") == 0
+    back = stored("back.ckpt")
+    assert back.keys() == whole.keys()
+    moved = {name.split(".")[0] for name, value in whole.items() if not torch.equal(back[name], value)}
+    assert moved == {"model", "conditioner"}
+    assert json.loads(Path("back.json").read_text())["model"]["pretransform"]["scale"] == 1.5
 
 
 class Payload:

@@ -122,7 +122,9 @@ def _diffusers(data: dict[str, Any]) -> Described:
         blocks="oobleck",
     )
     plain = {key: value for key, value in data.items() if not key.startswith("_")}
-    _check_same(plain, plain | {"channel_multiples": list(vae.multipliers[1:])}, "")
+    # Its encoder's first width is also the number of means and scales that it ends in.
+    ours = {"channel_multiples": list(vae.multipliers[1:]), "encoder_hidden_size": 2 * vae.latent_channels}
+    _check_same(plain, plain | ours, "")
     return Described(_with_vae(vae, _get(data, "sampling_rate", int)), "diffusers")
 
 

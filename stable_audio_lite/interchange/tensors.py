@@ -51,7 +51,7 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor belongs.
+    """The place of a tensor here and in a file.
 
     Attributes:
         part: of a bundle.
