@@ -25,6 +25,9 @@ from stable_audio_lite.systems import GenerationDefaults
 CROSSFADE_SECONDS = 0.02
 """Length of the fades between known and generated sound."""
 
+ENDING_FRAMES = 8
+"""Frames of silence that a window has at least after a sound that it holds whole."""
+
 _SILENT = 1e-4  # peak, -80 dB
 _ROUNDS, _JUMP = 2, 5  # of going back while sampling around known data
 _CIRCLE = 16  # frames that a loop goes on for beyond each of its ends, at least
@@ -148,10 +151,9 @@ class Edit:
         """Sampling steps that it takes, for `steps` noise levels."""
         return steps
 
-    def frames(self, representation: Representation, samples: int, margin: int | None) -> int:
-        """Frames to sample for a sound: its own and a margin where the network knows such windows, else all."""
-        window = representation.shape[-1]
-        return window if margin is None else min(math.ceil(samples / representation.hop) + margin, window)
+    def frames(self, representation: Representation, samples: int, windows: Sequence[int]) -> int:
+        """Frames to sample for a sound: the shortest of the network's windows that holds it, and its end."""
+        return _fitting(math.ceil(samples / representation.hop) + ENDING_FRAMES, windows, representation)
 
     def sample(self, representation: Representation, sampling: Sampling) -> Tensor:
         """Sample data (B, *shape) of `sampling.frames` frames."""
@@ -405,13 +407,12 @@ class Loop(Edit):
     def timing(self, seconds: float) -> tuple[float, float]:
         return seconds, 3 * seconds  # the middle of something longer, neither beginning nor end
 
-    def frames(self, representation: Representation, samples: int, margin: int | None) -> int:
+    def frames(self, representation: Representation, samples: int, windows: Sequence[int]) -> int:
         return max(round(samples / representation.hop), 1)
 
     def sample(self, representation: Representation, sampling: Sampling) -> Tensor:
-        window, frames = representation.shape[-1], sampling.frames
-        around = window - frames if sampling.defaults.margin is None else 2 * max(sampling.defaults.margin, _CIRCLE)
-        around = min(around, window - frames)
+        frames = sampling.frames
+        around = _fitting(frames + 2 * _CIRCLE, sampling.defaults.windows, representation) - frames
         return sampling.from_noise(Circular(sampling.denoiser, around // 2, around - around // 2))
 
     def decode(self, representation: Representation, x: Tensor, samples: int) -> Tensor:
@@ -428,6 +429,11 @@ class Loop(Edit):
     @property
     def settings(self) -> dict[str, Any]:
         return {"loop": True, "bars": self.bars, "bpm": self.bpm, "beats": self.bpm and self.beats}
+
+
+def _fitting(frames: int, windows: Sequence[int], representation: Representation) -> int:
+    """Shortest window that holds so many frames, or the longest there is."""
+    return min((w for w in windows if frames <= w < representation.shape[-1]), default=representation.shape[-1])
 
 
 def steps_around(steps: int) -> int:

@@ -253,7 +253,7 @@ class StableAudio:
         samples = round(request.seconds * self.sample_rate)
         silent = self._silence() if type(edit) is Edit else None
         sounding = samples if silent is None else min(samples, self._end_frame(request) * self.representation.hop)
-        frames = edit.frames(self.representation, sounding, self.config.generation.margin)
+        frames = edit.frames(self.representation, sounding, self.config.generation.windows)
         audio = [
             edit.decode(self.representation, _padded(x[None], silent), samples)[0].cpu()
             for part in batches
@@ -428,7 +428,7 @@ class StableAudio:
         after: Tensor | None = None  # how the last window would go on
         for number, (known, samples) in enumerate(windows):
             edit: Edit = Edit() if held is None else held
-            frames = edit.frames(self.representation, known * hop + samples, self.config.generation.margin)
+            frames = edit.frames(self.representation, known * hop + samples, self.config.generation.windows)
             noise.frames = frames
             own = replace(request, start=max(request.start + done / rate - known * hop / rate, 0.0))
             x = edit.sample(self.representation, self._sampling(items, own, frames, on_step, noise))

@@ -48,8 +48,8 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
-        margin: frames that are sampled beyond a sound's end, for networks trained on windows of several lengths; None:
-            always the whole window.
+        windows: further lengths in frames, shorter than the window, that the network is trained on and sampled with,
+            each sound in the shortest that holds it.
     """
 
     steps: int = 100
@@ -59,7 +59,7 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
-    margin: int | None = None
+    windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # checks them
@@ -67,8 +67,8 @@ class GenerationDefaults:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if not 0 <= self.cfg <= MAX_CFG:
             raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
-        if self.margin is not None and self.margin < 0:
-            raise ValueError(f"margin must be at least 0, or null, got {self.margin}")
+        if self.windows and min(self.windows) < 1:
+            raise ValueError(f"windows must be at least 1 frame each, got {self.windows}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
 
@@ -97,6 +97,11 @@ class StableAudioConfig:
             raise ValueError(f"format must be {FORMAT}, got {self.format}")
         if self.sample_rate < 1 or self.latent_frames < 1:
             raise ValueError("sample_rate and latent_frames must be at least 1")
+        if self.generation.windows and max(self.generation.windows) >= self.latent_frames:
+            raise ValueError(
+                f"generation.windows must be shorter than latent_frames {self.latent_frames}, got "
+                f"{self.generation.windows}"
+            )
         if self.vae.audio_channels != 2:
             raise ValueError(f"vae.audio_channels must be 2: sound is stereo throughout, got {self.vae.audio_channels}")
         if self.window_seconds > self.timing.max_seconds:

@@ -58,25 +58,25 @@ def test_an_item_is_the_same_alone_and_in_any_batch(model: StableAudio) -> None:
 
 
 def test_a_network_that_knows_several_windows_samples_what_is_asked_for(model: StableAudio) -> None:
-    """And a margin, at most the window; all of it where no margin is set. The noise begins alike."""
+    """In the shortest window that holds it and its end. The noise begins alike."""
     seen: list[int] = []
     hook = model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
-    for margin, seconds in ((None, 0.3), (4, 0.3), (0, 0.3), (4, 64 * 1024 / 44100)):
-        varied = model.with_defaults(margin=margin)
+    for windows, seconds in (((), 0.3), ((16, 32), 0.3), ((32, 21), 0.3), ((20,), 0.3), ((32,), 64 * 1024 / 44100)):
+        varied = model.with_defaults(windows=windows)
         assert varied.generate("piano", seconds=seconds, seed=1, steps=1).audio.shape[-1] == round(seconds * 44100)
     hook.remove()
-    assert seen == [64, 17, 13, 64]
+    assert seen == [64, 32, 21, 64, 64]
     whole, part = (ItemNoise([5], (3, 8), frames=frames) for frames in (None, 5))
     for _ in range(2):
         assert torch.equal(whole()[..., :5], part())
 
 
-@pytest.mark.parametrize("margin", [None, 4])
-def test_silence_follows_the_end_of_the_described_piece(model: StableAudio, margin: int | None) -> None:
+@pytest.mark.parametrize("windows", [(), (32,)])
+def test_silence_follows_the_end_of_the_described_piece(model: StableAudio, windows: tuple[int, ...]) -> None:
     """As the VAE decodes it, whether the frames there were sampled or not; before the end there is other sound."""
     representation = model.representation
     silence = representation.decode(representation.silence[None], 64 * 1024)[0]
-    sound = model.with_defaults(margin=margin).generate("piano", seconds_total=20.5 * 1024 / 44100, seed=1).audio[0]
+    sound = model.with_defaults(windows=windows).generate("piano", seconds_total=20.5 * 1024 / 44100, seed=1).audio[0]
     after = (21 + 13) * 1024  # the decoder sees so far
     assert sound.shape == silence.shape
     assert torch.allclose(sound[:, after:], silence[:, after:], atol=1e-4)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stable_audio_lite.data.crops import Crops, epoch_index, item_numbers
 from stable_audio_lite.data.latents import read_cache, read_index
+from stable_audio_lite.edits import ENDING_FRAMES
 from stable_audio_lite.representation import LatentRepresentation, Representation
 
 
@@ -44,10 +45,6 @@ class Examples(Protocol):
         ...
 
 
-_SILENT_FRAMES = 8
-"""Frames of silence that a window has at least after an item that it holds whole, to learn where it ends."""
-
-
 @dataclass(frozen=True)
 class Window:
     """A training example: normalised `latent` (C, window), one of the item's captions, and its timing in seconds."""
@@ -67,7 +64,7 @@ class LatentWindows:
     Args:
         folders: what runs of `training.pre_encode` wrote; their items follow one another.
         latents: the representation whose latents they are.
-        lengths: of windows in frames; the longest is of items that fit into none.
+        lengths: of windows in frames that are shorter than the representation's.
 
     Raises:
         UserError: a folder is unfinished or of another VAE.
@@ -75,11 +72,11 @@ class LatentWindows:
 
     def __init__(self, folders: Sequence[str | Path], latents: LatentRepresentation, lengths: Sequence[int] = ()):
         self.entries = [entry for folder in folders for entry in read_cache(folder, latents.hash)[1]]
-        self.latents, self.lengths = latents, sorted(lengths) or [latents.shape[1]]
+        self.latents, self.lengths = latents, sorted({*lengths, latents.shape[1]})
         self.frame_seconds = latents.hop / latents.sample_rate
         self._buckets: dict[int, list[int]] = {}
         for index, entry in enumerate(self.entries):
-            fitting = (length for length in self.lengths if entry.latent.shape[1] + _SILENT_FRAMES <= length)
+            fitting = (length for length in self.lengths if entry.latent.shape[1] + ENDING_FRAMES <= length)
             self._buckets.setdefault(next(fitting, self.lengths[-1]), []).append(index)
 
     @property

@@ -54,9 +54,6 @@ class TrainDiffusionConfig:
         vae: for the latent system, the bundle with the VAE that made the latents.
         data: for the other systems, a folder of audio, captioned if the model reads text; stereo is mixed to mono.
         held_out: another such folder, of latents or of audio, for the validation loss, or null.
-        windows: for the latent system, lengths of training windows in latent frames, each item being in one that holds
-            it; a generator may then sample no more than it is asked for (`generation.margin` of the model). None: the
-            model's window alone.
         clap: for a model that reads text, the bundle with the text encoder, or a pretrained CLAP: transformers folder,
             hub id or LAION `.pt`.
         initial: bundle whose network and timing embeddings to continue from, or null; it has to have the same
@@ -82,7 +79,6 @@ class TrainDiffusionConfig:
     vae: str | None = None
     data: str | None = None
     held_out: str | None = None
-    windows: tuple[int, ...] = ()
     clap: str | None = None
     initial: str | None = None
     lora: LoraConfig | None = None
@@ -102,8 +98,6 @@ class TrainDiffusionConfig:
             raise ValueError("give either latents, folders that training.pre_encode wrote, or data, a folder of audio")
         if bool(self.latents) != (self.vae is not None):
             raise ValueError("latents and vae go together: the bundle with the VAE that made them")
-        if self.windows and min(self.windows) < 1:
-            raise ValueError(f"windows must be at least 1 each, got {self.windows}")
         if self.lora and not self.initial:
             raise ValueError("lora needs `initial`, the bundle that it changes")
         if self.batch_size < 1:
@@ -296,9 +290,7 @@ class DiffusionTask(TrainingTask):
         """Load the examples to train on, and the held-out ones."""
         config, held_out = self.config, self.config.held_out
         if isinstance(latents := self.representation, LatentRepresentation):
-            if config.windows and max(config.windows) > latents.shape[1]:
-                raise UserError(f"windows: at most {latents.shape[1]} frames, the model's window, got {config.windows}")
-            windows = LatentWindows(config.latents, latents, config.windows)
+            windows = LatentWindows(config.latents, latents, self.model.generation.windows)
             return windows, LatentWindows((held_out,), latents) if held_out else None
         crops = self._crops(config.data or "", config.run.seed, config.gain_db, config.max_unreadable)
         return crops, self._crops(held_out, 0, 0.0, 0.0) if held_out else None
