@@ -28,8 +28,8 @@ class Conditional(Network, Protocol):
         """Prepare `condition` for the forward pass."""
         ...
 
-    def null_condition(self, batch: int) -> Condition:
-        """The learned null for `batch` items."""
+    def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
+        """The learned null for `batch` items, in place of prompts with `mask` (B, S)."""
         ...
 
 
@@ -75,7 +75,7 @@ class Guidance:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
         self.scale, self.rescale = scale, rescale
         if scale != 1:
-            other = network.null_condition(len(cond.tokens)) if negative is None else negative
+            other = network.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
             if other.tokens.shape != cond.tokens.shape:
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(other.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")

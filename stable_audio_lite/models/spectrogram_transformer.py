@@ -159,8 +159,8 @@ class SpectrogramTransformer(nn.Module):
         if context_width is not None and context_tokens is not None:
             self.null = nn.Parameter(torch.randn(context_tokens, context_width))
 
-    def null_condition(self, batch: int) -> Condition:
-        """The learned null for `batch` items, nothing masked.
+    def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
+        """The learned null for `batch` items, nothing masked, whatever `mask` says of the prompts.
 
         Raises:
             ValueError: the transformer has no text.
