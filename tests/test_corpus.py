@@ -330,7 +330,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     with pytest.raises(UserError, match="music: holds other files"):
-        build_corpus(tmp_path / "music", 1, 0, progress=False)
+        build_corpus(tmp_path / "music", items=1, held_out=0)
     assert [path.name for path in (tmp_path / "music").iterdir()] == ["train"] and mine.read_text() == "mine"
 
 

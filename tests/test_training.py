@@ -232,6 +232,16 @@ def test_a_tracker_that_is_not_installed_is_named(data: Path, tmp_path: Path, mo
         train_vae.run(config)
 
 
+def test_a_tracker_that_wants_a_login_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("api_key not configured\n  call login")
+
+    config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "run", 1, tracker="tensorboard"), tmp_path)
+    monkeypatch.setattr("training.loop.Accelerator.init_trackers", refuse)
+    with pytest.raises(UserError, match="tensorboard can't start, log in to it or choose none .api_key not configured"):
+        train_vae.run(config)
+
+
 def test_damage_and_mismatch_are_two_messages(tmp_path: Path) -> None:
     """A whole checkpoint is never to be removed; a damaged one is, and what is then gone on from is named."""
     small, large = (Resumable({"net": torch.nn.Linear(width, 2)}, {}, {}) for width in (2, 3))

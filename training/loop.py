@@ -82,7 +82,11 @@ def _fit(
         _announce(accelerator, run, (*task.notes, *changed_settings(output, config)), start)
         tidy(output / "checkpoints")
         save_config(config, output / "config.yaml")
-    accelerator.init_trackers("logs")
+    try:
+        accelerator.init_trackers("logs")
+    except Exception as error:  # a tracker's own, of any kind
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"tracker: {run.tracker} can't start, log in to it or choose none ({reason})") from error
     if not done:
         _checkpoint(run, 0, state, update, about)  # so that there is one to return to from the first step on
     with Monitor(accelerator, run, task.batch_size, start) as monitor:
