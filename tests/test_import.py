@@ -592,7 +592,7 @@ def test_tensors_that_do_not_fit_are_named(run, whole: dict[str, Tensor], capsys
     wrong, more = whole | {key: torch.zeros(32, 8, 5)}, whole | {"model.model.extra": torch.zeros(3)}
     for state, words in (
         (missing, f"'{key}' (32, 8, 3) is missing"),
-        (wrong, f"'{key}' has shape (32, 8, 5), the config gives (32, 8, 3)"),
+        (wrong, f"'{key}' has shape (32, 8, 5), model_config.json gives (32, 8, 3)"),
         (more, "'model.model.extra' (3,) is unexpected"),
     ):
         write(state, SYSTEM)
