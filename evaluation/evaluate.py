@@ -113,8 +113,19 @@ class Evaluation:
                 self.generated[index] = replace(clip, record=replace(clip.record, prompt=other.prompt))
 
     def _read(self, source: str, prompts: frozenset[str] = frozenset()) -> list[Clip]:
-        items = [_absolute(item) for item in read_items(source)]
-        seen = in_parallel(lambda item: _clip_or_reason(item, prompts), items, self.options.workers)
+        def read(item: Item) -> Clip | str:
+            """The item's clip, or why there is none."""
+            try:
+                return read_clip(item, prompts)
+            except UserError as error:
+                return str(error)
+
+        # Absolute paths lead there from any folder, as links in a result have to.
+        items = [
+            item if isinstance(item.path, Stored) else replace(item, path=Path(item.path).absolute())
+            for item in read_items(source)
+        ]
+        seen = in_parallel(read, items, self.options.workers)
         self.left_out |= {str(i.path): found for i, found in zip(items, seen, strict=True) if isinstance(found, str)}
         clips = [found for found in seen if isinstance(found, Clip)]
         if not clips:
@@ -240,15 +251,3 @@ class Evaluation:
         known = {name: str(Path(s).absolute() if Path(s).exists() else s) for name, s in sources.items() if s}
         vae = {"vae": f"{given.vae}, weights {self.vae_trip.hash}"} if self.vae_trip else {}
         return {**known, **vae, "device": str(self.device)}
-
-
-def _absolute(item: Item) -> Item:
-    """The item with a path that leads there from any folder, as links in a result have to."""
-    return item if isinstance(item.path, Stored) else replace(item, path=Path(item.path).absolute())
-
-
-def _clip_or_reason(item: Item, prompts: frozenset[str]) -> Clip | str:
-    try:
-        return read_clip(item, prompts)
-    except UserError as error:
-        return str(error)

@@ -14,12 +14,10 @@ import argparse
 import base64
 import html
 import importlib.util
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,11 +52,11 @@ class PosteriorStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """Mean fidelity by system, "VAE" first, the VAE's latents, a picture by file, and why files were left out."""
+    """Mean fidelity by system, "VAE" first, the VAE's latents, pictures by file, and why files were left out."""
 
     systems: dict[str, Fidelity]
     latents: PosteriorStatistics
-    pictures: dict[str, bytes]
+    pictures: dict[str, dict[str, bytes]]
     left_out: list[str]
     files: int
 
@@ -96,7 +94,7 @@ def reconstruct(
             output = codec.vae.decode_chunked(posterior.mean)[0, :, : audio.shape[1]].float()
         posteriors.append(posterior)
         if pictures:
-            drawn[str(item.path)] = picture(audio, output, codec.sample_rate)
+            drawn[str(item.path)] = pictures_of(audio, output, codec.sample_rate)
         for name, found in {"VAE": output, **{name: system(audio) for name, system in systems.items()}}.items():
             rows[name].append(fidelity(found, audio, codec.sample_rate))
     if not posteriors:
@@ -133,26 +131,12 @@ def reconstruction_table(found: Reconstruction) -> str:
     return "\n".join([*lines, *(f"left out: {reason}" for reason in found.left_out)])
 
 
-def picture(target: Tensor, output: Tensor, sample_rate: int) -> bytes:
-    """PNG of the spectrograms of input, output and difference, the mean of both channels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def pictures_of(target: Tensor, output: Tensor, sample_rate: int) -> dict[str, bytes]:
+    """Spectrograms of input, output and difference of (2, T) signals, as WebP."""
+    from stable_audio_lite.audio.plot import spectrogram_webp
 
-    from stable_audio_lite.audio.plot import spectrogram_db
-
-    signals = torch.stack((target, output, output - target)).mean(1)
-    decibels, frequencies = spectrogram_db(signals, sample_rate, columns=500)
-    figure = Figure(figsize=(13, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    seconds = np.linspace(0, target.shape[1] / sample_rate, decibels.shape[2])
-    for axis, levels, name in zip(
-        figure.subplots(1, 3, sharey=True), decibels, ("in", "out", "difference"), strict=True
-    ):
-        axis.pcolormesh(seconds, frequencies, levels, vmin=-90, vmax=0, cmap="magma", rasterized=True)
-        axis.set(yscale="log", title=name, xlabel="seconds")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=70)
-    return buffer.getvalue()
+    signals = {"in": target, "out": output, "difference": output - target}
+    return {name: spectrogram_webp(signal, sample_rate, columns=400)[0] for name, signal in signals.items()}
 
 
 def reconstruction_page(found: Reconstruction) -> str:
@@ -163,8 +147,12 @@ def reconstruction_page(found: Reconstruction) -> str:
         for c, (m, s, k) in enumerate(zip(latents.mean, latents.std, latents.kl, strict=True))
     )
     images = "".join(
-        f'<h3>{html.escape(name)}</h3><img src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in found.pictures.items()
+        f"<h3>{html.escape(file)}</h3>"
+        + "".join(
+            f'{name} <img src="data:image/webp;base64,{base64.b64encode(webp).decode()}"> '
+            for name, webp in drawn.items()
+        )
+        for file, drawn in found.pictures.items()
     )
     return (
         "<!doctype html><meta charset=utf-8><title>Reconstruction</title><h1>Reconstruction</h1>"

@@ -53,17 +53,15 @@ _EVERYTHING = torch.ones(1, 1, dtype=torch.bool)
 
 @dataclass(frozen=True, kw_only=True)
 class DegradedSound:
-    """A sound and what was done to it.
+    """A degraded sound, and how it was degraded.
 
     Attributes:
-        clean: (1, T).
         degraded: (1, T), what is left of it.
         task: for the model.
         classical: (1, T) by name, the results of classical methods.
         cells: boolean, broadcastable to (F, frames), which the log-spectral distance is measured over.
     """
 
-    clean: Tensor
     degraded: Tensor
     task: Degradation
     classical: dict[str, Tensor]
@@ -116,14 +114,11 @@ class DegradationSettings:
 def degrade(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, seed: int) -> DegradedSound:
     """Degrade (1, T) sound, T a multiple of the hop, by the generator of `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    if how.task == "inpaint":
-        return _with_gap(clean, how, spectrogram)
-    if how.task == "bandwidth":
-        return _band_limited(clean, how, spectrogram)
-    return (_with_noise if how.task == "denoise" else _in_room)(clean, how, spectrogram, generator)
+    ways = {"inpaint": _with_gap, "bandwidth": _band_limited, "denoise": _with_noise, "dereverb": _in_room}
+    return ways[how.task](clean, how, spectrogram, generator)
 
 
-def _with_gap(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram) -> DegradedSound:
+def _with_gap(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, _: torch.Generator) -> DegradedSound:
     config = spectrogram.config
     first = (clean.shape[1] - round(how.gap * config.sample_rate)) // 2
     last = clean.shape[1] - first
@@ -137,7 +132,7 @@ def _with_gap(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram)
     filled = interpolate_frames(spectrogram.encode(degraded), unknown)
     magnitudes[:, first:last] = spectrogram.decode(filled)[:, first:last]
     classical = {"line": line, "magnitudes": magnitudes}
-    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical, cells=unknown[None])
+    return DegradedSound(degraded=degraded, task=task, classical=classical, cells=unknown[None])
 
 
 def interpolate_frames(x: Tensor, unknown: Tensor) -> Tensor:
@@ -152,7 +147,9 @@ def interpolate_frames(x: Tensor, unknown: Tensor) -> Tensor:
     return torch.stack((z.real, z.imag))[None]
 
 
-def _band_limited(clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram) -> DegradedSound:
+def _band_limited(
+    clean: Tensor, how: DegradationSettings, spectrogram: Spectrogram, _: torch.Generator
+) -> DegradedSound:
     config = spectrogram.config
     task = Bandwidth(how.cutoff)
     known = task.observe(spectrogram, clean[0], 1).operator.singular[:, 0] > 0
@@ -164,7 +161,7 @@ def _band_limited(clean: Tensor, how: DegradationSettings, spectrogram: Spectrog
     rows = torch.arange(count, config.bins)
     fill[:, :, rows] = x[:, :, count - 1 - (rows - count) % max(1, count // 2)] * 0.25
     classical = {"octave": spectrogram.decode(fill)}
-    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical, cells=~known[:, None])
+    return DegradedSound(degraded=degraded, task=task, classical=classical, cells=~known[:, None])
 
 
 def _with_noise(
@@ -178,7 +175,7 @@ def _with_noise(
     power = F.avg_pool1d(y.square().sum(1), 3, stride=1, padding=1, count_include_pad=False)
     gain = (1 - noise / power.clamp_min(1e-20)).clamp_min(0.01)
     classical = {"wiener": spectrogram.decode(y * gain[:, None])}
-    return DegradedSound(clean=clean, degraded=degraded, task=Denoise(level_db), classical=classical)
+    return DegradedSound(degraded=degraded, task=Denoise(level_db), classical=classical)
 
 
 def room_response(rt60: float, sample_rate: int, generator: torch.Generator) -> Tensor:
@@ -197,7 +194,7 @@ def _in_room(
     degraded = convolve(clean[0], response)[None]
     classical = {"wpe": spectrogram.decode(wpe(spectrogram.encode(degraded)))}
     task = Dereverb(None if how.blind else response)
-    return DegradedSound(clean=clean, degraded=degraded, task=task, classical=classical)
+    return DegradedSound(degraded=degraded, task=task, classical=classical)
 
 
 def log_spectral_distance(spectrogram: Spectrogram, found: Tensor, clean: Tensor, cells: Tensor) -> float:

@@ -83,7 +83,7 @@ def treatments(sample_rate: int, channels: int, seconds: float, *, silent: bool)
     """Words for what is done to a sound of this kind before it is measured."""
     found = []
     if channels != 2:
-        found.append("mono: both channels alike" if channels == 1 else f"{channels} channels: the first two")
+        found.append("mono: both channels alike" if channels == 1 else f"{channels} channels: mixed by ITU-R BS.775")
     if sample_rate < _FULL_BAND:
         found.append(f"{sample_rate} Hz: resampled, nothing above {sample_rate / 2:g} Hz")
     elif sample_rate != _USUAL_RATE:

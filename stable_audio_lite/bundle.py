@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stable_audio_lite.config import read_yaml, save_config
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors, sha256
+from stable_audio_lite.weights import fetch_from_hub, load_state, read_safetensors
 
 FORMAT = 1
 PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet", "transformer")
@@ -32,7 +32,6 @@ SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("st
 
 M = TypeVar("M", bound=nn.Module)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SHOWN = 3  # mismatching tensors that a message spells out
 
 
 def read_config(path: str | Path) -> tuple[Path, dict[str, Any]]:
@@ -75,7 +74,10 @@ def resolve(name: str | Path) -> Path:
         raise UserError(f"{path}: a bundle is a folder with {CONFIG_FILE} and weights; give the folder")
     if not _HUB_ID.fullmatch(str(name)):
         raise UserError(f"{name}: no such bundle; give {', '.join(SHIPPED)}, a folder or a hub id like a/b")
-    return _download(str(name))
+    folder = fetch_from_hub(str(name), FILES)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"{name}: this hub repository has no {CONFIG_FILE}, so it is no bundle")
+    return folder
 
 
 def save_bundle(
@@ -137,17 +139,10 @@ def read_part(folder: str | Path, name: str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = part_path(folder, name)
     if not path.is_file():
         raise UserError(f"{path}: missing, so this bundle has no {name}; use a complete bundle")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or truncated ({reason}); fetch or train it again") from error
+    return read_safetensors(path)[0]
 
 
 def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = False) -> None:
@@ -158,7 +153,7 @@ def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = F
     Raises:
         UserError: the file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
-    load_state(module, read_part(folder, name), str(part_path(folder, name)), assign)
+    load_state(module, read_part(folder, name), str(part_path(folder, name)), "the config", assign)
 
 
 def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
@@ -173,35 +168,6 @@ def load_module(folder: str | Path, name: str, build: Callable[[], M]) -> M:
     return module.eval().requires_grad_(False)
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, assign: bool = False) -> None:
-    """Load `state` into `module`; every tensor must fit.
-
-    Raises:
-        UserError: as `check_state`.
-    """
-    check_state(state, module, where)
-    module.load_state_dict(state, assign=assign)
-
-
-def read_tensors(folder: str | Path, name: str, keys: Sequence[str]) -> dict[str, Tensor] | None:
-    """Read some tensors of a part by their names; None where the bundle lacks the part.
-
-    Raises:
-        UserError: the file is damaged, or a tensor is missing.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    path = part_path(folder, name)
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or truncated ({reason}); fetch or train it again") from error
-
-
 class WithoutInitialisation(TorchFunctionMode):
     """Context in which new modules leave their weights uninitialised, because they are about to be loaded."""
 
@@ -212,45 +178,6 @@ class WithoutInitialisation(TorchFunctionMode):
         if getattr(func, "__name__", "") in self._FILLING:
             return args[0] if args else kwargs["tensor"]  # torch.nn.init passes it by name
         return func(*args, **kwargs)
-
-
-def check_state(state: Mapping[str, Tensor], module: nn.Module, where: str) -> None:
-    """Check a state dict against the tensors of `module`.
-
-    Raises:
-        UserError: as `check_tensors`.
-    """
-    check_tensors(state, module.state_dict(), where)
-
-
-def check_tensors(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, config: str = CONFIG_FILE
-) -> None:
-    """Check names and shapes against `expected`, which the file `config` asks for.
-
-    Raises:
-        UserError: names keys and shapes that differ, in one line that starts with `where`.
-    """
-    found = [
-        f"'{k}' has shape {tuple(state[k].shape)}, the config gives {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    found += [f"'{k}' {tuple(v.shape)} is missing" for k, v in expected.items() if k not in state]
-    found += [f"'{k}' {tuple(v.shape)} is unexpected" for k, v in state.items() if k not in expected]
-    if found:
-        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise UserError(f"{where}: weights don't fit {config}: {'; '.join(found[:_SHOWN])}{more}")
-
-
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256, in hexadecimal digits, of the tensors' names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def model_hash(folder: str | Path) -> str:
@@ -281,19 +208,3 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{repo_id}: can't be uploaded, log in with 'hf auth login' ({reason})") from error
     return f"https://huggingface.co/{repo_id}"
-
-
-def _download(name: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{name}: neither a folder here nor a bundle that the hub gives out ({type(error).__name__}: {reason})"
-        ) from error
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"{name}: this hub repository has no {CONFIG_FILE}, so it is no bundle")
-    return folder

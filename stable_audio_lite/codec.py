@@ -21,6 +21,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_apart, check_place, replacing, save_tensors
 from stable_audio_lite.representation import LatentRepresentation, load_latents
 from stable_audio_lite.systems import load_model_config
+from stable_audio_lite.weights import read_safetensors
 
 
 @dataclass(frozen=True)
@@ -94,22 +95,19 @@ class Codec:
             left -= piece.shape[2]
 
     def _read(self, path: str | Path) -> tuple[Tensor, int]:
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such latent file")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                about, latent = file.metadata() or {}, file.get_tensor("latent")
-            encoder, samples = about["encoder"], int(about["samples"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path}: no latents of stable-audio-lite encode, or damaged; encode the sound again"
-            ) from error
+        tensors, about = read_safetensors(path)
+        latent = tensors.get("latent")
+        if latent is None or not about.get("samples", "").isdigit():
+            raise UserError(f"{path}: no latents of stable-audio-lite encode; encode the sound again")
         channels = self.vae.config.latent_channels
-        if encoder != self.encoder or latent.ndim != 2 or latent.shape[0] != channels or latent.shape[1] == 0:
+        if (
+            about.get("encoder") != self.encoder
+            or latent.ndim != 2
+            or latent.shape[0] != channels
+            or latent.shape[1] == 0
+        ):
             raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
-        return latent, samples
+        return latent, int(about["samples"])
 
     @property
     def _device(self) -> torch.device:

@@ -1,20 +1,22 @@
 """Strict YAML to frozen dataclasses and back.
 
 A key that the dataclass lacks, a missing key without a default, or a value of another type fails with one line that
-names the file and the key. Sequences become tuples, nested dataclasses recurse.
+names the file and the key. Sequences become tuples, nested dataclasses recurse, `~/` at the beginning of a text is the
+home folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import expanded, replacing
+from stable_audio_lite.files import expand_home, expanded, replacing
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
-    return _merged(_with_bases(path.parent / base, (*seen, path.resolve())), data)
+    return _merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
 
 
 def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass into the mapping that `from_dict` turns back into an equal one (tuples as lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:
@@ -123,16 +125,6 @@ def save_config(config: Any, path: str | Path) -> None:
 
     with replacing(path) as temporary:
         temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
 
 
 def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
@@ -203,4 +195,4 @@ def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise UserError(f"{where}: key '{key}' must be {hint.__name__}, got {value!r}")
-    return value
+    return expand_home(value) if hint is str else value

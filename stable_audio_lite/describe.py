@@ -15,13 +15,7 @@ from stable_audio_lite.clap.tokenizer import learned_words, load_tokenizer, ran_
 from stable_audio_lite.config import find_config, to_dict
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.request import milliseconds
-from stable_audio_lite.systems import (
-    ComplexSTFTConfig,
-    SpectralConfig,
-    StableAudioConfig,
-    build_vae,
-    load_system,
-)
+from stable_audio_lite.systems import ComplexSTFTConfig, SpectralConfig, StableAudioConfig, build_vae, load_system
 
 
 def describe(name: str | Path) -> dict[str, Any]:
@@ -55,11 +49,7 @@ def describe(name: str | Path) -> dict[str, Any]:
 
 
 def _latent(config: StableAudioConfig) -> tuple[dict[str, nn.Module], dict[str, Any]]:
-    parts = {
-        "vae": build_vae(config.vae),
-        **_text(config.clap, config.timing),
-        "unet": config.network(),
-    }
+    parts = {"vae": build_vae(config.vae), **_text(config.clap, config.timing), "unet": config.network()}
     return parts, {
         "sample_rate": config.sample_rate,
         "window_seconds": milliseconds(config.window_seconds),

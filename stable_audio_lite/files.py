@@ -172,6 +172,11 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     os.chmod(path, 0o644)  # safetensors writes files that only their owner can read
 
 
+def expand_home(path: str) -> str:
+    """Replace a leading `~` in a path or an address by the home folder, as a shell would."""
+    return str(expanded(path)) if path.startswith("~") else path
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:

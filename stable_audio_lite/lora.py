@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
+from stable_audio_lite.weights import read_safetensors
 
 _WEIGHTS_FILE, _CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 TARGETS = r".*\.blocks\.\d+\.((cross_)?attention\.to_(q|kv|out)|feed_forward\.[02])"
@@ -72,7 +73,7 @@ def merge_lora(unet: nn.Module, folder: str | Path, encoder: str, strength: floa
             U-Net, or its kind is not supported.
     """
     scale = strength * _scale(Path(folder) / _CONFIG_FILE)
-    state, about = _read(Path(folder) / _WEIGHTS_FILE)
+    state, about = read_safetensors(Path(folder) / _WEIGHTS_FILE)
     if about.get("encoder", encoder) != encoder:
         raise UserError(f"{folder}: is a LoRA for a model with another VAE; choose the model that it was trained on")
     layers = {key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")}
@@ -112,13 +113,3 @@ def _scale(path: Path) -> float:
     if odd:
         raise UserError(f"{path}: {odd} is {data[odd]!r}; plain LoRA alone can be merged")
     return scale
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: missing or damaged; copy or train the LoRA again") from error

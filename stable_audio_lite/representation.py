@@ -20,6 +20,7 @@ from stable_audio_lite import bundle
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.systems import StableAudioConfig, SystemConfig, build_vae
+from stable_audio_lite.weights import read_safetensors, state_hash
 
 # Latent frames decoded past the wanted end, more than a decoder's receptive field, so that trimming changes no sample.
 _DECODE_MARGIN = 32
@@ -166,15 +167,14 @@ def load_latents(folder: str | Path, config: StableAudioConfig) -> LatentReprese
     Raises:
         UserError: the VAE's file is missing or damaged, or doesn't fit `config`.
     """
-    state = bundle.read_part(folder, "vae")
-    with bundle.WithoutInitialisation():
-        vae = build_vae(config.vae)
-    bundle.load_state(vae, state, str(bundle.part_path(folder, "vae")), assign=True)
-    found = bundle.read_tensors(folder, "unet", ("latent_mean", "latent_std")) or {}
-    statistics = {"mean": found.get("latent_mean"), "std": found.get("latent_std")}
-    return LatentRepresentation(vae.float().prepare_for_inference(), config, encoder_hash(state), **statistics)
+    vae = bundle.load_module(folder, "vae", lambda: build_vae(config.vae))
+    encoder, statistics = encoder_hash(vae.state_dict()), {}
+    if (unet := bundle.part_path(folder, "unet")).is_file():
+        found = read_safetensors(unet, ("latent_mean", "latent_std"))[0]
+        statistics = {"mean": found.get("latent_mean"), "std": found.get("latent_std")}
+    return LatentRepresentation(vae.float().prepare_for_inference(), config, encoder, **statistics)
 
 
 def encoder_hash(vae_state: Mapping[str, Tensor]) -> str:
     """Identify a latent space by the SHA-256 of the encoder's weights in a VAE's state; the decoder may change."""
-    return bundle.weights_hash({key: value for key, value in vae_state.items() if key.startswith("encoder.")})
+    return state_hash({key: value for key, value in vae_state.items() if key.startswith("encoder.")})

@@ -18,7 +18,7 @@ from stable_audio_lite.bundle import FORMAT, read_config
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, Process, ScheduleConfig
-from stable_audio_lite.diffusion.samplers import SAMPLERS
+from stable_audio_lite.diffusion.samplers import SAMPLERS, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import TimingConfig
 from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer, SpectrogramTransformerConfig
@@ -62,16 +62,11 @@ class GenerationDefaults:
     margin: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # checks them
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
         if not 0 <= self.cfg <= MAX_CFG:
             raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
-        if not self.rho > 0:
-            raise ValueError(f"rho must be above 0, got {self.rho}")
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"expected 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.margin is not None and self.margin < 0:
             raise ValueError(f"margin must be at least 0, or null, got {self.margin}")
         if not 0 <= self.rescale <= 1:
@@ -82,11 +77,7 @@ class GenerationDefaults:
 class StableAudioConfig:
     """A whole system: the VAE, the text encoder, the timing embeddings and the U-Net.
 
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        sample_rate: Hz.
-        latent_frames: length of the window that the U-Net generates.
+    `format` is the version of the bundle's layout, `latent_frames` the length of the window that the U-Net generates.
     """
 
     part: ClassVar[str] = "unet"
@@ -165,14 +156,7 @@ def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
 
 @dataclass(frozen=True, kw_only=True)
 class ComplexSTFTConfig:
-    """The 2-D U-Net on complex spectrograms.
-
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        spectrogram: what the network sees.
-        schedule: the forward process that it is trained with.
-    """
+    """The 2-D U-Net on complex spectrograms; `schedule` is the forward process that it is trained with."""
 
     part: ClassVar[str] = "unet"
     clap: ClassVar[None] = None
@@ -200,15 +184,9 @@ class ComplexSTFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrogramDiffusionConfig:
-    """The transformer on spectrograms.
+    """The transformer on spectrograms; `schedule` is the forward process that it is trained with.
 
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        spectrogram: what the network sees.
-        schedule: the forward process that it is trained with.
-        clap: the text encoder to condition on, where `transformer.text` says so.
-        timing: embeddings of seconds_start and seconds_total, used with text.
+    `clap` is the text encoder to condition on, where `transformer.text` says so; `timing` is used with text alone.
     """
 
     part: ClassVar[str] = "transformer"

@@ -16,7 +16,7 @@ import torch
 from evaluation import adherence, prompt_facts, tagger
 from stable_audio_lite.audio.io import read_audio, resample, write_audio
 from stable_audio_lite.corpus.captions import captions, facts_told
-from stable_audio_lite.corpus.compose import compose
+from stable_audio_lite.corpus.compose import CorpusConfig, compose
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import load_latents
@@ -131,7 +131,8 @@ def test_what_captions_say(caption: str, told: set[str]) -> None:
 
 def test_no_caption_of_the_corpus_says_what_is_not_so() -> None:
     """Facts of one piece are rarely found in the words for another: those that are read are really said."""
-    pieces = [compose(0, "train", index, 4.0, 14.0) for index in range(60)]
+    config = CorpusConfig(items=60, held_out=0, max_seconds=14.0)
+    pieces = [compose(config, "train", index) for index in range(60)]
     truths = [{"key": p.key, "mode": p.mode, "bpm": p.bpm, "style": p.style} for p in pieces]
     own = sum(len(facts_told(c, t) - {"drums"}) for p, t in zip(pieces, truths, strict=True) for c in captions(p))
     other = [t | {"key": "C" if t["key"] != "C" else "D", "bpm": t["bpm"] + 1} for t in truths]

@@ -44,13 +44,16 @@ def test_any_rate_becomes_the_wanted_one_at_the_same_pitch_and_level(tmp_path: P
     assert np.abs(middle - tone(44100)[:, 4410:-4410]).max() < 2e-3
 
 
-def test_mono_is_duplicated_and_six_channels_keep_the_first_two(tmp_path: Path) -> None:
+def test_mono_is_duplicated_and_six_channels_are_mixed(tmp_path: Path) -> None:
+    """Left, right, centre, LFE, and surrounds on either side, by the weights of ITU-R BS.775."""
     write_audio(tmp_path / "mono.wav", tone(44100, channels=1), 44100)
     mono = read_audio(tmp_path / "mono.wav")
     assert mono.shape[0] == 2 and torch.equal(mono[0], mono[1])
     write_audio(tmp_path / "six.wav", tone(44100, channels=6), 44100)
     six = read_audio(tmp_path / "six.wav")
-    assert np.abs(six.numpy() - tone(44100)).max() < 1e-6
+    level = 1 / (1 + np.arange(6))
+    weights = [level[0] + 0.5**0.5 * (level[2] + level[4]), level[1] + 0.5**0.5 * (level[2] + level[5])]
+    assert np.abs(six.numpy() - np.outer(weights, tone(44100, channels=1)[0])).max() < 1e-6
 
 
 @pytest.mark.parametrize("rate", [44100, 48000])

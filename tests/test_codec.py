@@ -142,7 +142,7 @@ def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: p
     cases = [
         (["decode", str(tmp_path / "foreign.safetensors")], "another VAE"),
         (["decode", str(tmp_path / "no_latent.safetensors")], "no latents"),
-        (["decode", str(sound)], "no latents"),
+        (["decode", str(sound)], "no safetensors"),
         (["encode", str(tmp_path / "none.wav")], "no such file"),
         (["encode", str(tmp_path / "twin")], "twin: is a folder; give the files in it"),
         (["encode", str(tmp_path / "no_latent.safetensors")], "can't be read as audio"),

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stable_audio_lite.corpus import render as rendering
-from stable_audio_lite.corpus.build import CorpusConfig, build_corpus, compose_item
+from stable_audio_lite.corpus.build import build_corpus
 from stable_audio_lite.corpus.captions import MOODS, NO_DRUMS, SHARPS_AS_FLATS, SPEEDS, captions, speed_of
-from stable_audio_lite.corpus.compose import TAIL, compose
+from stable_audio_lite.corpus.compose import TAIL, CorpusConfig, compose
 from stable_audio_lite.corpus.harmony import KEYS
 from stable_audio_lite.corpus.instruments import GENERIC, INSTRUMENTS, caption_names
 from stable_audio_lite.corpus.piece import DRUMS, Piece
@@ -25,9 +26,13 @@ from stable_audio_lite.errors import UserError
 needs_synth = pytest.mark.skipif(shutil.which("fluidsynth") is None, reason="fluidsynth is not installed")
 
 
+def piece_of(index: int, seed: int = 7, split: str = "train", **settings: Any) -> Piece:
+    return compose(CorpusConfig(items=1, held_out=0, seed=seed, **settings), split, index)
+
+
 @pytest.fixture(scope="module")
 def pieces() -> list[Piece]:
-    return [compose(7, "train", index, 4, 30) for index in range(600)]
+    return [piece_of(index) for index in range(600)]
 
 
 def masked(caption: str) -> tuple[str, set[str]]:
@@ -47,15 +52,15 @@ def says(text: str, phrase: str) -> bool:
 
 
 def test_same_seed_same_piece_other_index_another() -> None:
-    assert compose(3, "train", 5, 4, 20) == compose(3, "train", 5, 4, 20)
-    assert captions(compose(3, "train", 5, 4, 20)) == captions(compose(3, "train", 5, 4, 20))
-    others = [compose(4, "train", 5, 4, 20), compose(3, "held_out", 5, 4, 20), compose(3, "train", 6, 4, 20)]
-    assert all(other.notes != compose(3, "train", 5, 4, 20).notes for other in others)
+    piece = piece_of(5, seed=3)
+    assert piece_of(5, seed=3) == piece and captions(piece_of(5, seed=3)) == captions(piece)
+    others = [piece_of(5, seed=4), piece_of(5, seed=3, split="held_out"), piece_of(6, seed=3)]
+    assert all(other.notes != piece.notes for other in others)
 
 
 def test_item_does_not_depend_on_the_number_of_items() -> None:
     few, many = CorpusConfig(items=10, held_out=0, seed=1), CorpusConfig(items=9999, held_out=7, seed=1)
-    assert all(compose_item(few, "train", i) == compose_item(many, "train", i) for i in range(10))
+    assert all(compose(few, "train", i) == compose(many, "train", i) for i in range(10))
 
 
 def test_variety(pieces: list[Piece]) -> None:
@@ -73,7 +78,7 @@ def test_variety(pieces: list[Piece]) -> None:
 def test_short_pieces_are_beginnings() -> None:
     """All is over before the end, and what is said to play does."""
     config = CorpusConfig(items=200, held_out=0, seed=7, min_seconds=2, max_seconds=3.9)
-    short = [compose_item(config, "train", index) for index in range(200)]
+    short = [compose(config, "train", index) for index in range(200)]
     assert {len(piece.parts) for piece in short} == {1, 2, 3, 4}
     for piece in short:
         assert 2 <= piece.seconds <= 3.9
@@ -86,14 +91,14 @@ def test_short_pieces_are_beginnings() -> None:
 
 def test_solos_on_request() -> None:
     """Nothing but solos, of every instrument; where up to four may play, the piece is that of the default."""
-    solos = [compose(7, "train", index, 4, 30, max_parts=1) for index in range(300)]
+    solos = [piece_of(index, max_parts=1) for index in range(300)]
     assert {len(piece.parts) for piece in solos} == {1}
     assert {piece.instruments[0] for piece in solos} == set(INSTRUMENTS)
-    assert compose(7, "train", 5, 4, 30, max_parts=4) == compose(7, "train", 5, 4, 30)
+    assert piece_of(5, max_parts=4) == piece_of(5)
 
 
 def test_a_corpus_of_one_instrument_has_that_alone() -> None:
-    pieces = [compose(7, "train", index, 4, 30, 1, ("piano",), drums=False) for index in range(100)]
+    pieces = [piece_of(index, max_parts=1, instruments=("piano",), drums=False) for index in range(100)]
     assert {tuple(piece.instruments) for piece in pieces} == {("piano",)} and not any(p.drums for p in pieces)
     assert len({piece.style for piece in pieces}) > 3
 
@@ -101,14 +106,15 @@ def test_a_corpus_of_one_instrument_has_that_alone() -> None:
 def test_a_smaller_world_has_what_was_chosen_alone() -> None:
     """All chosen instruments and styles are heard, and no more parts than there are instruments for the roles."""
     instruments, styles = ("flute", "piano", "electric bass"), ("jazz", "waltz")
-    pieces = [compose(7, "train", index, 2, 12, 3, instruments, styles) for index in range(300)]
+    settings = {"min_seconds": 2, "max_seconds": 12, "max_parts": 3, "instruments": instruments, "styles": styles}
+    pieces = [piece_of(index, **settings) for index in range(300)]
     assert {name for piece in pieces for name in piece.instruments} == set(instruments)
     assert {piece.style for piece in pieces} == set(styles)
     assert {len(piece.parts) for piece in pieces} == {1, 2, 3} and {piece.drums for piece in pieces} == {True, False}
     for piece in pieces:
         assert len(set(piece.instruments)) == len(piece.parts)
         assert all(part.role in ("solo", *INSTRUMENTS[part.instrument].roles) for part in piece.parts)
-    lines = [compose(7, "train", index, 4, 12, 4, ("flute", "violin")) for index in range(100)]
+    lines = [piece_of(index, max_seconds=12, instruments=("flute", "violin")) for index in range(100)]
     assert {len(piece.parts) for piece in lines} == {1}  # no two of these can share a line-up's roles
 
 
@@ -138,7 +144,7 @@ def test_notes_fit_instrument_and_length(pieces: list[Piece]) -> None:
 @pytest.mark.parametrize("seconds", [4.0, 4.7, 60.0])
 def test_every_length_can_be_filled(seconds: float) -> None:
     for index in range(40):
-        piece = compose(0, "train", index, seconds, seconds)
+        piece = piece_of(index, seed=0, min_seconds=seconds, max_seconds=seconds)
         assert piece.seconds == seconds
         assert 0.9 < piece.chords[-1].duration < 4
         assert piece.notes[0].start < 3
@@ -241,8 +247,10 @@ def test_build_renders_exact_stereo_and_resumes(tmp_path: Path, monkeypatch: pyt
     import numpy as np
     import soundfile
 
+    settings: dict[str, Any] = {"held_out": 1, "seed": 5, "max_seconds": 5, "workers": 2, "progress": False}
+
     def build(folder: str, items: int) -> tuple[int, int]:
-        report = build_corpus(tmp_path / folder, items, 1, 5, 2, 4, 5, progress=False)
+        report = build_corpus(tmp_path / folder, items=items, **settings)
         return report.rendered, report.kept
 
     assert build("one", 2) == (3, 0)
@@ -266,9 +274,9 @@ def test_build_renders_exact_stereo_and_resumes(tmp_path: Path, monkeypatch: pyt
     assert build("one", 2) == (0, 3)
     assert (tmp_path / "one/train/metadata.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="another seed"):
-        build_corpus(tmp_path / "one", 2, 1, 6, 2, 4, 5, progress=False)
+        build_corpus(tmp_path / "one", items=2, **settings | {"seed": 6})
     with pytest.raises(UserError, match="another max_parts"):
-        build_corpus(tmp_path / "one", 2, 1, 5, 2, 4, 5, max_parts=1, progress=False)
+        build_corpus(tmp_path / "one", items=2, max_parts=1, **settings)
 
 
 def test_missing_synth_or_soundfont_gives_the_install_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +288,7 @@ def test_missing_synth_or_soundfont_gives_the_install_command(tmp_path: Path, mo
         rendering.find_soundfont("no/such.sf2")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="apt-get install fluidsynth.*brew install fluid-synth"):
-        build_corpus(tmp_path / "corpus", 1, 0, progress=False)
+        build_corpus(tmp_path / "corpus", items=1, held_out=0)
     assert not (tmp_path / "corpus").exists()
 
 
@@ -289,7 +297,7 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
     font = tmp_path / "broken.sf2"
     font.write_bytes(b"not a soundfont")
     with pytest.raises(UserError, match="broken.sf2"):
-        build_corpus(tmp_path / "corpus", 1, 0, 0, 1, 4, 4, soundfont=str(font), progress=False)
+        build_corpus(tmp_path / "corpus", items=1, held_out=0, max_seconds=4, soundfont=str(font), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -312,16 +320,8 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, change: dict[str, object], names: str) -> None:
-    arguments = {
-        "items": 1,
-        "held_out": 0,
-        "seed": 0,
-        "workers": 1,
-        "min_seconds": 4,
-        "max_seconds": 5,
-    } | change
     with pytest.raises(UserError, match=names):
-        build_corpus(tmp_path / "corpus", **arguments, progress=False)  # type: ignore[arg-type]
+        build_corpus(tmp_path / "corpus", **{"items": 1, "held_out": 0, "max_seconds": 5} | change)  # type: ignore[arg-type]
 
 
 @needs_synth
@@ -338,4 +338,4 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):
-        build_corpus(tmp_path / "file", 1, 0, progress=False)
+        build_corpus(tmp_path / "file", items=1, held_out=0)

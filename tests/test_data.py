@@ -17,6 +17,7 @@ import torch
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
+from stable_audio_lite.config import load_config
 from stable_audio_lite.data.crops import Crops
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata, read_cache
@@ -25,6 +26,7 @@ from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
 from stable_audio_lite.errors import UserError
 from training.examples import LatentWindows, latent_statistics
+from training.pre_encode import PreEncodeConfig
 
 SAMPLES = 22050
 
@@ -65,12 +67,56 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
         ("metadata.jsonl", '["a.wav"]\n', "line 1 is not an object"),
         ("metadata.jsonl", '{"file_name": "a.wav", "captions": "b"}\n', "line 1: 'text' should be"),
         ("metadata.jsonl", "", "holds no audio"),
+        ("metadata.csv", "file_name,text\na.wav,solo piano, slow, sad\n", "line 2 has 4 fields, .* 2 columns"),
+        ("metadata.csv", "file_name,text\na.wav,b\na.wav\n", "line 3 has 1 fields"),
+        ("metadata.csv", 'file_name,text\na.wav,"b\nc.wav,d\n', "line 3 is no CSV"),
+        ("metadata.csv", 'file_name,text\na.wav,"a "loud" piano"\n', "line 2 is no CSV"),
+        ("metadata.csv", "file_name,text,text\na.wav,b,c\n", "two columns 'text'"),
+        ("metadata.csv", "file_name,text\na.wav,b\n./a.wav,c\n", "line 3 lists a.wav again, after .* line 2"),
+        ("metadata.jsonl", 2 * '{"file_name": "a.wav"}\n', "line 2 lists a.wav again"),
+        ("metadata.jsonl", '{"file_name": "a.wav", "text": "\\ud800"}\n', "line 1: a text is not valid Unicode"),
+        ("metadata.jsonl", 100_000 * "[", "line 1 is not a JSON object"),
     ],
 )
 def test_bad_manifests_name_file_and_line(tmp_path: Path, name: str, text: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         read_items(write_manifest(tmp_path, text, name))
+    assert len(str(caught.value)) < 500
     assert str(tmp_path) in str(caught.value)
+
+
+def test_files_of_a_folder_are_read_or_said_to_be_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hidden ones are no audio, folders behind links are followed once, and all that isn't read is counted."""
+    real = tmp_path / "elsewhere"
+    shutil.copytree(folder, real)
+    (tmp_path / "set" / ".cache").mkdir(parents=True)
+    (tmp_path / "set" / "linked").symlink_to(real)
+    (real / "circle").symlink_to(tmp_path / "set")
+    for name in ("a.aif", "b.opus", "c.caf", "d.M4A", "._a.wav", ".cache/e.wav", "cover.jpg", "notes.pdf", "READ"):
+        (tmp_path / "set" / name).touch()
+    names = [str(item.path.relative_to(tmp_path / "set")) for item in read_items(tmp_path / "set")]
+    assert names == ["a.aif", "b.opus", "c.caf", "d.M4A", "linked/0.wav", "linked/1.wav", "linked/2.wav"]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "5 files left out" in said
+    assert all(words in said for words in ("2 hidden", "1 .jpg", "1 .pdf", "1 without suffix"))
+    write_manifest(tmp_path / "set", '{"file_name": "a.aif"}', "metadata.jsonl")
+    assert len(read_items(tmp_path / "set")) == 1
+    assert "6 files left out, not listed in metadata.jsonl: 1 .caf, 1 .m4a, 1 .opus, 3 .wav" in capsys.readouterr().err
+
+
+def test_home_is_expanded_in_lists_and_configs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    listing = write_manifest(tmp_path, f"~/{folder.name}/0.wav\n", "list.txt") / "list.txt"
+    assert read_items(listing)[0].path == folder / "0.wav"
+    assert len(read_items(f"~/{folder.name}")) == 3
+    (tmp_path / "base.yaml").write_text(f"vae: ~/vae\ndata: ~/{folder.name}\noutput: ~/out\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base: ~/base.yaml\n")
+    config = load_config(tmp_path / "run.yaml", PreEncodeConfig)
+    assert (config.vae, config.output) == (f"{tmp_path}/vae", f"{tmp_path}/out")
+    assert load_config(tmp_path / "run.yaml", PreEncodeConfig).data == f"{tmp_path}/{folder.name}"
 
 
 def crops(folder: Path, **more: float) -> Crops:
@@ -316,6 +362,21 @@ def test_validate_dataset_command(faulty: Path, folder: Path, capsys: pytest.Cap
     assert cli.main(["validate-dataset", str(folder / "nowhere")]) == 2
 
 
+def test_validation_names_what_a_text_encoder_does_not_read(
+    folder: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "warm slow piano " * 20 + "fast techno drums"
+    rows = [{"file_name": str(folder / f"{i}.wav"), "text": text} for i, text in enumerate(("warm", long, "slow"))]
+    write_manifest(tmp_path, "\n".join(map(json.dumps, rows)), "metadata.jsonl")
+    report = validate(tmp_path, model=str(tiny_bundle))
+    assert [p.name for p in report.faults["caption cut"]] == ["1.wav"]
+    assert len(report.unread) == 1 and long.endswith(report.unread[0]) and len(report.unread[0]) > 100
+    assert cli.main(["validate-dataset", str(tmp_path), "--model", str(tiny_bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "caption cut      1" in out and "fast techno drums" in out
+    assert "caption cut" not in validate(tmp_path).faults
+
+
 def write_shard(folder: Path, tar_path: Path, texts: dict[str, str]) -> None:
     """A WebDataset shard of the folder's files, with a text file of their own names."""
     with tarfile.open(tar_path, "w") as tar:
@@ -350,6 +411,25 @@ def test_shards_are_read_by_seeking(folder: Path, tmp_path: Path) -> None:
     assert crops.batch(0, 4).shape == (4, 2, SAMPLES)
 
 
+def test_a_key_is_the_name_without_its_last_suffix(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names with several dots, a byte order mark, texts without audio, hidden files; two files of a key are refused."""
+    for name in ("song.v1", "song.v2"):
+        shutil.copy(folder / "0.wav", tmp_path / f"{name}.wav")
+    texts = {"song.v2.json": '\ufeff{"text": "two"}', "song.v1.txt": "\ufeffone", "song.txt": "lost"}
+    write_shard(tmp_path, tmp_path / "a.tar", texts | {"._song.v1.wav": "no audio", "cover.jpg": ""})
+    items = read_items(tmp_path / "a.tar")
+    assert [(item.name, item.captions) for item in items] == [("song.v1.wav", ("one",)), ("song.v2.wav", ("two",))]
+    said = capsys.readouterr().err
+    assert "2 files left out, no audio by their names: 1 .jpg, 1 hidden" in said
+    assert "1 files left out, no audio beside: 1 .txt" in said
+    for other in ("song.v1.flac", "song.v1.wav"):
+        write_shard(tmp_path, tmp_path / "b.tar", {other: ""})
+        with pytest.raises(UserError, match=r"b\.tar: sub/song\.v1\.wav and .* have one key"):
+            read_items(tmp_path / "b.tar")
+
+
 def test_broken_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.tar").write_text("no tar at all" * 100)
     for source, words in ((tmp_path, "text.tar: no shard"), (tmp_path / "none.tar", "none.tar: no shard")):
@@ -372,6 +452,14 @@ def test_hugging_face_data_sets_are_read(folder: Path, tmp_path: Path) -> None:
     items = read_items(tmp_path / "set")
     assert [i.captions for i in items] == [("a",), ("b",), ()]
     assert_reads_the_same(items, folder)
+    table = table.cast_column("sound", datasets.Audio())
+    for splits in ({"test": table.select([0]), "train": table}, {"only": table}):
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "splits")
+        assert [i.captions for i in read_items(tmp_path / "splits")] == [("a",), ("b",), ()]
+        shutil.rmtree(tmp_path / "splits")
+    datasets.DatasetDict({"x": table, "y": table}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="has the splits x, y"):
+        read_items(tmp_path / "splits")
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "silent")
     with pytest.raises(UserError, match="no column of audio"):
         read_items(tmp_path / "silent")

@@ -16,7 +16,6 @@ from evaluation.embedders.clap import ClapEmbedder, streamed_log_mel
 from evaluation.embedders.openl3 import OpenL3Embedder, load_openl3, mel_spectrogram
 from evaluation.embedders.passt import PaSST, PaSSTEmbedder, load_passt
 from evaluation.embedders.streams import TargetLevel, mono_at, overlapping_windows, stereo_at
-from evaluation.embedders.weights import read_weights
 from evaluation.result import Missing
 from stable_audio_lite.audio.io import read_audio, write_audio
 from stable_audio_lite.clap.mel import log_mel, repeat_pad
@@ -25,6 +24,7 @@ from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import save_tensors
 from stable_audio_lite.systems import load_model_config
+from stable_audio_lite.weights import read_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:Input image size", "ignore:stft with")
 

@@ -143,6 +143,6 @@ def test_command_prints_and_draws(music: torch.Tensor, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "VAE" in done.stdout and "dead channels" in done.stdout
     assert done.stdout.startswith("1 files") and done.stdout.count("left out: ") == 3
-    assert page.read_text().count("data:image/png") == 1
+    assert page.read_text().count("data:image/webp") == 3
     done = subprocess.run([*command[:4], str(tmp_path / "none")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.count("\n") == 1 and "none" in done.stderr

@@ -115,7 +115,7 @@ def test_an_unknown_room_is_estimated_and_refined() -> None:
     # Told what is dry, it learns the room: it then predicts the wet sound.
     errors = [float((o.forward(estimate) - seen.y).square().sum()) for o in (seen.operator, better)]
     assert errors[1] < 0.9 * errors[0]
-    norms = [o.filters.abs().square().sum(1) for o in (seen.operator, better)]  # type: ignore[attr-defined]
+    norms = [o.singular.square().sum(1) for o in (seen.operator, better)]
     torch.testing.assert_close(*norms)
     assert torch.isfinite(restorer.restore(wet, Dereverb(taps=20), SETTINGS)).all()
 

@@ -72,6 +72,17 @@ def test_a_run_keeps_its_tokenizer(corpus, tmp_path):
     torch.testing.assert_close(load_text_encoder(first).encode(CAPTIONS).tokens, before[1], rtol=1e-3, atol=1e-4)
 
 
+def test_the_first_lines_name_what_is_lost_of_captions(corpus, tmp_path, capsys):
+    ClapTask(settings(corpus, tmp_path / "run"))
+    assert "captions are longer" not in capsys.readouterr().err
+    rows = [json.loads(line) for line in (corpus / "metadata.jsonl").read_text().splitlines()]
+    rows[1]["captions"].append("quick brown foxes jump over lazy dogs while wizards mix black quartz: lost")
+    (corpus / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ClapTask(settings(corpus, tmp_path / "other"))
+    said = capsys.readouterr().err
+    assert "1 of 7 captions are longer than the 16 tokens" in said and "quartz: lost" in said
+
+
 def test_text_features_stay_where_they_are_asked_to(corpus, tmp_path):
     """The audio tower goes on from a bundle; what a U-Net sees of a prompt is the same to the bit."""
     first = run(settings(corpus, tmp_path / "first"))

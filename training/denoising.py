@@ -60,9 +60,13 @@ class Conditioned(nn.Module):
         self.conditioner, self.network = conditioner, network
 
     def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Tensor:
-        """Noisy data (B, ...), times, text features, (start, total) seconds, dropped (B,) bool -> prediction."""
+        """Noisy data (B, ...), times, text features, (start, total) seconds, dropped (B,) bool -> prediction.
+
+        Seconds beyond the timing embeddings count as the last, as in stable-audio-tools.
+        """
         network: Any = self.network
-        condition = self.conditioner(text, *timing)
+        start, total = (seconds.clamp(max=self.conditioner.config.max_seconds) for seconds in timing)
+        condition = self.conditioner(text, start, total)
         condition = drop(condition, network.null_condition(len(x), condition.mask), dropped)
         return network(x, t, network.context(condition))
 

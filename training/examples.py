@@ -23,6 +23,11 @@ class Examples(Protocol):
     A batch is data x0 (B, ...), "seconds_start" and "seconds_total" (B,), and "captions" where there are any.
     """
 
+    @property
+    def captions(self) -> list[str]:
+        """Every caption of every item."""
+        ...
+
     def __len__(self) -> int:
         """Count the items."""
         ...
@@ -76,6 +81,11 @@ class LatentWindows:
         for index, entry in enumerate(self.entries):
             fitting = (length for length in self.lengths if entry.latent.shape[1] + _SILENT_FRAMES <= length)
             self._buckets.setdefault(next(fitting, self.lengths[-1]), []).append(index)
+
+    @property
+    def captions(self) -> list[str]:
+        """As `Examples`."""
+        return [caption for entry in self.entries for caption in entry.about.captions]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -146,6 +156,11 @@ class SoundExamples:
 
     def __init__(self, crops: Crops, representation: Representation, captioned: bool):
         self.crops, self.representation, self.captioned = crops, representation, captioned
+
+    @property
+    def captions(self) -> list[str]:
+        """As `Examples`."""
+        return [caption for item in self.crops.items for caption in item.captions]
 
     def __len__(self) -> int:
         return len(self.crops.items)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stable_audio_lite.bundle import weights_hash
 from stable_audio_lite.config import differences, read_yaml, to_dict
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import state_hash
 from training.task import RunConfig, TrainingTask
 
 
@@ -25,7 +25,7 @@ def fingerprint(run: RunConfig, task: TrainingTask) -> dict[str, Any]:
         if not parameter.requires_grad
     }
     if frozen:
-        facts["initial"] = f"frozen weights {weights_hash(frozen)[:12]}"
+        facts["initial"] = f"frozen weights {state_hash(frozen)[:12]}"
     return json.loads(json.dumps(facts))
 
 

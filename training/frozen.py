@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stable_audio_lite.bundle import SHIPPED, weights_hash
+from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import state_hash
 
 
 def check_stage(key: str, path: str | None, trainers: str, *, hub: bool = False) -> None:
@@ -44,7 +45,7 @@ class FrozenClap:
         """Twelve hexadecimal digits that identify the text encoder, tokenizer included."""
         tokenizer = json.loads(self.text.tokenizer.to_str())
         words = json.dumps({key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")})
-        return hashlib.sha256((weights_hash(self.parts["text_encoder"]) + words).encode()).hexdigest()[:12]
+        return hashlib.sha256((state_hash(self.parts["text_encoder"]) + words).encode()).hexdigest()[:12]
 
     def check_same(self, theirs: Mapping[str, Tensor], bundle: str, source: str) -> None:
         """Refuse to continue from `bundle` if its text encoder isn't this one, which came from `source`.

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -154,11 +153,8 @@ class Plan:
 def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
     """Measure the run that a trainer's config describes.
 
-    Args:
-        path: the YAML file of any trainer.
-        steps: number of steps to time, after two others.
-        processes: of the run; each is assumed to be as fast as one is here.
-        profiled: profile one more step.
+    The file is that of any trainer. `steps` steps are timed after two others, and one more is `profiled`. Each of the
+    run's `processes` is assumed to be as fast as one is here.
 
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
@@ -204,7 +200,8 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
     def do(step: int) -> None:
         one_step(task, _batches(task, step, run), step, update)
         update.end()
-        _wait(accelerator.device)
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
 
     begun = time.perf_counter()
     for step in range(2, 2 + steps):
@@ -215,8 +212,10 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
     averages = sum(weights[name] for name in task.averaged) if run.ema_decay else 0
     frozen_weights = sum(_bytes(m.state_dict().values()) for m in task.frozen.values())
     gradients = sum(_bytes(p for p in m.parameters() if p.requires_grad) for m in plain.values())
-    states = sum(_optimizer_bytes(optimizer) for optimizer in optimizers.values())
-    done = checkpoints(Path(run.output) / "checkpoints")
+    entries = [entry for optimizer in optimizers.values() for entry in optimizer.state.values()]
+    states = _bytes(value for entry in entries for value in entry.values() if isinstance(value, Tensor))
+    output = Path(run.output).absolute()
+    done = checkpoints(output / "checkpoints")
     fixed = sum(weights.values()) + frozen_weights + gradients * (2 if processes > 1 else 1) + states + averages
     return Plan(
         trainer=trainer,
@@ -233,7 +232,7 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
         free=_free(accelerator.device, fixed, averages),
         checkpoint=sum(weights.values()) + averages + states,
         bundle=sum(weights[name] for name in task.averaged) + frozen_weights,
-        disk_free=shutil.disk_usage(_existing(Path(run.output))).free,
+        disk_free=shutil.disk_usage(next(p for p in (output, *output.parents) if p.exists())).free,
         items=task.items,
         processes=processes,
         batch_size=whole,
@@ -290,10 +289,7 @@ class SavedTensorMemory:
     def __init__(self, constant: set[int]):
         self.constant, self.now, self.most = constant, 0, 0
         self.holders: Counter[int] = Counter()
-        self.hooks = saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
-
-    def _pack(self, tensor: Tensor) -> _Kept:
-        return _Kept(self, tensor)
+        self.hooks = saved_tensors_hooks(lambda tensor: _Kept(self, tensor), lambda kept: kept.tensor)
 
     def add(self, tensor: Tensor, holders: int) -> None:
         """Add `holders` (1, or -1 to remove one) to those of the tensor's memory."""
@@ -318,11 +314,6 @@ class _Kept:
         self.saved.add(self.tensor, -1)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _free(device: torch.device, fixed: int, averages: int) -> int:
     """Memory left for activations; all else is allocated already, except the averages."""
     if device.type == "cuda":
@@ -330,17 +321,8 @@ def _free(device: torch.device, fixed: int, averages: int) -> int:
     return psutil.virtual_memory().available - averages
 
 
-def _existing(path: Path) -> Path:
-    """Return the path itself, or the nearest folder above it that exists."""
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _optimizer_bytes(optimizer: Optimizer) -> int:
-    return _bytes(v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))
 
 
 def _size(count: float) -> str:

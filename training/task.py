@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stable_audio_lite.clap.tokenizer import unread_parts
 from training.muon import Muon
 from training.shard import Parts
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from training.checkpoint import Resumable
     from training.update import Update
 
@@ -177,3 +183,11 @@ class TrainingTask(ABC):
     def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
         """Make demos with unwrapped modules that hold the averaged weights; called on one process only."""
         return []
+
+
+def say_unread(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int) -> None:
+    """Print in the first process how many captions are longer than what the text encoder reads, and one's lost end."""
+    ends = [end for end in unread_parts(tokenizer, captions, max_tokens) if end]
+    if ends and os.environ.get("RANK", "0") == "0":
+        what = f"{len(ends)} of {len(captions)} captions are longer than the {max_tokens} tokens that are read"
+        print(f"{what}; of the first this is lost: {ends[0][:200]}", file=sys.stderr, flush=True)

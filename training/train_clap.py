@@ -33,7 +33,7 @@ from training.command import main
 from training.frozen import check_stage
 from training.loop import fit
 from training.noise import generator
-from training.task import OptimizerConfig, RunConfig, TrainingTask
+from training.task import OptimizerConfig, RunConfig, TrainingTask, say_unread
 from training.update import Update, unwrap
 
 
@@ -131,6 +131,8 @@ class ClapTask(TrainingTask):
         torch.manual_seed(config.run.seed)
         clap = load_clap(config.initial, self.model.clap, config.dropout) if config.initial else self._new()
         self.tokenizer = clap.tokenizer
+        captions = [caption for item in self.pieces for caption in item.captions]
+        say_unread(self.tokenizer, captions, self.model.clap.max_tokens)
         if config.freeze_text:
             for name, parameter in clap.model.named_parameters():
                 parameter.requires_grad_(text_encoder_name(name, clap.config) is None)

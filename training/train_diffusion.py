@@ -40,7 +40,7 @@ from training.examples import Examples, LatentWindows, SoundExamples, latent_sta
 from training.frozen import FrozenClap, check_stage, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
-from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask
+from training.task import Demo, OptimizerConfig, RunConfig, TrainingTask, say_unread
 from training.update import Update, unwrap
 
 
@@ -145,6 +145,8 @@ class DiffusionTask(TrainingTask):
             self._go_on_from(config.initial, model)
         self.examples, self.validation = self._examples()
         self.items = len(self.examples)
+        if self.clap is not None:
+            say_unread(self.clap.text.tokenizer, self.examples.captions, self.clap.text.max_tokens)
         self._prepare(network_of(model))
         if config.lora:
             model.requires_grad_(False)
@@ -154,7 +156,7 @@ class DiffusionTask(TrainingTask):
 
     def fingerprint(self) -> dict[str, Any]:
         model = to_dict(self.model)
-        facts = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
+        facts: dict[str, Any] = {"model": {k: v for k, v in model.items() if k not in ("format", "generation", "vae")}}
         if isinstance(self.representation, LatentRepresentation):
             facts["vae"] = f"encoder {self.representation.hash[:12]}"
         if self.clap is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from evaluation.embedders.streams import TargetLevel, mono_at
-from evaluation.embedders.weights import Published, state_hash
+from evaluation.embedders.weights import Published
 from evaluation.result import Missing
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.clap.checkpoints import LAION_SUFFIXES, load_clap
@@ -19,6 +19,7 @@ from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.clap.mel import HOP, SAMPLE_RATE, log_mel, repeat_pad
 from stable_audio_lite.clap.model import Clap
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import state_hash
 
 CLAP_WEIGHTS = Published(
     file="630k-audioset-fusion-best.pt",
@@ -39,7 +40,7 @@ class ClapEmbedder:
         self.clap, self.level = clap.eval(), level
         longer = "shrunk whole, begin, middle and end" if clap.config.audio_fusion else "middle"
         self.settings: dict[str, Any] = {
-            "weights": state_hash(clap.state_dict()),
+            "weights": state_hash(clap.state_dict())[:12],
             "tokenizer": hashlib.sha256(clap.tokenizer.to_str().encode()).hexdigest()[:12],
             "sample_rate": SAMPLE_RATE,
             "mel": f"{clap.config.mel_bins} bands from {clap.config.mel_lowest:g} Hz",
@@ -50,11 +51,7 @@ class ClapEmbedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (1, D) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (1, D) of a file."""
         mel = streamed_log_mel(self.clap.config, mono_at(source, SAMPLE_RATE, self.level))
         return {"embedding": self.clap.embed_mels([mel]).cpu()}
 

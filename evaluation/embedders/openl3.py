@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.embedders.streams import TargetLevel, batches, overlapping_windows, stereo_at
-from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
+from evaluation.embedders.weights import Published, fill_network
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.audio.stft import stft
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import read_weights, state_hash
 
 OPENL3_WEIGHTS = {
     content: Published(
@@ -81,7 +82,7 @@ class OpenL3Embedder:
     def __init__(self, network: OpenL3, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
-            "weights": state_hash(network.state_dict()),
+            "weights": state_hash(network.state_dict())[:12],
             "front_end": "openl3 0.4.2, mel256",
             "sample_rate": f"{_EVALUATION_RATE}, {_SAMPLE_RATE}",
             "channels": "left and right concatenated",
@@ -91,11 +92,7 @@ class OpenL3Embedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (windows, 1024) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (windows, 1024) of a file."""
         device = next(self.network.parameters()).device
         audio = stereo_at(source, (_EVALUATION_RATE, _SAMPLE_RATE), self.level)
         # The first sample lies in the middle of the first window.

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.embedders.streams import TargetLevel, batches, mono_at, overlapping_windows
-from evaluation.embedders.weights import Published, fill_network, read_weights, state_hash
+from evaluation.embedders.weights import Published, fill_network
 from evaluation.result import Missing
 from stable_audio_lite.audio.io import AudioSource
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import read_weights, state_hash
 
 PASST_WEIGHTS = Published(
     file="passt-s-f128-p16-s10-ap.476-swa.pt",
@@ -69,7 +70,7 @@ class PaSSTEmbedder:
     def __init__(self, network: PaSST, level: TargetLevel, batch: int):
         self.network, self.level, self.batch = network.eval(), level, batch
         self.settings: dict[str, Any] = {
-            "weights": state_hash(network.net.state_dict()),
+            "weights": state_hash(network.net.state_dict())[:12],
             "sample_rate": _SAMPLE_RATE,
             "channels": "mean of left and right",
             "window": "10 s every 5 s",
@@ -78,11 +79,7 @@ class PaSSTEmbedder:
 
     @torch.inference_mode()
     def embed(self, source: AudioSource) -> dict[str, Tensor]:
-        """ "embedding" (windows, 768) and "logits" (windows, 527) of a file.
-
-        Raises:
-            UserError: it can't be read.
-        """
+        """ "embedding" (windows, 768) and "logits" (windows, 527) of a file."""
         length = 0
 
         def counted() -> Iterator[Tensor]:

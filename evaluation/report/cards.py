@@ -158,12 +158,12 @@ def _picture(file: Path) -> tuple[str, dict[int, float]]:
 
 
 def _read(file: Path, seconds: float = math.inf) -> tuple[np.ndarray, int]:
-    """(C, T) samples of all channels, and their rate in Hz; without torch, which takes seconds to import."""
+    """(2, T) samples and their rate in Hz; without torch, which takes seconds to import."""
     from stable_audio_lite.audio.io import audio_blocks, audio_info
 
     rate = audio_info(file).sample_rate
     blocks, length = [], 0
-    for block in audio_blocks(file):
+    for block in audio_blocks(file, stereo=True):
         blocks.append(block)
         length += block.shape[1]
         if length >= seconds * rate:
@@ -179,5 +179,5 @@ def _mp3(file: Path) -> str:
     samples, own = _read(file)
     rate = own if own in _MP3_RATES else 44100
     buffer = io.BytesIO()
-    soundfile.write(buffer, resample(samples[:2], own, rate).clip(-1, 1).T, rate, format="MP3")
+    soundfile.write(buffer, resample(samples, own, rate).clip(-1, 1).T, rate, format="MP3")
     return f"data:audio/mpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.report.cards import Card, Places, card, most_similar, prompt_groups
-from evaluation.report.charts import histogram, strip
+from evaluation.report.charts import strip, timing_grid
 from evaluation.report.published import COLUMNS, TABLES
 from evaluation.result import MetricValue, Result, flat_settings, format_value, load_result
 from stable_audio_lite.errors import UserError
@@ -54,9 +54,9 @@ def render_page(result: Result, places: Places, prompts: int) -> tuple[str, list
         columns=columns,
         metrics=[(metric, *_meaning(metric), strip(metric, columns)) for metric in result.metrics],
         published_columns=COLUMNS,
-        weights={name: settings.get(f"{column.embedder}.weights") for name, column in COLUMNS.items()},
+        weights={name: settings.get(f"{column['embedder']}.weights") for name, column in COLUMNS.items()},
         published=TABLES if any(result.metric(name) for name in COLUMNS) else (),
-        histogram=histogram(result.tables.get("timing_histogram", ())),
+        grid=timing_grid(result.tables.get("timing_histogram", ())),
         similar=most_similar(result),
         closest_recording=max((sound.nearest[0].cosine for sound in result.reference if sound.nearest), default=None),
         treatments=_treatments(result),
@@ -80,7 +80,7 @@ def _template(places: Places) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(with_unit=_with_unit, bare=_bare, cell=_cell, columns=_columns, link=places.link)
+    environment.filters.update(figure=_figure, cell=_cell, columns=_columns, link=places.link)
     return environment.get_template("report.html.jinja")
 
 
@@ -90,13 +90,8 @@ def _meaning(metric: MetricValue) -> tuple[str, str]:
     return (f"{_DISTANCE}, {_INFINITE}" if metric.name.startswith("fd_inf_") else f"{_DISTANCE}; {_BIASED}"), ""
 
 
-def _with_unit(value: float, unit: str) -> str:
-    """A value and its unit; a share in per cent."""
-    return _bare(value, unit) if unit == "share" else f"{format_value(value)} {unit}".strip()
-
-
-def _bare(value: float, unit: str) -> str:
-    """The value of `_with_unit` alone."""
+def _figure(value: float, unit: str) -> str:
+    """A value without its unit; a share in per cent."""
     return f"{value:.1%}" if unit == "share" else format_value(value)
 
 
@@ -128,16 +123,12 @@ def write_report(result_path: Path, page_path: Path, *, embed: bool = False, pro
     check_place(page_path)
     result = load_result(result_path)
     if embed:
-        _check_mp3()
+        import soundfile
+
+        if "MP3" not in soundfile.available_formats():
+            raise UserError("--embed needs libsndfile 1.1 or newer (pip install -U soundfile); or leave it out")
     page, cards = render_page(result, Places(page=page_path, result=result_path, embed=embed), prompts)
     with replacing(page_path) as temporary:
         # Names that are no UTF-8 hold characters that can't be written as they are.
         temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return cards
-
-
-def _check_mp3() -> None:
-    import soundfile
-
-    if "MP3" not in soundfile.available_formats():
-        raise UserError("--embed needs libsndfile 1.1 or newer (pip install -U soundfile); or leave it out")

@@ -1,9 +1,9 @@
 """Audio files in and out.
 
-Reading seeks to the wanted stretch, so a short crop of an hour-long file costs what a short file costs. Any rate and
-channel count becomes stereo at the wanted rate: mono is duplicated, of more than two channels the first two are kept,
-the rate is changed by soxr. Writing is 24-bit WAV or FLAC, attenuated only where it would clip, with the prompt and
-the settings stored inside the file.
+Reading seeks to the wanted stretch, so a short crop of an hour-long file costs what a short file costs, except in MP3
+and what only ffmpeg reads. Any rate and channel count becomes stereo at the wanted rate: mono is duplicated, more
+channels are mixed by the weights of ITU-R BS.775, the rate is changed by soxr. Writing is 24-bit WAV or FLAC,
+attenuated only where it would clip, with the prompt and the settings stored inside the file.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import hashlib
 import io
 import json
 import math
-import os
-import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from stable_audio_lite.audio.decoding import AudioFile, AudioSource, Stored
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place, replacing
 
 if TYPE_CHECKING:
-    import soundfile
     import torch
 
 WRITABLE = (".wav", ".flac")
@@ -35,27 +33,11 @@ SOFTWARE = "Stable Audio Lite"
 
 # Seconds read on each side of a crop, so that its edges are resampled as they would be inside the whole file.
 _MARGIN = 0.05
-_UNKNOWN_SIZE = 0xFFFFFFFF  # what a WAV written to a pipe declares
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Audio inside something larger: `open` returns its bytes as a seekable file, `name` says where they are."""
-
-    name: str
-    open: Callable[[], BinaryIO] = dataclasses.field(compare=False, repr=False)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-AudioSource = str | Path | Stored
-"""A place to read audio from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AudioInfo:
-    """A file's header: rate in Hz, channels, length in sample frames and in seconds."""
+    """A file's rate in Hz, channels, length in sample frames and in seconds."""
 
     sample_rate: int
     channels: int
@@ -76,13 +58,13 @@ class Metadata:
 
 
 def audio_info(path: AudioSource) -> AudioInfo:
-    """Read a file's header.
+    """Read a file's rate, channels and length, which is that of the whole decoded file.
 
     Raises:
-        UserError: the file is missing, truncated (where the header shows it) or not audio.
+        UserError: as `AudioFile`.
     """
-    with _open(path) as file:
-        return AudioInfo(sample_rate=file.samplerate, channels=file.channels, frames=file.frames)
+    with AudioFile(path) as file:
+        return AudioInfo(sample_rate=file.sample_rate, channels=file.channels, frames=file.frames)
 
 
 def read_audio(
@@ -99,16 +81,15 @@ def read_audio(
 
     if start_seconds < 0 or (seconds is not None and seconds <= 0):
         raise UserError(f"{path}: can't read {seconds} s from {start_seconds} s; give start >= 0 and seconds > 0")
-    with _open(path) as file:
-        rate, length = file.samplerate, file.frames
+    with AudioFile(path) as file:
+        rate, length = file.sample_rate, file.frames
         first = round(start_seconds * rate)
         if first >= length:
             raise UserError(f"{path}: has {length / rate:.2f} s, so nothing starts at {start_seconds:.2f} s")
         margin = 0 if rate == sample_rate else math.ceil(_MARGIN * rate)
         last = length if seconds is None else min(length, first + math.ceil(seconds * rate))
         begin = max(0, first - margin)
-        samples = _read(file, path, begin, min(length, last + margin))
-    samples = _stereo(samples)
+        samples = file.to_stereo(file.read(begin, min(length, last + margin)))
     wanted = (last - first) / rate if seconds is None else min(seconds, (length - first) / rate)
     if rate != sample_rate:
         samples = resample(samples, rate, sample_rate)
@@ -123,15 +104,16 @@ def audio_hash(path: AudioSource) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def audio_blocks(path: AudioSource, frames: int = 1 << 18) -> Iterator[np.ndarray]:
-    """A whole file at its own rate as successive (C, <= frames) float32 arrays, with all its channels.
+def audio_blocks(path: AudioSource, frames: int = 1 << 18, stereo: bool = False) -> Iterator[np.ndarray]:
+    """A whole file at its own rate as successive (C, <= frames) float32 arrays, with all its channels or as stereo.
 
     Raises:
         UserError: as `read_audio`, once reading reaches the fault.
     """
-    with _open(path) as file:
+    with AudioFile(path) as file:
         for begin in range(0, file.frames, frames):
-            yield _read(file, path, begin, min(begin + frames, file.frames))
+            block = file.read(begin, min(begin + frames, file.frames))
+            yield file.to_stereo(block) if stereo else block
 
 
 def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) -> Iterator[torch.Tensor]:
@@ -143,8 +125,7 @@ def stereo_blocks(path: AudioSource, sample_rate: int, frames: int = 1 << 18) ->
     import torch
 
     rate = audio_info(path).sample_rate
-    blocks = (_stereo(block) for block in audio_blocks(path, frames))
-    for block in resample_blocks(blocks, rate, sample_rate, 2):
+    for block in resample_blocks(audio_blocks(path, frames, stereo=True), rate, sample_rate, 2):
         if block.shape[1]:
             yield torch.from_numpy(np.ascontiguousarray(block))
 
@@ -265,72 +246,13 @@ def read_metadata(path: str | Path) -> Metadata:
     Raises:
         UserError: the file is missing or not audio.
     """
-    with _open(path) as file:
-        if file.format == "WAV":
-            tags = _read_wav_tags(Path(path))
-        else:
-            tags = {name: getattr(file, name) for name in ("title", "comment")}
+    with AudioFile(path) as file:
+        tags = _read_wav_tags(Path(path)) if file.format == "WAV" else file.tags
     try:
         settings = json.loads(tags.get("comment") or "{}")
     except ValueError:  # a comment that somebody else wrote
         settings = {}
     return Metadata(title=tags.get("title") or None, settings=settings if isinstance(settings, dict) else {})
-
-
-_SHORTENED = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "OGG")
-
-
-def _shortened(log: str) -> str | None:
-    """Find in libsndfile's log how a file was truncated, which it reads to its early end without complaint."""
-    if "Last page lacks an end-of-stream bit" in log:
-        return "its last page is missing"
-    for match in re.finditer(r"^\s*(?:data|SSND|riff|Riff size) *: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
-        claimed, found = int(match[1]), int(match[2])
-        if claimed not in (0, _UNKNOWN_SIZE) and found < claimed:
-            return f"holds {found} of {claimed} bytes"
-    return None
-
-
-def _open(path: AudioSource) -> soundfile.SoundFile:
-    import soundfile
-
-    if not isinstance(path, Stored) and not Path(path).is_file():
-        raise UserError(f"{path}: no such audio file")
-    try:
-        file = soundfile.SoundFile(path.open() if isinstance(path, Stored) else os.fsencode(path))
-    except OSError as error:
-        raise UserError(f"{path}: can't be opened ({' '.join(str(error).split())[:160]})") from error
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: raw samples, by their suffix
-        raise UserError(f"{path}: can't be read as audio; give a WAV, FLAC, OGG or MP3 file") from error
-    if file.format in _SHORTENED and (loss := _shortened(file.extra_info)):
-        file.close()
-        raise UserError(f"{path}: truncated, {loss}; fetch it again")
-    if file.frames <= 0:
-        file.close()
-        raise UserError(f"{path}: holds no samples")
-    return file
-
-
-def _read(file: soundfile.SoundFile, path: AudioSource, begin: int, end: int) -> np.ndarray:
-    """Frames begin..end as (C, T) float32."""
-    import soundfile
-
-    try:
-        file.seek(begin)
-        samples = file.read(end - begin, dtype="float32", always_2d=True).T
-    except soundfile.SoundFileError as error:
-        raise UserError(f"{path}: damaged or truncated ({error}); fetch it again") from error
-    if samples.shape[1] < end - begin:
-        raise UserError(
-            f"{path}: truncated, {samples.shape[1]} samples follow {begin}, expected {end - begin}; fetch it again"
-        )
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path}: holds NaN or infinite samples; mend or remove it")
-    return samples
-
-
-def _stereo(samples: np.ndarray) -> np.ndarray:
-    return np.repeat(samples, 2, axis=0) if len(samples) == 1 else samples[:2]
 
 
 def _tags(metadata: dict[str, Any] | None) -> dict[str, str]:
@@ -384,7 +306,8 @@ def _append_wav_tags(path: Path, tags: dict[str, str]) -> None:
 def _read_wav_tags(path: Path) -> dict[str, str]:
     names = {identity: name for name, identity in _WAV_IDS.items()}
     with path.open("rb") as file:
-        file.seek(12)
+        if file.read(12)[:4] != b"RIFF":  # read by ffmpeg
+            return {}
         while len(header := file.read(8)) == 8:
             identity, size = struct.unpack("<4sI", header)
             if identity == b"LIST" and file.read(4) == b"INFO":

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from stable_audio_lite import bundle
@@ -27,6 +26,7 @@ from stable_audio_lite.clap.tokenizer import load_tokenizer
 from stable_audio_lite.config import from_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder
+from stable_audio_lite.weights import fetch_from_hub, load_state, read_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,14 +60,10 @@ _TEXT_ENCODER_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A CLAP as read from its source.
+    """A CLAP as read from its `source`.
 
-    Attributes:
-        source: path for messages.
-        config: sizes.
-        tokenizer: of its texts.
-        parts: state dicts of `text_encoder` and, where the source has both towers, `audio_encoder`, in the floating
-            types that they are stored in.
+    Its `parts` are the state dicts of `text_encoder` and, where the source has both towers, `audio_encoder`, in the
+    floating types that they are stored in.
 
     Raises:
         UserError: the tokenizer has more tokens than the text tower.
@@ -99,8 +95,7 @@ class Checkpoint:
         with bundle.WithoutInitialisation():
             encoder = TextEncoder(self.config, self.tokenizer)
         state = self.parts["text_encoder"]
-        bundle.check_state(state, encoder, str(bundle.part_path(self.source, "text_encoder")))
-        encoder.load_state_dict(state, assign=True)
+        load_state(encoder, state, str(bundle.part_path(self.source, "text_encoder")), "the config", assign=True)
         return encoder.float()
 
     def clap(self, dropout: float = 0.1) -> Clap | None:
@@ -200,18 +195,7 @@ def _locate(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if str(source) in bundle.SHIPPED:
         return bundle.resolve(source)
-    return path if path.is_dir() or path.suffix in LAION_SUFFIXES else _fetch(str(source), _HUB_FILES)
-
-
-def _fetch(hub_id: str, files: tuple[str, ...]) -> Path:
-    """Download those of `files` that a hub repository has; returns their folder."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
-    except Exception as error:  # the hub client has many, none of which the user can tell apart
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{hub_id}: neither a folder nor a hub id that could be fetched ({reason})") from error
+    return path if path.is_dir() or path.suffix in LAION_SUFFIXES else fetch_from_hub(str(source), _HUB_FILES)
 
 
 def _read_bundle(folder: Path, text_only: bool) -> Checkpoint:
@@ -233,15 +217,17 @@ def _read_transformers(folder: Path) -> Checkpoint:
     if not (folder / _CONFIG_FILE).is_file():
         raise UserError(f"{folder}: no CLAP, it has neither {bundle.CONFIG_FILE} nor {_CONFIG_FILE}")
     tokenizer = load_tokenizer(folder / bundle.TOKENIZER_FILE)
+    if (weights := next((folder / f for f in _WEIGHTS_FILES if (folder / f).is_file()), None)) is None:
+        raise UserError(f"{folder}: no {' or '.join(_WEIGHTS_FILES)} there")
     clap = Clap(_transformers_sizes(folder, tokenizer), tokenizer)
-    return Checkpoint.of(_fill(clap, _transformers_state(folder), str(folder)), str(folder))
+    return Checkpoint.of(_fill(clap, read_weights(weights), str(folder)), str(folder))
 
 
 def _read_laion(path: Path) -> Checkpoint:
     state = laion.read_laion(path)
     tokenizer = path.with_name(bundle.TOKENIZER_FILE)
     if not tokenizer.is_file():
-        tokenizer = _fetch(_ROBERTA, (bundle.TOKENIZER_FILE,)) / bundle.TOKENIZER_FILE
+        tokenizer = fetch_from_hub(_ROBERTA, (bundle.TOKENIZER_FILE,)) / bundle.TOKENIZER_FILE
     clap = Clap(laion.infer_config(state, path), load_tokenizer(tokenizer))
     return Checkpoint.of(_fill(clap, state, str(path)), str(path))
 
@@ -256,19 +242,6 @@ def _transformers_sizes(folder: Path, tokenizer: Tokenizer) -> ClapConfig:
         raise UserError(f"{path}: not a CLAP that can be read: {error}") from error
 
 
-def _transformers_state(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if (path := next((folder / f for f in _WEIGHTS_FILES if (folder / f).is_file()), None)) is None:
-        raise UserError(f"{folder}: no {' or '.join(_WEIGHTS_FILES)} there")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise several kinds for broken files
-        raise UserError(f"{path}: broken or not a weights file ({' '.join(str(error).split())[:120]})") from error
-
-
 def _check_sizes(found: ClapConfig, expected: ClapConfig, source: str | Path) -> None:
     different = [
         f"clap.{name} is {value!r} there, {getattr(expected, name)!r} here"
@@ -281,12 +254,8 @@ def _check_sizes(found: ClapConfig, expected: ClapConfig, source: str | Path) ->
 
 def _fill(clap: Clap, state: Mapping[str, Tensor], source: str) -> Clap:
     """Load weights under transformers' names; those that `clap` lacks are ignored."""
-    own = {name: value for name, value in clap.model.state_dict().items() if not name.endswith(_CONSTANTS)}
-    for name, value in own.items():
-        if name not in state or state[name].shape != value.shape:
-            got = f"shape {tuple(state[name].shape)}" if name in state else "nothing"
-            raise UserError(
-                f"{source}: weight '{name}' should be {tuple(value.shape)}, got {got}; is this file complete?"
-            )
-    clap.model.load_state_dict({name: state[name] for name in own}, strict=False)
+    own = clap.model.state_dict()
+    found = {name: state[name] for name in own if name in state and not name.endswith(_CONSTANTS)}
+    constants = {name: value for name, value in own.items() if name.endswith(_CONSTANTS)}
+    load_state(clap.model, constants | found, source, "a CLAP of this size")
     return clap.eval()

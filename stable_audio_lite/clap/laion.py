@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from stable_audio_lite.clap.config import MAX_TOKENS, ClapConfig
 from stable_audio_lite.clap.tokenizer import PAD_TOKEN
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import read_pickle
 
 _RENAMES = (
     (r"^text_branch\.", "text_model."),
@@ -37,13 +34,6 @@ _RENAMES = (
 _UNUSED = re.compile(
     r"^(text|audio)_transform\.|(spectrogram|logmel)_extractor|tscam_conv|audio_branch\.head\.|attn_mask|_ids$"
 )
-# LAION's files hold learning rates as NumPy scalars, which NumPy 1 and 2 name differently.
-_scalar = np.float64().__reduce__()[0]
-_NUMPY_SCALARS: list[Any] = [
-    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float64", "float32", "int64")),
-]
 _ROBERTA_HEAD = 64  # features per head in every RoBERTa size
 _ROBERTA_EPS = 1e-5  # roberta-base's layer norm, which LAION trained with
 _LOWEST = 50.0  # Hz, in all of LAION's audio configs
@@ -52,23 +42,10 @@ _LOWEST = 50.0  # Hz, in all of LAION's audio configs
 def read_laion(path: str | Path) -> dict[str, Tensor]:
     """Weights of a LAION-CLAP checkpoint under the names of transformers' `ClapModel`.
 
-    Only tensors and plain values are unpickled: no code in the file runs.
-
     Raises:
-        UserError: the file is missing or broken, holds anything else, or no weights.
+        UserError: as `stable_audio_lite.weights.read_pickle`.
     """
-    try:
-        # torch warns of what it then refuses.
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_NUMPY_SCALARS):
-            data: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give a LAION-CLAP .pt checkpoint") from error
-    except Exception as error:  # torch raises several kinds for broken files and for code in pickles
-        raise UserError(f"{path}: broken, or holds more than tensors and is not loaded") from error
-    state = data.get("state_dict", data) if isinstance(data, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{path}: holds no state_dict; give a LAION-CLAP .pt checkpoint")
-    return _rename({k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)})
+    return _rename({name.removeprefix("module."): value for name, value in read_pickle(path)[0].items()})
 
 
 def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.clap.config import ClapConfig
-from stable_audio_lite.clap.tokenizer import PAD_TOKEN, ran_out, tokenize, unlearned_words, unread_part
+from stable_audio_lite.clap.tokenizer import PAD_TOKEN, ran_out, tokenize, unlearned_words, unread_parts
 from stable_audio_lite.nn.attention import Condition, merge_heads, split_heads
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class TextEncoder(nn.Module):
 
     def remarks(self, prompt: str) -> list[str]:
         """Say what of a prompt is cut off, and, where that is known, which words were in no caption in training."""
-        unread = unread_part(self.tokenizer, prompt, self.max_tokens)
+        (unread,) = unread_parts(self.tokenizer, [prompt], self.max_tokens)
         found = [f"not read, for prompts end after {self.max_tokens} tokens: {unread!r}"] if unread else []
         known = ran_out(self.tokenizer, self.config.vocab_size)
         if known and (unlearned := unlearned_words(self.tokenizer, prompt.removesuffix(unread))):

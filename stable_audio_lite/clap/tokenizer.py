@@ -53,13 +53,13 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> tup
     return padded, padded != PAD_TOKEN
 
 
-def unread_part(tokenizer: Tokenizer, text: str, max_tokens: int) -> str:
-    """Return the end of a text that `tokenize` cuts off, "" where it takes all."""
+def unread_parts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> list[str]:
+    """The end of each text that `tokenize` cuts off, "" where it reads all of it."""
+    tokenizer.no_padding()
     tokenizer.no_truncation()
-    encoding = tokenizer.encode(text)
-    starts = [at[0] for at, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True) if not special]
-    room = max_tokens - (len(encoding.ids) - len(starts))
-    return text[starts[room] :].strip() if len(starts) > room else ""
+    found = zip(texts, tokenizer.encode_batch(list(texts)), strict=True)
+    # The end token takes the last of the places.
+    return [text[e.offsets[max_tokens - 1][0] :].strip() if len(e.ids) > max_tokens else "" for text, e in found]
 
 
 def ran_out(tokenizer: Tokenizer, vocab_size: int) -> bool:

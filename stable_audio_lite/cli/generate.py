@@ -112,7 +112,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _edits(args: argparse.Namespace, model: StableAudio, items: Sequence[str]) -> list[Edit]:
-    """What each item is made from; the same object for those that can be sampled together."""
+    """Make the edit of each item; the same object for those that can be sampled together."""
     from stable_audio_lite.edits import Edit, Inpainting, Loop, Sound, Variation
 
     if args.loop:

@@ -12,26 +12,21 @@ interrupted resumes where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from stable_audio_lite.config import to_dict
 from stable_audio_lite.corpus.captions import captions
-from stable_audio_lite.corpus.compose import MAX_PARTS, compose
-from stable_audio_lite.corpus.instruments import INSTRUMENTS
+from stable_audio_lite.corpus.compose import CorpusConfig, compose
 from stable_audio_lite.corpus.piece import Piece
 from stable_audio_lite.corpus.render import CORPUS_SAMPLE_RATE, find_soundfont, find_synth, render
-from stable_audio_lite.corpus.styles import STYLES
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
-MIN_SECONDS, MAX_SECONDS = 2.0, 60.0
-"""Range of lengths, in seconds."""
 _VERSION = 2
 
 
@@ -44,122 +39,33 @@ class CorpusReport:
     seconds: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Contents of a corpus, checked on construction.
-
-    Attributes:
-        items, held_out: numbers of training pieces and of held-out ones.
-        min_seconds, max_seconds: range of their lengths.
-        max_parts: largest number of instruments in a piece, not counting drums.
-        instruments, styles: names to draw from.
-        drums: allow drums.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    items: int
-    held_out: int
-    seed: int = 0
-    min_seconds: float = 4.0
-    max_seconds: float = 30.0
-    max_parts: int = MAX_PARTS
-    instruments: tuple[str, ...] = tuple(INSTRUMENTS)
-    styles: tuple[str, ...] = tuple(STYLES)
-    drums: bool = True
-    audio_format: Literal["flac", "wav"] = "flac"
-
-    def __post_init__(self) -> None:
-        if self.items < 1:
-            raise UserError(f"items must be at least 1, got {self.items}")
-        if self.held_out < 0:
-            raise UserError(f"held_out can't be negative, got {self.held_out}")
-        if not MIN_SECONDS <= self.min_seconds <= MAX_SECONDS:
-            raise UserError(f"min_seconds must lie in {MIN_SECONDS:g}..{MAX_SECONDS:g}, got {self.min_seconds:g}")
-        if not MIN_SECONDS <= self.max_seconds <= MAX_SECONDS:
-            raise UserError(f"max_seconds must lie in {MIN_SECONDS:g}..{MAX_SECONDS:g}, got {self.max_seconds:g}")
-        if self.min_seconds > self.max_seconds:
-            raise UserError(f"min_seconds ({self.min_seconds:g}) is more than max_seconds ({self.max_seconds:g})")
-        if not 1 <= self.max_parts <= MAX_PARTS:
-            raise UserError(f"max_parts must lie in 1..{MAX_PARTS}, got {self.max_parts}")
-        for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
-            chosen = getattr(self, name)
-            if not chosen or len(set(chosen)) < len(chosen):
-                raise UserError(f"{name} must name one or several, each once, got {', '.join(chosen) or 'none'}")
-            if unknown := next((word for word in chosen if word not in known), None):
-                raise UserError(f"{name}: {unknown!r} is not known; choose from {', '.join(known)}")
-        if self.audio_format not in ("flac", "wav"):
-            raise UserError(f"audio_format must be flac or wav, got {self.audio_format!r}")
-
-
 def build_corpus(
-    out: Path,
-    items: int,
-    held_out: int,
-    seed: int = 0,
-    workers: int | None = None,
-    min_seconds: float = 4.0,
-    max_seconds: float = 30.0,
-    max_parts: int = MAX_PARTS,
-    instruments: Sequence[str] | None = None,
-    styles: Sequence[str] | None = None,
-    drums: bool = True,
-    audio_format: Literal["flac", "wav"] = "flac",
-    soundfont: str | None = None,
-    progress: bool = True,
+    out: Path, *, workers: int | None = None, soundfont: str | None = None, progress: bool = True, **settings: Any
 ) -> CorpusReport:
-    """Compose and render `items` training pieces and `held_out` others into folder `out`; keep files already there.
+    """Compose and render the corpus of a `CorpusConfig` into folder `out`; keep files already there.
 
-    `workers` synthesizers run at once (one per core by default). The other settings are those of `CorpusConfig`; None
-    stands for all instruments or styles.
+    `workers` synthesizers run at once, by default one per core. `settings` are a `CorpusConfig`, None its default.
 
     Raises:
-        UserError: an argument is out of range, `out` can't be written or holds a corpus with other settings, or
+        UserError: a setting is out of range, `out` can't be written or holds a corpus with other settings, or
             FluidSynth or its soundfont is missing.
     """
-    config = CorpusConfig(
-        items=items,
-        held_out=held_out,
-        seed=seed,
-        min_seconds=float(min_seconds),
-        max_seconds=float(max_seconds),
-        max_parts=max_parts,
-        instruments=tuple(INSTRUMENTS if instruments is None else instruments),
-        styles=tuple(STYLES if styles is None else styles),
-        drums=drums,
-        audio_format=audio_format,
-    )
+    config = CorpusConfig(**{name: value for name, value in settings.items() if value is not None})
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, got {workers}")
     find_synth()
     font = find_soundfont(soundfont)
-    out = Path(out)
     _claim(out, config)
-    pieces = [compose_item(config, split, i) for split, n in _splits(config) for i in range(n)]
+    splits = {"train": config.items, "held_out": config.held_out}
+    pieces = [compose(config, split, index) for split, count in splits.items() for index in range(count)]
     missing = [piece for piece in pieces if not _audio_path(out, config, piece).exists()]
     _render_all(out, config, missing, len(pieces), font, workers or os.cpu_count() or 1, progress)
-    for split, _ in _splits(config):
-        rows = [json.dumps(metadata_row(piece, audio_format)) for piece in pieces if piece.split == split]
+    for split in splits:
+        rows = [json.dumps(metadata_row(piece, config.audio_format)) for piece in pieces if piece.split == split]
         with replacing(out / split / "metadata.jsonl") as temporary:
             temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     total = sum(piece.seconds for piece in pieces)
     return CorpusReport(rendered=len(missing), kept=len(pieces) - len(missing), seconds=total)
-
-
-def compose_item(config: CorpusConfig, split: str, index: int) -> Piece:
-    """Compose item `index` of a split, which does not depend on the number of items."""
-    return compose(
-        config.seed,
-        split,
-        index,
-        config.min_seconds,
-        config.max_seconds,
-        config.max_parts,
-        config.instruments,
-        config.styles,
-        config.drums,
-    )
 
 
 def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
@@ -182,10 +88,6 @@ def metadata_row(piece: Piece, audio_format: str) -> dict[str, Any]:
     }
 
 
-def _splits(config: CorpusConfig) -> list[tuple[str, int]]:
-    return [("train", config.items), ("held_out", config.held_out)]
-
-
 def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
     return out / piece.split / f"{piece.index:06d}.{config.audio_format}"
 
@@ -193,17 +95,8 @@ def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
 def _claim(out: Path, config: CorpusConfig) -> None:
     """Record the settings in the folder, or check them against those of the corpus already there."""
     path = out / "corpus.json"
-    settings = {
-        "version": _VERSION,
-        "seed": config.seed,
-        "min_seconds": config.min_seconds,
-        "max_seconds": config.max_seconds,
-        "max_parts": config.max_parts,
-        "instruments": list(config.instruments),
-        "styles": list(config.styles),
-        "drums": config.drums,
-        "audio_format": config.audio_format,
-    }
+    settings = {"version": _VERSION, **to_dict(config)}
+    del settings["items"], settings["held_out"]
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -224,25 +117,15 @@ def _render_all(
 ) -> None:
     from tqdm import tqdm
 
-    # Threads suffice: each waits for a synthesizer process of its own.
-    with (
-        tqdm(total=total, initial=total - len(pieces), unit="piece", disable=not progress) as bar,
-        _pool(workers) as pool,
-    ):
-        jobs = [pool.submit(_write_item, out, config, piece, font) for piece in pieces]
-        for job in as_completed(jobs):
+    bar = tqdm(total=total, initial=total - len(pieces), unit="piece", disable=not progress)
+    pool = ThreadPoolExecutor(workers)  # threads suffice: each waits for a synthesizer process of its own
+    try:
+        for job in as_completed([pool.submit(_write_item, out, config, piece, font) for piece in pieces]):
             job.result()
             bar.update()
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool that drops jobs not yet begun when something fails or the user interrupts."""
-    pool = ThreadPoolExecutor(workers)
-    try:
-        yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # jobs not yet begun, where one failed or the user interrupts
+        bar.close()
 
 
 def _write_item(out: Path, config: CorpusConfig, piece: Piece, font: Path) -> None:

@@ -141,7 +141,10 @@ def _key(rng: random.Random, piece: Piece) -> str:
 
 
 def _sentence(rng: random.Random, piece: Piece, everything: bool) -> str:
-    names = [_with_article(rng, name) for name in _names(rng, piece, everything)]
+    names = []
+    for name in _names(rng, piece, everything):
+        plural = name.endswith("s") and not name.endswith(("ss", "rhodes"))
+        names.append(name if plural or rng.random() < 0.5 else f"{_article(name)} {name}")
     drums = piece.drums and rng.random() < 0.75
     listed = _listed(rng, [*names, rng.choice(WITH_DRUMS)] if drums else names)
     if len(names) == 1 and len(piece.parts) == 1 and not piece.drums and rng.random() < 0.3:
@@ -157,7 +160,7 @@ def _fill(rng: random.Random, template: str, piece: Piece, listed: str) -> str:
         key = f" in a {piece.mode} key"
     tempo = rng.choice((" at {} bpm", " at {} BPM", ", {} bpm", " around {} bpm", ", about {} beats per minute"))
     drums = rng.choice((" with drums", " with a drum kit")) if piece.drums else " without drums"
-    text = template.format(
+    return template.format(
         a=_adjectives(rng, piece),
         i=listed,
         I=listed,
@@ -165,7 +168,6 @@ def _fill(rng: random.Random, template: str, piece: Piece, listed: str) -> str:
         t=tempo.format(piece.bpm) if rng.random() < 0.55 else "",
         d=drums if rng.random() < 0.5 else "",
     )
-    return text
 
 
 def _adjectives(rng: random.Random, piece: Piece) -> str:
@@ -183,10 +185,7 @@ def _names(rng: random.Random, piece: Piece, everything: bool) -> list[str]:
     found = list(piece.instruments)
     if not everything and len(found) > 1 and rng.random() < 0.2:
         found = found[: rng.randint(1, len(found) - 1)]
-    words = []
-    for name in found:
-        choices = caption_names(name)
-        words.append(name if rng.random() < 0.65 else rng.choice(choices))
+    words = [name if rng.random() < 0.65 else rng.choice(caption_names(name)) for name in found]
     # Two guitars may both come out as "guitar": then say which.
     return words if len(set(words)) == len(words) else found
 
@@ -201,11 +200,6 @@ def _listed(rng: random.Random, names: list[str]) -> str:
 
 def _article(phrase: str) -> str:
     return "an" if phrase[0].lower() in "aeiou" else "a"
-
-
-def _with_article(rng: random.Random, name: str) -> str:
-    plural = name.endswith("s") and not name.endswith(("ss", "rhodes"))
-    return name if plural or rng.random() < 0.5 else f"{_article(name)} {name}"
 
 
 def _finish(rng: random.Random, text: str) -> str:

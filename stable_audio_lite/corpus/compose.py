@@ -12,6 +12,8 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
 
 from stable_audio_lite.corpus import parts as play
 from stable_audio_lite.corpus.harmony import KEYS, Chord, chord_at, nearest_pitch, progression, voicing
@@ -19,6 +21,7 @@ from stable_audio_lite.corpus.instruments import INSTRUMENTS, Instrument, balanc
 from stable_audio_lite.corpus.parts import Event, Score
 from stable_audio_lite.corpus.piece import DRUMS, ChordSpan, Note, Part, Piece
 from stable_audio_lite.corpus.styles import STYLES, Style
+from stable_audio_lite.errors import UserError
 
 LEAD_IN = 0.03
 """Seconds of silence before the first note."""
@@ -46,6 +49,54 @@ _LINE_UPS: dict[int, list[tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Contents of a corpus, checked on construction.
+
+    Attributes:
+        items, held_out: numbers of training pieces and of held-out ones.
+        min_seconds, max_seconds: range of their lengths, within 2 to 60.
+        max_parts: largest number of instruments in a piece, not counting drums.
+        instruments, styles: names to draw from.
+        drums: allow drums.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    items: int
+    held_out: int
+    seed: int = 0
+    min_seconds: float = 4.0
+    max_seconds: float = 30.0
+    max_parts: int = MAX_PARTS
+    instruments: tuple[str, ...] = tuple(INSTRUMENTS)
+    styles: tuple[str, ...] = tuple(STYLES)
+    drums: bool = True
+    audio_format: Literal["flac", "wav"] = "flac"
+
+    def __post_init__(self) -> None:
+        if self.items < 1:
+            raise UserError(f"items must be at least 1, got {self.items}")
+        if self.held_out < 0:
+            raise UserError(f"held_out can't be negative, got {self.held_out}")
+        for name, seconds in (("min_seconds", self.min_seconds), ("max_seconds", self.max_seconds)):
+            if not 2 <= seconds <= 60:
+                raise UserError(f"{name} must lie in 2..60, got {seconds:g}")
+        if self.min_seconds > self.max_seconds:
+            raise UserError(f"min_seconds ({self.min_seconds:g}) is more than max_seconds ({self.max_seconds:g})")
+        if not 1 <= self.max_parts <= MAX_PARTS:
+            raise UserError(f"max_parts must lie in 1..{MAX_PARTS}, got {self.max_parts}")
+        for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
+            chosen = getattr(self, name)
+            if not chosen or len(set(chosen)) < len(chosen):
+                raise UserError(f"{name} must name one or several, each once, got {', '.join(chosen) or 'none'}")
+            if unknown := next((word for word in chosen if word not in known), None):
+                raise UserError(f"{name}: {unknown!r} is not known; choose from {', '.join(known)}")
+        if self.audio_format not in ("flac", "wav"):
+            raise UserError(f"audio_format must be flac or wav, got {self.audio_format!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class _TempoMap:
     """Time in seconds of each beat: swing within the beat, a slowing last bar, a steady pulse elsewhere."""
 
@@ -62,52 +113,40 @@ class _TempoMap:
         return LEAD_IN + self.spb * (beat + self.slowing * late * late / self.slow_beats)
 
 
-def compose(
-    seed: int,
-    split: str,
-    index: int,
-    min_seconds: float,
-    max_seconds: float,
-    max_parts: int = MAX_PARTS,
-    instruments: Sequence[str] = tuple(INSTRUMENTS),
-    styles: Sequence[str] = tuple(STYLES),
-    drums: bool = True,
-) -> Piece:
-    """Compose item `index` of `split`, independently of all other items.
-
-    Lengths are in seconds (2 to 60). `max_parts` bounds the instruments besides drums (1 to MAX_PARTS); who plays is
-    drawn from `instruments`, and what from those of `styles` that fit the length. Without `drums` no piece has any.
-    """
-    rng = random.Random(f"{seed}/{split}/{index}")
-    wanted = round(rng.uniform(min_seconds, max_seconds), 1)
-    wanted = min(max(wanted, min_seconds), max_seconds)
+def compose(config: CorpusConfig, split: str, index: int) -> Piece:
+    """Compose item `index` of `split`, independently of all other items and of how many there are."""
+    rng = random.Random(f"{config.seed}/{split}/{index}")
+    wanted = round(rng.uniform(config.min_seconds, config.max_seconds), 1)
+    wanted = min(max(wanted, config.min_seconds), config.max_seconds)
     seconds = max(wanted, SHORTEST_WHOLE)
-    line_ups = {n: _line_ups(n, instruments) for n in range(1, max_parts + 1)}
-    counts = [(n, weight) for n, weight in PART_COUNTS[:max_parts] if line_ups[n]]
+    line_ups = {
+        count: [roles for roles in _LINE_UPS[count] if _castable(roles, config.instruments)]
+        for count in range(1, config.max_parts + 1)
+    }
+    counts = [(n, weight) for n, weight in PART_COUNTS[: config.max_parts] if line_ups[n]]
     count = rng.choices([n for n, _ in counts], [w for _, w in counts])[0]
-    fitting = [name for name in styles if _fits(STYLES[name], seconds)]
-    style = STYLES[rng.choice(fitting or [min(styles, key=lambda name: _shortest(STYLES[name]))])]
-    parts = _cast(rng, style, line_ups[count], instruments)
-    drummed = drums and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
+    fitting = [name for name in config.styles if _shortest(STYLES[name]) <= seconds]
+    style = STYLES[rng.choice(fitting or [min(config.styles, key=lambda name: _shortest(STYLES[name]))])]
+    parts = _cast(rng, style, line_ups[count], config.instruments)
+    drummed = (
+        config.drums and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
+    )
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
     bpm, bars = _tempo(rng, style, seconds, slowing)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
     tempo_map = _TempoMap(
-        spb=60 / bpm,
-        swing=style.swing,
-        slow_from=(bars - 1) * style.beats,
-        slow_beats=style.beats,
-        slowing=slowing,
+        spb=60 / bpm, swing=style.swing, slow_from=(bars - 1) * style.beats, slow_beats=style.beats, slowing=slowing
     )
     hold = (seconds - TAIL - tempo_map.seconds(bars * style.beats)) / tempo_map.spb
     score = _score(rng, style, bpm, bars, tonic, mode, hold, drummed or count > 1)
-    notes = [
-        note for number, part in enumerate(parts) for note in _perform(rng, score, part, number, tempo_map, seconds)
-    ]
+    notes = []
+    for number, part in enumerate(parts):
+        events = _written(rng, score, INSTRUMENTS[part.instrument], part.role)
+        notes += _humanise(rng, score, events, number, tempo_map, seconds)
     if drummed:
         notes += _humanise(rng, score, play.drumming(rng, score, alone=count == 1), DRUMS, tempo_map, seconds)
     piece = Piece(
-        seed=seed,
+        seed=config.seed,
         split=split,
         index=index,
         seconds=seconds,
@@ -139,10 +178,6 @@ def _beginning(piece: Piece, seconds: float) -> Piece:
     )
 
 
-def _fits(style: Style, seconds: float) -> bool:
-    return _shortest(style) <= seconds
-
-
 def _shortest(style: Style) -> float:
     """Duration of a bar and a last chord, in seconds."""
     return style.beats * 60 / style.tempo[1] * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD
@@ -162,11 +197,6 @@ def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> 
         if bars >= 1:
             best = min(best, (hold, bpm, bars))
     return best[1], best[2]
-
-
-def _line_ups(count: int, instruments: Sequence[str]) -> list[tuple[str, ...]]:
-    """List the ways in which `count` different ones of `instruments` can share the roles."""
-    return [roles for roles in _LINE_UPS[count] if _castable(roles, instruments)]
 
 
 def _castable(roles: Sequence[str], free: Sequence[str]) -> bool:
@@ -191,19 +221,13 @@ def _cast(rng: random.Random, style: Style, line_ups: list[tuple[str, ...]], ins
         pool = [n for n in able if n in typical] if typical and rng.random() < 0.5 else able
         taken.append(rng.choice(pool or able))
     side = rng.choice((-1, 1))
-    places = {
-        "lead": 0.15 * side,
-        "chords": -0.5 * side,
-        "pad": 0.35 * side,
-        "arpeggio": 0.6 * side,
-        "bass": 0.0,
-    }
+    places = {"lead": 0.15, "chords": -0.5, "pad": 0.35, "arpeggio": 0.6, "bass": 0.0}
     volumes = {"lead": 115, "chords": 88, "pad": 80, "arpeggio": 88, "bass": 104}
     return [
         Part(
             instrument=name,
             role=role,
-            pan=round(places[role] + rng.uniform(-0.15, 0.15), 2),
+            pan=round(places[role] * side + rng.uniform(-0.15, 0.15), 2),
             volume=balanced(name, volumes[role] + rng.randint(-5, 5)),
         )
         for name, role in zip(taken, roles, strict=True)
@@ -211,14 +235,7 @@ def _cast(rng: random.Random, style: Style, line_ups: list[tuple[str, ...]], ins
 
 
 def _score(
-    rng: random.Random,
-    style: Style,
-    bpm: int,
-    bars: int,
-    tonic: int,
-    mode: str,
-    hold: float,
-    accompanied: bool,
+    rng: random.Random, style: Style, bpm: int, bars: int, tonic: int, mode: str, hold: float, accompanied: bool
 ) -> Score:
     plans = style.major if mode == "major" else style.minor
     sections = {letter: rng.choice(plans) for letter in "AB"}
@@ -235,14 +252,6 @@ def _score(
     opening = accompanied and bars >= 4 and style.beats * 60 / bpm <= 3 and rng.random() < 0.5
     final = chord_at(tonic, mode, 1, "none", bars * style.beats, hold)
     return Score(style=style, bpm=bpm, bars=bars, entry=int(opening), form=form, chords=tuple(chords), final=final)
-
-
-def _perform(
-    rng: random.Random, score: Score, part: Part, number: int, tempo_map: _TempoMap, seconds: float
-) -> list[Note]:
-    instrument = INSTRUMENTS[part.instrument]
-    events = _written(rng, score, instrument, part.role)
-    return _humanise(rng, score, events, number, tempo_map, seconds)
 
 
 def _written(rng: random.Random, score: Score, instrument: Instrument, role: str) -> list[Event]:
@@ -274,21 +283,17 @@ def _tune(rng: random.Random, score: Score, instrument: Instrument, alone: bool,
     solo = instrument.solo if alone else "line"
     events = play.melody(rng, score, instrument, center)
     last = nearest_pitch(score.final.tones[0], events[-1].pitch if events else center, low, high)
-    pitches = [last]
+    pitches, accompaniment = [last], []
     if solo == "keys":
-        manner = rng.choice(("comp", "arpeggio"))
-        accompany = play.comping if manner == "comp" else play.arpeggio
-        events += [_softer(event) for event in accompany(rng, score, instrument, below)]
+        accompany = rng.choice((play.comping, play.arpeggio))
+        accompaniment = accompany(rng, score, instrument, below)
     elif solo == "chorale":
-        events += [_softer(event) for event in play.pad(score, instrument, below)]
+        accompaniment = play.pad(score, instrument, below)
     if solo != "line":
         root = nearest_pitch(score.final.tones[0], below - 6, low, high)
         pitches = sorted({root, *voicing(score.final.tones, below, low, high), last})
+    events += [replace(event, velocity=event.velocity * 0.85) for event in accompaniment]
     return events + play.closing(score, instrument, pitches, roll)
-
-
-def _softer(event: Event) -> Event:
-    return Event(pitch=event.pitch, beat=event.beat, length=event.length, velocity=event.velocity * 0.85)
 
 
 def _humanise(
@@ -311,25 +316,15 @@ def _humanise(
         if row and start - row[-1].start < 0.03:
             continue
         if row and row[-1].start + row[-1].duration > start - 0.01:
-            row[-1] = _shortened(row[-1], start - 0.01)
+            row[-1] = replace(row[-1], duration=round(max(start - 0.01 - row[-1].start, 0.01), 3))
         row.append(Note(part=part, pitch=event.pitch, start=start, duration=round(stop - start, 3), velocity=velocity))
     return [note for row in notes.values() for note in row]
 
 
-def _shortened(note: Note, stop: float) -> Note:
-    return Note(
-        part=note.part,
-        pitch=note.pitch,
-        start=note.start,
-        duration=round(max(stop - note.start, 0.01), 3),
-        velocity=note.velocity,
-    )
-
-
 def _spans(score: Score, tempo_map: _TempoMap, seconds: float) -> tuple[ChordSpan, ...]:
-    bounds = [round(tempo_map.seconds(chord.start), 3) for chord in (*score.chords, score.final)]
-    bounds.append(round(seconds - TAIL, 3))
+    chords = (*score.chords, score.final)
+    bounds = [*(round(tempo_map.seconds(chord.start), 3) for chord in chords), round(seconds - TAIL, 3)]
     return tuple(
         ChordSpan(start=start, duration=round(stop - start, 3), tones=chord.tones)
-        for chord, start, stop in zip((*score.chords, score.final), bounds[:-1], bounds[1:], strict=True)
+        for chord, (start, stop) in zip(chords, pairwise(bounds), strict=True)
     )

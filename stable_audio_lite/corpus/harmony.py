@@ -14,28 +14,25 @@ class Chord:
 
     start: float
     length: float
-    degree: int
     tones: tuple[int, ...]
     scale: tuple[int, ...]
 
 
-def scale_of(tonic: int, mode: str, degree: int = 1) -> tuple[int, ...]:
-    """Pitch classes of the scale; over a minor key's dominant the leading tone is raised (harmonic minor)."""
+def chord_at(tonic: int, mode: str, degree: int, sevenths: str, start: float, length: float) -> Chord:
+    """The chord on a scale degree, stacked in thirds; `sevenths` as in `styles.Style`.
+
+    Over a minor key's dominant the leading tone is raised (harmonic minor).
+    """
     steps = list(_SCALES[mode])
     if mode == "minor" and degree == 5:
         steps[6] = 11
-    return tuple((tonic + step) % 12 for step in steps)
-
-
-def chord_at(tonic: int, mode: str, degree: int, sevenths: str, start: float, length: float) -> Chord:
-    """The chord on a scale degree, stacked in thirds; `sevenths` as in `styles.Style`."""
-    scale = scale_of(tonic, mode, degree)
+    scale = tuple((tonic + step) % 12 for step in steps)
     tones = [scale[(degree - 1 + step) % 7] for step in (0, 2, 4)]
     if sevenths == "diatonic":
         tones.append(scale[(degree + 5) % 7])
     elif sevenths == "dominant":
         tones.append((tones[0] + 10) % 12)
-    return Chord(start=start, length=length, degree=degree, tones=tuple(tones), scale=scale)
+    return Chord(start=start, length=length, tones=tuple(tones), scale=scale)
 
 
 def progression(degrees: tuple[int, ...], bars: int, mode: str) -> list[int]:

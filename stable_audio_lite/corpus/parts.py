@@ -129,9 +129,7 @@ def arpeggio(rng: random.Random, score: Score, instrument: Instrument, center: f
         beat = index * pace
         tones = score.chord_on(beat).tones[:3]
         close = voicing(tones, center, instrument.low, instrument.high)
-        ladder = (
-            [*close, min(close[0] + 12, instrument.high)] if close[0] + 12 <= instrument.high else [*close, close[-1]]
-        )
+        ladder = [*close, close[0] + 12 if close[0] + 12 <= instrument.high else close[-1]]
         loud = 0.72 if beat % 1 == 0 else 0.6
         pitch = ladder[shape[index % len(shape)]]
         events.append(Event(pitch=pitch, beat=beat, length=pace * 1.4, velocity=loud))
@@ -211,9 +209,7 @@ def _groove(groove: dict[int, str], start: float, until: float) -> list[Event]:
 
 def _fill(rng: random.Random, start: float) -> list[Event]:
     figure = rng.choice(((0, 1, 2, 3), (0, 2, 3), (0, 1, 2)))
-    drums = rng.choice(
-        ((kit.SNARE, kit.SNARE, kit.SNARE, kit.SNARE), (kit.SNARE, kit.TOM_HIGH, kit.TOM_HIGH, kit.TOM_LOW))
-    )
+    drums = rng.choice(((kit.SNARE,) * 4, (kit.SNARE, kit.TOM_HIGH, kit.TOM_HIGH, kit.TOM_LOW)))
     return [Event(pitch=drums[s], beat=start + s * STEP, length=STEP, velocity=0.66 + 0.06 * s) for s in figure]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stable_audio_lite.corpus.instruments import INSTRUMENTS
-from stable_audio_lite.corpus.piece import DRUMS, Part, Piece
+from stable_audio_lite.corpus.piece import DRUMS, Piece
 from stable_audio_lite.errors import UserError
 
 CORPUS_SAMPLE_RATE = 44100
@@ -74,7 +74,11 @@ def to_midi(piece: Piece) -> bytes:
 
     messages: list[tuple[int, int, mido.Message]] = []
     for number, part in enumerate(piece.parts):
-        messages += [(0, 0, message) for message in _setup(mido, _channel(number), part)]
+        channel, program = _channel(number), INSTRUMENTS[part.instrument].program
+        messages.append((0, 0, mido.Message("program_change", channel=channel, program=program)))
+        for control, value in {7: part.volume, 10: round(64 + 63 * part.pan), 91: 40, 93: 0}.items():
+            change = mido.Message("control_change", channel=channel, control=control, value=value)
+            messages.append((0, 0, change))
     if piece.drums:
         messages.append((0, 0, mido.Message("control_change", channel=_DRUM_CHANNEL, control=7, value=110)))
     for note in piece.notes:
@@ -99,15 +103,6 @@ def to_midi(piece: Piece) -> bytes:
 
 def _channel(part: int) -> int:
     return _DRUM_CHANNEL if part == DRUMS else part
-
-
-def _setup(mido, channel: int, part: Part) -> list:  # type: ignore[no-untyped-def, type-arg]
-    controls = {7: part.volume, 10: round(64 + 63 * part.pan), 91: 40, 93: 0}
-    program = INSTRUMENTS[part.instrument].program
-    return [
-        mido.Message("program_change", channel=channel, program=program),
-        *(mido.Message("control_change", channel=channel, control=c, value=v) for c, v in controls.items()),
-    ]
 
 
 def render(piece: Piece, soundfont: str | os.PathLike[str] | None = None) -> NDArray[np.float32]:

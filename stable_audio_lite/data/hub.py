@@ -12,10 +12,13 @@ from stable_audio_lite.data.item import Item, captions_of
 from stable_audio_lite.errors import UserError
 
 PREFIX = "hf:"
+SAVED = ("dataset_info.json", "dataset_dict.json")
+"""Files of which `save_to_disk` leaves one in its folder."""
 
 
 def read_hub_items(name: str) -> list[Item]:
-    """The items of `hf:owner/name`, `hf:owner/name:split` (train without one) or a folder that `save_to_disk` wrote.
+    """The items of `hf:owner/name`, `hf:owner/name:split` (train without one) or a folder that `save_to_disk` wrote
+    (of several splits train, or the only one).
 
     The texts are in the column "captions" (lists) or "text". Audio stays as it is stored until it is read.
 
@@ -34,6 +37,12 @@ def read_hub_items(name: str) -> list[Item]:
             table = datasets.load_dataset(address, split=split or "train")
         else:
             table = datasets.load_from_disk(address)
+            if isinstance(table, datasets.DatasetDict):
+                if "train" not in table and len(table) != 1:
+                    raise UserError(f"{name}: has the splits {', '.join(table)}; give the folder of one")
+                table = table["train"] if "train" in table else next(iter(table.values()))
+    except UserError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: no data set that can be loaded ({' '.join(str(error).split())[:160]})") from error
     columns = [k for k, feature in table.features.items() if isinstance(feature, datasets.Audio)]

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files in which `KEY.flac`, `KEY.json` and `KEY.txt` belong together.
+"""WebDataset shards: tar files in which `KEY.flac`, `KEY.json` and `KEY.txt` belong together; a KEY may have dots.
 
 Audio is read by seeking in the tar, which may be on disk or at any address that fsspec opens (s3://, gs://, https://).
 """
@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from stable_audio_lite.audio.io import Stored
-from stable_audio_lite.data.item import SUFFIXES, Item, captions_of
+from stable_audio_lite.audio.decoding import FileWindow, Stored
+from stable_audio_lite.data.item import SUFFIXES, Item, captions_of, is_hidden, say_left_out
 from stable_audio_lite.errors import UserError
+
+_TEXTS = (".json", ".txt")
 
 
 def expand(pattern: str) -> list[str]:
@@ -36,7 +38,7 @@ def read_shard_items(addresses: list[str]) -> list[Item]:
     """List the items of shards, in order; the texts are in `KEY.json` ("text", "captions") or `KEY.txt`.
 
     Raises:
-        UserError: a shard is missing or no tar file, or a text is malformed.
+        UserError: a shard is missing or no tar file, a text is malformed, or two files have one key.
     """
     return [item for address in addresses for item in _read_shard(address)]
 
@@ -44,23 +46,34 @@ def read_shard_items(addresses: list[str]) -> list[Item]:
 def _read_shard(address: str) -> list[Item]:
     audio: dict[str, tarfile.TarInfo] = {}
     rows: dict[str, dict[str, Any]] = {}
+    taken: dict[tuple[str, str], str] = {}
+    left_out: list[PurePosixPath] = []
     try:
-        with _open(address) as file, tarfile.open(fileobj=file) as tar:
+        with _open(address) as file, tarfile.open(fileobj=file, mode="r:") as tar:  # seeking wants it uncompressed
             for member in tar:
                 name = PurePosixPath(member.name)
-                key = member.name[: len(member.name) - len(name.name)] + name.name.split(".")[0]
-                if not member.isfile():
+                key, kind = str(name.with_suffix("")), "audio" if name.suffix.lower() in SUFFIXES else name.suffix
+                if member.isdir():
                     continue
-                if name.suffix.lower() in SUFFIXES:
+                if not member.isfile() or member.issparse() or is_hidden(name) or kind not in ("audio", *_TEXTS):
+                    left_out.append(name)
+                    continue
+                if (other := taken.setdefault((key, kind), member.name)) is not member.name:
+                    raise UserError(f"{address}: {other} and {member.name} have one key; rename one")
+                if kind == "audio":
                     audio[key] = member
-                elif name.suffix in (".json", ".txt"):
-                    text = cast(BinaryIO, tar.extractfile(member)).read().decode("utf-8")
-                    row = json.loads(text) if name.suffix == ".json" else {"text": text.strip()}
-                    if not isinstance(row, dict):
-                        raise UserError(f"{address}/{member.name}: is no JSON object")
-                    rows.setdefault(key, {}).update(row)
-    except (tarfile.TarError, OSError, ValueError) as error:
+                    continue
+                text = cast(BinaryIO, tar.extractfile(member)).read().decode("utf-8-sig")
+                row = json.loads(text) if kind == ".json" else {"text": text.strip()}
+                if not isinstance(row, dict):
+                    raise UserError(f"{address}/{member.name}: is no JSON object")
+                rows.setdefault(key, {}).update(row)
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{address}: no shard that can be read ({' '.join(str(error).split())[:120]})") from error
+    say_left_out(address, left_out)
+    say_left_out(address, [PurePosixPath(n) for (key, _), n in taken.items() if key not in audio], "no audio beside")
     items = []
     for key, member in audio.items():
         where, row = f"{address}/{member.name}", rows.get(key, {})
@@ -81,37 +94,4 @@ def _open(address: str) -> BinaryIO:
 
 
 def _open_member(address: str, offset: int, size: int) -> BinaryIO:
-    return io.BufferedReader(_Window(_open(address), offset, size))
-
-
-class _Window(io.RawIOBase):
-    """Bytes offset..offset + size of a file, as a file of their own."""
-
-    def __init__(self, file: BinaryIO, offset: int, size: int):
-        self._file, self._offset, self._size, self._at = file, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(max(min(len(buffer), self._size - self._at), 0))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._file.close()
-        super().close()
+    return io.BufferedReader(FileWindow(_open(address), offset, size))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from stable_audio_lite.audio.io import AudioSource, audio_blocks, audio_info
+from stable_audio_lite.bundle import TOKENIZER_FILE, read_config, resolve
+from stable_audio_lite.clap.config import MAX_TOKENS
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
 
@@ -44,8 +46,9 @@ class DatasetReport:
         files, seconds: number of files and length of the readable ones.
         rates, channels: numbers of readable files by sample rate and by number of channels.
         shortest, longest: seconds.
-        faults: files by what is wrong: "broken", "silent", "clipped", "without caption".
+        faults: files by what is wrong: "broken", "silent", "clipped", "without caption", "caption cut".
         errors: why the broken ones can't be read.
+        unread: ends of captions that a text encoder doesn't read, one for each file with such.
     """
 
     files: int = 0
@@ -56,6 +59,14 @@ class DatasetReport:
     channels: Counter[int] = field(default_factory=Counter)
     faults: dict[str, list[AudioSource]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+
+    def cut(self, items: Iterable[Item], unread: Callable[[Sequence[str]], list[str]]) -> None:
+        """Note captions whose ends `unread` returns, since a text encoder doesn't read them."""
+        for item in items:
+            if end := next(filter(None, unread(item.captions)), ""):
+                self.faults.setdefault("caption cut", []).append(item.path)
+                self.unread.append(end)
 
     def add(self, file: FileReport) -> None:
         """Count one file."""
@@ -89,6 +100,7 @@ class DatasetReport:
             "channels": {str(k): v for k, v in sorted(self.channels.items())},
             "faults": {fault: [str(p) for p in paths] for fault, paths in self.faults.items()},
             "errors": self.errors,
+            "unread": self.unread,
         }
 
     def as_text(self) -> str:
@@ -98,21 +110,23 @@ class DatasetReport:
             lines.append(f"seconds per file {self.shortest:.1f} to {self.longest:.1f}")
         for name, counts, unit in (("sample rates", self.rates, " Hz"), ("channels", self.channels, "")):
             lines.append(f"{name:16} " + ", ".join(f"{value}{unit}: {n}" for value, n in sorted(counts.items())))
-        for fault in ("broken", "silent", "clipped", "without caption"):
+        for fault in ("broken", "silent", "clipped", "without caption", "caption cut"):
             paths = self.faults.get(fault, [])
             lines.append(f"{fault:16} {len(paths)}")
             shown = self.errors if fault == "broken" else [str(p) for p in paths]
+            if fault == "caption cut":
+                shown = [f"{p}: not read: {end}" for p, end in zip(shown, self.unread, strict=True)]
             lines += [f"  {text}" for text in shown[:_LISTED]]
             if len(paths) > _LISTED:
                 lines.append(f"  and {len(paths) - _LISTED} more (all are in the report as JSON)")
         return "\n".join(lines)
 
 
-def validate(path: str | Path, workers: int = 4) -> DatasetReport:
-    """Read every file of a data set from beginning to end.
+def validate(path: str | Path, workers: int = 4, model: str | None = None) -> DatasetReport:
+    """Read every file of a data set from beginning to end, and captions as the text encoder of the bundle `model` does.
 
     Raises:
-        UserError: there is no data set at `path`.
+        UserError: there is no data set at `path`, or no bundle `model`.
     """
     from tqdm import tqdm
 
@@ -121,7 +135,21 @@ def validate(path: str | Path, workers: int = 4) -> DatasetReport:
     with ThreadPoolExecutor(workers) as pool:
         for file in tqdm(pool.map(inspect, items), total=len(items), unit="file", leave=False):
             report.add(file)
+    if model is not None and (unread := _reader(model)):
+        report.cut(items, unread)
     return report
+
+
+def _reader(model: str) -> Callable[[Sequence[str]], list[str]] | None:
+    """Make a function that finds the ends of texts that a bundle's text encoder doesn't read; None if it has none."""
+    from stable_audio_lite.clap.tokenizer import load_tokenizer, unread_parts
+
+    folder = resolve(model)
+    clap = read_config(folder)[1].get("clap")
+    if not isinstance(clap, dict) or not (folder / TOKENIZER_FILE).is_file():
+        return None
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    return lambda texts: unread_parts(tokenizer, texts, int(clap.get("max_tokens", MAX_TOKENS)))
 
 
 def inspect(item: Item) -> FileReport:

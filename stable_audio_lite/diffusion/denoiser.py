@@ -34,13 +34,7 @@ class Conditional(Network, Protocol):
 
 
 class NetworkDenoiser:
-    """A network under one context, as a denoiser.
-
-    Args:
-        network: the predictor.
-        process: the one that it was trained with.
-        context: the prepared condition.
-    """
+    """A network under one prepared `context`, as a denoiser; `process` is the one that it was trained with."""
 
     def __init__(self, network: Network, process: Process, context: Any = None) -> None:
         self.network, self.process, self.context = network, process, context
@@ -57,8 +51,7 @@ class Guidance:
     Both conditions go through the network as one batch, and are projected to keys and values once, here.
 
     Args:
-        network: the predictor.
-        process: the one that it was trained with.
+        network, process: as for `NetworkDenoiser`.
         cond: condition to move towards, of B items.
         negative: condition to move away from, of B items; None is the learned null.
         scale: 1 is no guidance (and one plain forward).

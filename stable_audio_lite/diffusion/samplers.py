@@ -66,11 +66,7 @@ class ItemNoise:
     """
 
     def __init__(
-        self,
-        seeds: Sequence[int],
-        shape: Sequence[int],
-        device: torch.device | str = "cpu",
-        frames: int | None = None,
+        self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu", frames: int | None = None
     ) -> None:
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device, self.frames = tuple(shape), device, frames
@@ -121,7 +117,7 @@ def polyexponential_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: 
         raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
-    if rho <= 0:
+    if not rho > 0:
         raise ValueError(f"rho must be above 0, got {rho}")
     ramp = torch.linspace(1, 0, steps, dtype=torch.float64) ** rho
     low, high = math.log(sigma_min), math.log(sigma_max)

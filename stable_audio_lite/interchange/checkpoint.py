@@ -31,6 +31,7 @@ from stable_audio_lite.interchange.model_config import (
 )
 from stable_audio_lite.interchange.tensors import places
 from stable_audio_lite.systems import StableAudioConfig, load_model_config
+from stable_audio_lite.weights import check_tensors, read_safetensors
 
 _WRAPPERS = {"diffusion.": ("diffusion_ema.ema_model.", "model."), "autoencoder.": ("autoencoder_ema.ema_model.", "")}
 
@@ -71,7 +72,7 @@ def import_checkpoint(
     if vae_only or not whole:
         state = {key: value for key, value in state.items() if key.startswith(described.prefix)}
     found = places(described)
-    bundle.check_tensors(state, {place.foreign: place.like for place in found}, str(path), Path(config).name)
+    check_tensors(state, {place.foreign: place.like for place in found}, str(path), Path(config).name)
     parts: dict[str, dict[str, Tensor]] = {}
     for place in found:
         parts.setdefault(place.part, {})[place.name] = place.inward(state[place.foreign])
@@ -112,7 +113,7 @@ def export_checkpoint(folder: str | Path, output: str | Path, config: str | Path
     for name, state in parts.items():
         expected = {place.name: place.inward(place.like) for place in found if place.part == name}
         own = {key: value for key, value in state.items() if not key.startswith("latent_")}
-        bundle.check_tensors(own, expected, str(bundle.part_path(source, name)), bundle.CONFIG_FILE)
+        check_tensors(own, expected, str(bundle.part_path(source, name)), bundle.CONFIG_FILE)
     tensors = {place.foreign: place.outward(parts[place.part][place.name]).contiguous() for place in found}
     with replacing(output) as weights, replacing(config) as described_in:
         if Path(output).suffix == ".safetensors":
@@ -177,8 +178,7 @@ def _unwrapped(state: Mapping[str, Tensor], path: str | Path, ema: bool) -> dict
 def _scale(folder: Path) -> float:
     """The one number by which a U-Net's latents are divided."""
     file = bundle.part_path(folder, "unet")
-    statistics = bundle.read_tensors(folder, "unet", ("latent_mean", "latent_std"))
-    assert statistics is not None
+    statistics = read_safetensors(file, ("latent_mean", "latent_std"))[0]
     mean, std = statistics["latent_mean"], statistics["latent_std"]
     if bool(mean.any()) or bool((std != std[0]).any()):
         raise UserError(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.waveform_vae import WaveformVAE
+from stable_audio_lite.weights import read_pickle
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,8 @@ def read_dac(path: str | Path) -> DacWeights:
     Raises:
         UserError: the file is missing, damaged, holds code, or is no DAC.
     """
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give a weights.pth of descript-audio-codec") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or holds more than weights; it was not loaded") from error
-    data = data if isinstance(data, dict) else {}
-    state = data.get("state_dict", data)
-    if not any(str(key).startswith("encoder.block.") for key in state):
+    state, data = read_pickle(path)
+    if not any(key.startswith("encoder.block.") for key in state):
         raise UserError(f"{path}: holds no DAC encoder; give a weights.pth of descript-audio-codec")
     return DacWeights(state, data.get("metadata", {}).get("kwargs", {}))
 

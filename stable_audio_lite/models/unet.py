@@ -349,10 +349,8 @@ class UNet(nn.Module):
 
     def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
         """The learned null for `batch` items, nothing masked, or with `attend_padding` what `mask` (B, S) masks."""
-        tokens = self.null.expand(batch, -1, -1)
-        if mask is None or not self.config.attend_padding:
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        return Condition(tokens, mask)
+        null = Condition.unmasked(self.null, batch)
+        return null if mask is None or not self.config.attend_padding else Condition(null.tokens, mask)
 
     def context(self, cond: Condition) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.
@@ -374,15 +372,10 @@ class UNet(nn.Module):
         return UNetContext(layers, mask)
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
-        """Predict v.
+        """Predict v, (B, C, T), in x's dtype whatever that of the weights.
 
-        Args:
-            x: (B, C, T) noisy latents, any T: padded to a multiple of the strides' product, then cropped.
-            t: (B,) diffusion times in 0..1.
-            context: `self.context(condition)`.
-
-        Returns:
-            (B, C, T) in x's dtype, whatever the dtype of the weights.
+        Takes noisy latents x (B, C, T), any T (padded to a multiple of the strides' product, then cropped), diffusion
+        times t (B,) in 0..1, and `self.context(condition)`.
         """
         if x.ndim != 3 or x.shape[1] != self.channels:
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")

@@ -209,15 +209,11 @@ class WaveformVAE(VAE):
         The layers of the lowest rate, whose receptive field spans whole frames, run over long pieces; the others, whose
         receptive field is a fraction of a frame but whose activations are large, run over pieces of `chunk_frames`
         frames. Each piece is computed with all the context that it depends on, so the pieces equal the whole.
-
-        Raises:
-            ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
         """
         check_chunks(chunk_frames)
         self.check_latents(latents)
         x = latents.to(self._dtype)
-        layers = list(self.decoder.layers)
-        low, high = layers[:2], layers[2:]
+        low, high = self.decoder.layers[:2], self.decoder.layers[2:]
         rate = self.config.strides[-1]
         halo_low, halo_high = _receptive_field(low), _receptive_field(high)
         outer = 16 * chunk_frames
@@ -227,12 +223,12 @@ class WaveformVAE(VAE):
             first = max(start * rate - halo_high, 0)
             last = min(stop * rate + halo_high, x.shape[2] * rate)
             left, right = max(first // rate - halo_low, 0), min(-(-last // rate) + halo_low, x.shape[2])
-            hidden = _run(low, channels_last(x[:, :, left:right]))
+            hidden = low(channels_last(x[:, :, left:right]))
             hidden = hidden[:, :, first - left * rate : last - left * rate]
             for inner in range(start * rate, stop * rate, chunk_frames * rate):
                 end = min(inner + chunk_frames * rate, stop * rate)
                 left, right = max(inner - halo_high, first), min(end + halo_high, last)
-                y = _run(high, channels_last(hidden[:, :, left - first : right - first]))
+                y = high(channels_last(hidden[:, :, left - first : right - first]))
                 scale = self.hop // rate
                 yield y[:, :, (inner - left) * scale : (end - left) * scale].float()
 
@@ -242,7 +238,7 @@ class WaveformVAE(VAE):
 
     @property
     def encoder_halo(self) -> int:
-        return math.ceil(_receptive_field(list(self.encoder.layers)) / self.hop)
+        return math.ceil(_receptive_field(self.encoder.layers) / self.hop)
 
     def prepare_for_inference(self) -> WaveformVAE:
         """Fold weight norm and Snake's frequencies into the convolutions and stop gradients; returns self."""
@@ -273,20 +269,10 @@ def _fold_snakes(layers: nn.Sequential) -> None:
             layers[index] = FoldedSnake(alpha.view(1, -1, 1), ratio)
 
 
-def _run(layers: list[nn.Module], x: Tensor) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
-
-
-def _convolutions(layers: list[nn.Module]) -> list[WeightNormConv1d]:
-    return [m for layer in layers for m in layer.modules() if isinstance(m, WeightNormConv1d)]
-
-
-def _receptive_field(layers: list[nn.Module]) -> int:
+def _receptive_field(layers: nn.Module) -> int:
     """One-sided receptive field: the input samples on each side of an output sample's position that it depends on."""
     context = 0
-    for conv in reversed(_convolutions(layers)):
+    for conv in reversed([m for m in layers.modules() if isinstance(m, WeightNormConv1d)]):
         if conv.transposed:
             context = math.ceil((context + conv.kernel_size - conv.padding) / conv.stride)
         else:

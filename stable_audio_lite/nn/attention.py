@@ -21,11 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """Tokens for a network to cross-attend to.
-
-    Attributes:
-        tokens: (B, S, D) float.
-        mask: (B, S) bool, True = attend; each row needs at least one True.
+    """Tokens (B, S, D) for a network to cross-attend to where `mask` (B, S) is True, in each row once at least.
 
     Raises:
         ValueError: on other shapes, or a mask that isn't bool.
@@ -44,6 +40,12 @@ class Condition:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """The same condition on `device`, its tokens in `dtype`; the mask stays bool."""
         return Condition(self.tokens.to(device=device, dtype=dtype), self.mask.to(device=device))
+
+    @staticmethod
+    def unmasked(tokens: Tensor, batch: int) -> Condition:
+        """The same tokens (S, D) for `batch` items, nothing masked."""
+        mask = torch.ones(batch, len(tokens), dtype=torch.bool, device=tokens.device)
+        return Condition(tokens.expand(batch, -1, -1), mask)
 
     @staticmethod
     def concatenate(conditions: Sequence[Condition]) -> Condition:

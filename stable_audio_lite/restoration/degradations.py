@@ -6,9 +6,10 @@ Each turns mono sound at a model's rate into an `Observation`, the input of DDRM
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.restoration.operators import Convolution, Operator, band_mask, gap_mask, identity
+from stable_audio_lite.restoration.operators import Convolution, Operator, frames_beside_gaps
 from stable_audio_lite.restoration.room import fit_filters, residual_ratio, room_filters
 from stable_audio_lite.restoration.wpe import wpe
 
@@ -38,26 +39,26 @@ class Observation:
     refine: Callable[[Tensor], Operator] | None = None
 
 
-class Degradation(Protocol):
+class Degradation(ABC):
     """Something wrong with a recording."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def observe(self, spectrogram: Spectrogram, audio: Tensor, min_frames: int) -> Observation:
         """Return the observation in mono `audio` (T,), padded with silence to at least `min_frames` frames.
 
         Raises:
             UserError: the degradation doesn't fit the sound or the spectrogram.
         """
-        ...
 
     def settings(self) -> dict[str, Any]:
         """Return the settings to store with a restored file."""
-        ...
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
-class Inpaint:
+class Inpaint(Degradation):
     """Stretches that are missing or spoiled.
 
     Attributes:
@@ -82,12 +83,8 @@ class Inpaint:
         config = spectrogram.config
         x = encode_padded(spectrogram, audio, min_frames)
         gaps = [(math.floor(a * config.sample_rate), math.ceil(b * config.sample_rate)) for a, b in self.gaps]
-        operator = gap_mask(x.shape[3], gaps, config.hop, config.window).to(x.device)
+        operator = Operator(frames_beside_gaps(x.shape[3], gaps, config.hop, config.window).to(x)[None])
         return Observation(operator, operator.forward(x))
-
-    def settings(self) -> dict[str, Any]:
-        """The gaps."""
-        return {"gaps": self.gaps}
 
     def segments(self, seconds: float, window: float) -> list[tuple[float, float, Inpaint]]:
         """Cut out the segments (start, stop) of a sound that extend at least half a `window` around each gap.
@@ -117,7 +114,7 @@ class Inpaint:
 
 
 @dataclass(frozen=True)
-class Bandwidth:
+class Bandwidth(Degradation):
     """Missing high frequencies.
 
     Attributes:
@@ -135,11 +132,7 @@ class Bandwidth:
             raise UserError(f"cutoff must be above 0 Hz and finite, got {self.cutoff:g}")
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, min_frames: int) -> Observation:
-        """Treat rows that extend beyond the cut-off as unknown.
-
-        Raises:
-            UserError: the cut-off leaves nothing, or everything.
-        """
+        """Treat rows that extend beyond the cut-off as unknown; it must leave some, and not everything."""
         config = spectrogram.config
         spacing = config.sample_rate / config.window  # Hz; row i is at (i + 1) times this
         known = math.floor(self.cutoff / spacing) - _LEAKAGE
@@ -149,16 +142,12 @@ class Bandwidth:
                 f"cutoff must lie from {lowest:.0f} to {highest:.0f} Hz for this model, got {self.cutoff:g}"
             )
         x = encode_padded(spectrogram, audio, min_frames)
-        operator = band_mask(config.bins, 0, known).to(x.device)
+        operator = Operator((torch.arange(config.bins)[:, None] < known).to(x))
         return Observation(operator, operator.forward(x))
-
-    def settings(self) -> dict[str, Any]:
-        """The cut-off."""
-        return {"cutoff": self.cutoff}
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(Degradation):
     """White noise.
 
     Attributes:
@@ -181,15 +170,11 @@ class Denoise:
         y = encode_padded(spectrogram, audio, min_frames)
         unpadded = y[..., : spectrogram.frames_of(audio.shape[0])]
         sigma = estimate_noise_std(unpadded) if self.noise_db is None else noise_std(spectrogram.config, self.noise_db)
-        return Observation(identity().to(y.device), y, max(sigma, SIGMA_Y))
-
-    def settings(self) -> dict[str, Any]:
-        """The level."""
-        return {"noise_db": self.noise_db}
+        return Observation(Operator(y.new_ones(1, 1)), y, max(sigma, SIGMA_Y))
 
 
 @dataclass(frozen=True)
-class Dereverb:
+class Dereverb(Degradation):
     """Reverberation of a room.
 
     Attributes:
@@ -197,25 +182,17 @@ class Dereverb:
             again from each step's estimate of the dry sound (Saito et al. 2022); held-out piano is worse after that
             than before, so the command asks for a room.
         taps: frames of an estimated room.
-        wpe_delay: of WPE, in frames.
-        wpe_iterations: of WPE.
         ridge: how near an estimated room stays to the one before, relative to the power of the first dry estimate;
             infinity keeps the first.
     """
 
     room: Tensor | None = None
     taps: int = 150
-    wpe_delay: int = 4
-    wpe_iterations: int = 1
     ridge: float = 100.0
     name: ClassVar[str] = "dereverb"
 
     def observe(self, spectrogram: Spectrogram, audio: Tensor, min_frames: int) -> Observation:
-        """Convolve every frequency with a filter; what the filters can't explain counts as noise.
-
-        Raises:
-            UserError: the room is silent, or the sound is too short to estimate one.
-        """
+        """Convolve every frequency with a filter; what the filters can't explain counts as noise."""
         _check_linear(spectrogram.config, self.name)
         if self.room is None:
             return self._blind(spectrogram, audio, min_frames)
@@ -225,7 +202,6 @@ class Dereverb:
         return Observation(Convolution(filters, y.shape[3], known.lookahead), y, _residual_std(y, known.residual))
 
     def settings(self) -> dict[str, Any]:
-        """The origin of the room, known or estimated."""
         return {"room": "known" if self.room is not None else "estimated"}
 
     def _blind(self, spectrogram: Spectrogram, audio: Tensor, min_frames: int) -> Observation:
@@ -234,7 +210,7 @@ class Dereverb:
             shortest = (2 * spectrogram.config.hop + 1) / spectrogram.config.sample_rate
             raise UserError(f"room: can't be estimated from less than {shortest:.3f} s of sound")
         y = encode_padded(spectrogram, audio, min_frames, taps)
-        dry = wpe(y, taps, self.wpe_delay, self.wpe_iterations)
+        dry = wpe(y, taps)
         first = fit_filters(dry, y, taps)
         power, norm = dry.square().sum((0, 1, 3))[:, None], _norm(first)
         filters = first

@@ -53,12 +53,8 @@ _OWN_NOISE_DB = 1.0  # by which white noise may seem louder than the sound that 
 class RestoreSettings:
     """Settings of DDRM; the defaults are those of Saito et al. 2022 (arXiv 2211.04124).
 
-    Attributes:
-        steps: sampling steps.
-        eta: share of fresh noise where the observation says nothing or is noisier.
-        eta_b: weight of the observation where it is cleaner.
-        seed: of the noise; None draws one.
-        batch: windows denoised at once; more need more memory.
+    `eta` is the share of fresh noise where the observation says nothing or is noisier, `eta_b` the observation's weight
+    where it is cleaner. Without a `seed` one is drawn. `batch` windows are denoised at once; more need more memory.
 
     Raises:
         UserError: a value is out of range.
@@ -199,12 +195,7 @@ class Restorer:
         return [(round(start * rate), round(stop * rate), local) for start, stop, local in segments]
 
     def _restore_segment(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
+        self, audio: Tensor, degradation: Degradation, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
     ) -> Tensor:
         """Repair a segment of one channel, (T,)."""
         found = self._sample(audio, degradation, settings, seed, on_step)
@@ -222,12 +213,7 @@ class Restorer:
         return F.avg_pool1d((near > _HIDDEN).to(audio), config.hop + 1, 1, config.hop // 2, count_include_pad=False)[0]
 
     def _sample(
-        self,
-        audio: Tensor,
-        degradation: Degradation,
-        settings: RestoreSettings,
-        seed: int,
-        on_step: Callable[[], None],
+        self, audio: Tensor, degradation: Degradation, settings: RestoreSettings, seed: int, on_step: Callable[[], None]
     ) -> Tensor:
         """Sample restored sound (T,), which lacks the lowest frequencies."""
         frames, defaults = self.config.spectrogram.frames, self.config.generation
@@ -316,9 +302,7 @@ def _at_level(degradation: Degradation, audio: Tensor, gain: float) -> Degradati
         return degradation
     level = 10 * math.log10(max(float(audio.double().square().mean(1).max()), 1e-20))
     if level > -120 and degradation.noise_db > level + _OWN_NOISE_DB:
-        raise UserError(
-            f"noise_db: noise of {degradation.noise_db:g} dB is not in a sound of {level:.1f} dB; give less"
-        )
+        raise UserError(f"noise_db: the sound has {level:.1f} dB, so its noise has no {degradation.noise_db:g} dB")
     return Denoise(degradation.noise_db + 20 * math.log10(gain))
 
 

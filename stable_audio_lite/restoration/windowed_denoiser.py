@@ -13,14 +13,8 @@ from stable_audio_lite.diffusion.samplers import Denoiser
 class WindowedDenoiser:
     """A denoiser of (B, C, F, T), T >= frames, that works in overlapping windows along the last axis.
 
-    At each step all windows are denoised and their estimates cross-faded where they overlap, so the result is one
-    sound without seams.
-
-    Args:
-        denoiser: takes (N, C, F, frames).
-        frames: length of a window.
-        overlap: smallest number of frames that neighbouring windows share.
-        batch: windows denoised at once, which bounds the memory.
+    At each step all windows (N, C, F, frames) are denoised, `batch` of them at once, which bounds the memory, and their
+    estimates cross-faded where they overlap, by `overlap` frames at least: the result is one sound without seams.
 
     Raises:
         ValueError: not 0 < overlap < frames, or batch < 1.
@@ -34,7 +28,8 @@ class WindowedDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, C, F, T) = x0 + sigma eps, sigma (B,)."""
         starts = window_starts(x.shape[-1], self.frames, self.overlap)
-        fade = self._fade(x)
+        ramp = torch.arange(1, self.frames + 1, device=x.device, dtype=x.dtype)
+        fade = torch.minimum(ramp, ramp.flip(0)).clamp(max=self.overlap) / self.overlap  # a trapezoid
         total = torch.zeros_like(x)
         weight = x.new_zeros(x.shape[-1])
         for start in starts:
@@ -47,11 +42,6 @@ class WindowedDenoiser:
             for (item, start), window in zip(chunk, denoised, strict=True):
                 total[item, ..., start : start + self.frames] += window
         return total / weight
-
-    def _fade(self, x: Tensor) -> Tensor:
-        """Weights (frames,) of a window: a trapezoid that rises and falls over `overlap` frames."""
-        ramp = torch.arange(1, self.frames + 1, device=x.device, dtype=x.dtype)
-        return torch.minimum(ramp, ramp.flip(0)).clamp(max=self.overlap) / self.overlap
 
 
 def window_starts(total: int, frames: int, overlap: int) -> list[int]:
