@@ -601,7 +601,7 @@ def test_files_that_are_no_weights_are_refused(run, whole: dict[str, Tensor], ca
     Path("text.ckpt").write_text("hello")
     torch.save([1, 2], "list.ckpt")
     for name, words in {
-        "code.ckpt": "never run",
+        "code.ckpt": "more than weights",
         "half.ckpt": "damaged",
         "half.safetensors": "damaged",
         "text.ckpt": "damaged",
@@ -620,7 +620,7 @@ def test_tensors_that_do_not_fit_are_named(run, whole: dict[str, Tensor], capsys
     wrong, more = whole | {key: torch.zeros(32, 8, 5)}, whole | {"model.model.extra": torch.zeros(3)}
     for state, words in (
         (missing, f"'{key}' (32, 8, 3) is missing"),
-        (wrong, f"'{key}' has shape (32, 8, 5), the config gives (32, 8, 3)"),
+        (wrong, f"'{key}' has shape (32, 8, 5), model_config.json gives (32, 8, 3)"),
         (more, "'model.model.extra' (3,) is unexpected"),
     ):
         write(state, SYSTEM)
