@@ -500,6 +500,8 @@ def test_lightnings_wrapping_and_its_averages(run, whole: dict[str, Tensor]) -> 
     new = {k.replace("weight_g", "parametrizations.weight.original0"): v for k, v in own.items()}
     new = {k.replace("weight_v", "parametrizations.weight.original1"): v for k, v in new.items()}
     state = {f"autoencoder.{k}": v for k, v in new.items()} | {"discriminator.a": torch.zeros(1)}
+    write(state, autoencoder(DAC))
+    assert run("import", *FILES, "vae", "--ema") == 2
     write(state | {f"autoencoder_ema.ema_model.{k}": v for k, v in other.items()}, autoencoder(DAC))
     for flags, expected in (((), own), (("--ema",), other)):
         assert run("import", *FILES, "vae", "--overwrite", *flags) == 0
@@ -611,7 +613,7 @@ def test_files_that_are_no_weights_are_refused(run, whole: dict[str, Tensor], ca
         line = refusal(run, capsys, "import", name, "--config", "model_config.json", "-o", "new")
         assert name in line and words in line, line
     assert not Path("ran").exists()
-    assert "--ema" in refusal(run, capsys, "import", *FILES, "new", "--ema")
+    assert "ask for no averages" in refusal(run, capsys, "import", *FILES, "new", "--ema")
 
 
 def test_tensors_that_do_not_fit_are_named(run, whole: dict[str, Tensor], capsys) -> None:

@@ -130,13 +130,13 @@ def _unwrapped(state: Mapping[str, Tensor], path: str | Path, ema: bool) -> dict
     prefix = next((p for p in _WRAPPERS if any(key.startswith(p) for key in state)), None)
     if prefix is None:
         if ema:
-            raise UserError(f"{path}: is unwrapped, so its weights are the only ones; leave out --ema")
+            raise UserError(f"{path}: is unwrapped, so its weights are the only ones; ask for no averages")
         return dict(state)
     averages, target = _WRAPPERS[prefix]
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     averaged = {target + key.removeprefix(averages): v for key, v in state.items() if key.startswith(averages)}
     if ema and not averaged:
-        raise UserError(f"{path}: holds no averaged weights ({averages}*); leave out --ema")
+        raise UserError(f"{path}: holds no averaged weights ({averages}*); ask for no averages")
     return own | averaged if ema else own
 
 
