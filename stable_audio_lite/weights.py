@@ -53,13 +53,18 @@ def read_pickle(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: the file is missing or damaged, or holds code, or no tensors by name.
     """
     try:
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch writes since 1.6: what is never used is never read
         # torch warns of what it then refuses.
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(_NUMPY_SCALARS):
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except Exception as error:  # torch raises several kinds for broken files and for code in pickles
-        raise UserError(f"{path}: damaged, or holds more than weights, and is not loaded; fetch it again") from error
+        raise UserError(
+            f"{path}: damaged, or holds more than weights, and is not loaded; fetch it again, or save its state_dict "
+            "alone"
+        ) from error
     state = data.get("state_dict", data) if isinstance(data, Mapping) else None
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
     if not tensors:

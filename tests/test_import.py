@@ -26,6 +26,8 @@ from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import save_config
 from stable_audio_lite.diffusion.denoiser import Guidance
+from stable_audio_lite.interchange.model_config import read_model_config
+from stable_audio_lite.interchange.tensors import places
 from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.nn.attention import Condition
@@ -420,6 +422,28 @@ def test_stable_audio_opens_vae_has_its_size_and_can_be_trained() -> None:
     assert 0 < std.mean() < 0.2  # the noise doesn't drown the mean at first
 
 
+def test_the_papers_size_is_read_whole(tmp_path: Path) -> None:
+    """Stable Audio 1.0's own config gives configs/stable_audio/paper.yaml, and as many numbers."""
+    config = copy.deepcopy(SYSTEM) | {"sample_size": 4194304}
+    vae, unet = config["model"]["pretransform"]["config"], config["model"]["diffusion"]["config"]
+    vae |= {"latent_dim": 64, "downsampling_ratio": 1024}
+    vae["encoder"]["config"] |= {"latent_dim": 128, "d_model": 128, "strides": [4, 4, 8, 8]}
+    vae["decoder"]["config"] |= {"latent_dim": 64, "channels": 1536, "rates": [8, 8, 4, 4]}
+    unet |= {"in_channels": 64, "channels": 256, "multipliers": [4, 4, 4, 5, 5], "factors": [1, 2, 2, 4]}
+    unet |= {"num_blocks": [2] * 4, "attentions": [1, 3, 3, 3, 3], "attention_heads": 16, "attention_multiplier": 4}
+    config["model"]["io_channels"] = 64
+    for condition in config["model"]["conditioning"]["configs"][1:]:
+        condition["config"]["max_val"] = 512
+    (tmp_path / "a.json").write_text(json.dumps(config))
+    described = read_model_config(tmp_path / "a.json")
+    paper, ours = load_model_config("stable_audio/paper.yaml"), described.config
+    assert replace(paper.vae, tanh=True) == ours.vae and replace(paper.unet, attend_padding=True) == ours.unet
+    assert (paper.timing, paper.latent_frames) == (ours.timing, ours.latent_frames)
+    found = places(described)
+    counts = {part: sum(p.like.numel() for p in found if p.part == part) for part in ("vae", "unet")}
+    assert counts == {"vae": 133_431_300, "unet": 906_679_744}
+
+
 def test_snake_with_two_parameters_has_its_gradients() -> None:
     snake, x = SnakeBeta(3).double(), torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     snake.alpha.data.normal_()
@@ -476,6 +500,8 @@ def test_lightnings_wrapping_and_its_averages(run, whole: dict[str, Tensor]) -> 
     new = {k.replace("weight_g", "parametrizations.weight.original0"): v for k, v in own.items()}
     new = {k.replace("weight_v", "parametrizations.weight.original1"): v for k, v in new.items()}
     state = {f"autoencoder.{k}": v for k, v in new.items()} | {"discriminator.a": torch.zeros(1)}
+    write(state, autoencoder(DAC))
+    assert run("import", *FILES, "vae", "--ema") == 2
     write(state | {f"autoencoder_ema.ema_model.{k}": v for k, v in other.items()}, autoencoder(DAC))
     for flags, expected in (((), own), (("--ema",), other)):
         assert run("import", *FILES, "vae", "--overwrite", *flags) == 0
@@ -483,13 +509,15 @@ def test_lightnings_wrapping_and_its_averages(run, whole: dict[str, Tensor]) -> 
         assert equal(stored("back.ckpt"), expected)
 
 
-def test_the_vae_comes_out_of_a_system_that_we_cannot_run(run) -> None:
+def test_the_vae_comes_out_of_a_system_that_we_cannot_run(run, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(6)
     state = {f"pretransform.model.{k}": v for k, v in reference_dac()[3].items()}
     config = copy.deepcopy(SYSTEM) | {"model_type": "diffusion_cond_inpaint"}
-    config["model"]["diffusion"] = {"type": "dit"}
+    config["model"]["diffusion"] = {"type": "dit", "config": {"depth": 2}}
     write(state | {"model.model.transformer.a": torch.zeros(2)}, config)
     assert run("import", *FILES, "ours") == 2
+    write(state | {"model.model.transformer.a": torch.zeros(2)}, config | {"model_type": "diffusion_cond"})
+    assert "'model.diffusion.type' is 'dit'" in refusal(run, capsys, "import", *FILES, "ours")
     assert run("import", *FILES, "ours", "--vae-only") == 0
     assert {name.split("/")[0] for name in parts_of("ours")} == {"vae"}
 
@@ -512,6 +540,7 @@ def test_with_its_clap_a_system_generates(run, whole: dict[str, Tensor], capsys:
     assert model.generate("warm piano", steps=2, seed=1).audio.isfinite().all()
 
 
+@pytest.mark.long
 def test_a_unet_trains_on_an_imported_vae(run, data: Path, tiny_bundle: Path) -> None:
     torch.manual_seed(7)
     reference = ReferenceOobleck(False)
@@ -528,6 +557,7 @@ def test_a_unet_trains_on_an_imported_vae(run, data: Path, tiny_bundle: Path) ->
     assert model.representation.hop == 32 and model.generate("tone", steps=1, seed=1).audio.isfinite().all()
 
 
+@pytest.mark.long
 def test_an_imported_system_is_trained_on_and_goes_back(run, whole: dict[str, Tensor], data: Path) -> None:
     """From its weights, scale of latents included: the same tensors by name, some of which have moved."""
     tokenizer = train_tokenizer(["a tone number 1"], 280)
@@ -573,7 +603,7 @@ def test_files_that_are_no_weights_are_refused(run, whole: dict[str, Tensor], ca
     Path("text.ckpt").write_text("hello")
     torch.save([1, 2], "list.ckpt")
     for name, words in {
-        "code.ckpt": "never run",
+        "code.ckpt": "more than weights",
         "half.ckpt": "damaged",
         "half.safetensors": "damaged",
         "text.ckpt": "damaged",
@@ -583,7 +613,7 @@ def test_files_that_are_no_weights_are_refused(run, whole: dict[str, Tensor], ca
         line = refusal(run, capsys, "import", name, "--config", "model_config.json", "-o", "new")
         assert name in line and words in line, line
     assert not Path("ran").exists()
-    assert "--ema" in refusal(run, capsys, "import", *FILES, "new", "--ema")
+    assert "ask for no averages" in refusal(run, capsys, "import", *FILES, "new", "--ema")
 
 
 def test_tensors_that_do_not_fit_are_named(run, whole: dict[str, Tensor], capsys) -> None:

@@ -2,15 +2,16 @@
 
 Systems like Stable Audio 1.0's come whole, VAEs alone or out of a system; the CLAP, which those checkpoints lack, is
 read from its own source. Lightning's hold the weights twice, as trained and averaged. Tensors keep their types.
+
+What differs from stable-audio-tools after import: it rescales guidance frame by frame, here it is one factor a sound; a
+negative prompt has its own mask here; seconds between whole ones are mixed; and the noise is another.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from stable_audio_lite.interchange.model_config import (
 )
 from stable_audio_lite.interchange.tensors import places
 from stable_audio_lite.systems import StableAudioConfig, load_model_config
-from stable_audio_lite.weights import check_tensors, read_safetensors
+from stable_audio_lite.weights import check_tensors, read_safetensors, read_weights
 
 _WRAPPERS = {"diffusion.": ("diffusion_ema.ema_model.", "model."), "autoencoder.": ("autoencoder_ema.ema_model.", "")}
 
@@ -65,7 +66,7 @@ def import_checkpoint(
     if texts is not None:
         system = replace(system, clap=texts.config)
         check_expressible(system, whole, str(clap))
-    state = _unwrapped(read_state(path), path, ema)
+    state = _unwrapped(read_weights(Path(path)), path, ema)
     if vae_only or not whole:
         state = {key: value for key, value in state.items() if key.startswith(described.prefix)}
     found = places(described)
@@ -121,39 +122,6 @@ def export_checkpoint(folder: str | Path, output: str | Path, config: str | Path
     return described
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or of a file of torch's, by name; nothing but tensors and plain values is unpickled.
-
-    Raises:
-        UserError: the file is missing, damaged, or holds code, or no tensors.
-    """
-    from safetensors.torch import load_file
-
-    data: Any
-    try:
-        if Path(path).suffix == ".safetensors":
-            data = load_file(path)
-        else:
-            with open(path, "rb") as file:
-                zipped = file.read(4) == b"PK\x03\x04"  # then only what is used is read
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; give a checkpoint") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path}: holds objects or code beside tensors, which are never run, or is damaged; give the file that "
-            "unwrap_model.py of stable-audio-tools makes of it"
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds for files that are no files of theirs
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: damaged or truncated, or no checkpoint ({reason})") from error
-    state = data.get("state_dict", data) if isinstance(data, dict) else {}
-    tensors = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path}: holds no tensors by name, so this is no checkpoint of weights")
-    return tensors
-
-
 def _unwrapped(state: Mapping[str, Tensor], path: str | Path, ema: bool) -> dict[str, Tensor]:
     """Weights under the model's own names, of Lightning's checkpoint or of one that is unwrapped already."""
     names = ((".parametrizations.weight.original0", ".weight_g"), (".parametrizations.weight.original1", ".weight_v"))
@@ -162,13 +130,13 @@ def _unwrapped(state: Mapping[str, Tensor], path: str | Path, ema: bool) -> dict
     prefix = next((p for p in _WRAPPERS if any(key.startswith(p) for key in state)), None)
     if prefix is None:
         if ema:
-            raise UserError(f"{path}: is unwrapped, so its weights are the only ones; leave out ema")
+            raise UserError(f"{path}: is unwrapped, so its weights are the only ones; ask for no averages")
         return dict(state)
     averages, target = _WRAPPERS[prefix]
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     averaged = {target + key.removeprefix(averages): v for key, v in state.items() if key.startswith(averages)}
     if ema and not averaged:
-        raise UserError(f"{path}: holds no averaged weights ({averages}*); leave out ema")
+        raise UserError(f"{path}: holds no averaged weights ({averages}*); ask for no averages")
     return own | averaged if ema else own
 
 

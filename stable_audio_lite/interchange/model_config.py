@@ -130,16 +130,26 @@ def _diffusers(data: dict[str, Any]) -> Described:
 
 def _alone(data: dict[str, Any], key: str, prefix: str) -> Described:
     vae = _vae(data, key)
+    config = _with_vae(vae, _get(data, "sample_rate", int))
     _check_same(_get(data, key, dict), _autoencoder_json(vae), key)
-    return Described(_with_vae(vae, _get(data, "sample_rate", int)), prefix=prefix)
+    return Described(config, prefix=prefix)
 
 
 def _whole(data: dict[str, Any]) -> Described:
-    clap, unet = "model.conditioning.configs.prompt.config", "model.diffusion.config"
     items = _get(data, "model.conditioning", dict).get("configs")
     if not isinstance(items, list) or not all(isinstance(item, dict) and "id" in item for item in items):
         raise ValueError("key 'model.conditioning.configs' must be a list of conditions, each with an 'id'")
     data["model"]["conditioning"]["configs"] = {item["id"]: item for item in items}
+    conditions, unet = "model.conditioning.configs", "model.diffusion.config"
+    clap, total = f"{conditions}.prompt.config", f"{conditions}.seconds_total.config"
+    for part, wanted in (
+        ("model.diffusion", "adp_cfg_1d"),
+        ("model.pretransform", "autoencoder"),
+        (f"{conditions}.prompt", "clap_text"),
+        (f"{conditions}.seconds_total", "int"),
+    ):
+        if (found := _get(data, f"{part}.type", str)) != wanted:
+            raise ValueError(f"key '{part}.type' is {found!r}; only {wanted!r} can be imported, or the VAE alone")
     vae, scale = _vae(data, "model.pretransform.config"), _get(data, "model.pretransform.scale", (int, float))
     if (htsat := _get(data, f"{clap}.audio_model_type", str)) not in _CLAPS:
         raise ValueError(f"key '{clap}.audio_model_type' is {htsat!r}; {' and '.join(_CLAPS)} can be imported")
@@ -149,7 +159,7 @@ def _whole(data: dict[str, Any]) -> Described:
         latent_frames=_get(data, "sample_size", int) // vae.hop,
         vae=vae,
         clap=replace(_CLAPS[htsat], audio_fusion=_get(data, f"{clap}.enable_fusion", bool)),
-        timing=TimingConfig(max_seconds=_get(data, "model.conditioning.configs.seconds_total.config.max_val", int)),
+        timing=TimingConfig(max_seconds=_get(data, f"{total}.max_val", int)),
         unet=UNetConfig(
             width=_get(data, f"{unet}.channels", int),
             multipliers=tuple(_get(data, f"{unet}.multipliers", list)),
