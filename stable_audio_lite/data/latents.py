@@ -156,19 +156,29 @@ def read_shard(path: Path) -> list[CachedLatent]:
         UserError: it is missing or damaged.
     """
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         return [
             CachedLatent(
                 int(name.removesuffix(".npy")),
-                torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)),
+                _array(data),
                 _from_row(json.loads(files[name.replace(".npy", ".json")])),
             )
             for name, data in files.items()
             if name.endswith(".npy")
         ]
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(tarfile.TarError, OSError, EOFError, MemoryError, ValueError),
+        *(LookupError, TypeError, AttributeError, RecursionError),
+    ) as error:
         raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
+
+
+def _array(data: bytes) -> Tensor:
+    latent = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    if latent.ndim != 2 or latent.dtype != torch.float16:
+        raise ValueError(f"no latent: {latent.dtype} {tuple(latent.shape)}")
+    return latent
 
 
 def _to_row(about: LatentMetadata) -> dict[str, Any]:
@@ -202,18 +212,24 @@ def read_index(folder: str | Path, encoder: str) -> CacheIndex:
     """Read the index of a finished folder.
 
     Raises:
-        UserError: the folder is unfinished, or its VAE is not the one with the hash `encoder`.
+        UserError: the folder is unfinished, its VAE is not the one with the hash `encoder`, or the index is damaged.
     """
     path = Path(folder) / _INDEX
     if not path.exists():
         raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
-    row = json.loads(path.read_text())
-    if row["encoder"] != encoder:
-        raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
-    if "shards" not in row:
-        raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
-    sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
-    return CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if row["encoder"] != encoder:
+            raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
+        if "shards" not in row:
+            raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
+        sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
+        mean, std = (tuple(map(float, row[name])) for name in ("mean", "std"))
+        return CacheIndex(mean=mean, std=std, **sizes)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path}: damaged; remove it and run training.pre_encode again") from error
 
 
 def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
@@ -223,4 +239,7 @@ def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[Cache
         UserError: the folder is unfinished, of another VAE, or damaged.
     """
     index = read_index(folder, encoder)
-    return index, [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
+    entries = [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
+    if sum(entry.latent.shape[1] for entry in entries) != index.frames:
+        raise UserError(f"{folder}: its shards don't hold what {_INDEX} says; run training.pre_encode again")
+    return index, entries
