@@ -73,7 +73,7 @@ class LatentCache:
         self.folder, self.encoder, self.items, self.shard_items = folder, encoder, items, shard_items
         mark = folder / _MARK
         own = {"encoder": encoder, "items": items, "shard_items": shard_items, "dtype": dtype}
-        if mark.exists() and (found := differences(json.loads(mark.read_text()), own)):
+        if mark.exists() and (found := differences(_mapping(mark), own)):
             other = "of another VAE" if found[0].startswith("encoder") else "made otherwise"
             raise UserError(
                 f"{folder}: holds latents {other} ({'; '.join(found)}); choose a new output or remove the folder"
@@ -217,19 +217,31 @@ def read_index(folder: str | Path, encoder: str) -> CacheIndex:
     path = Path(folder) / _INDEX
     if not path.exists():
         raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
+    row = _mapping(path)
+    if row.get("encoder") != encoder:
+        raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
+    if "shards" not in row:
+        raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
-        if row["encoder"] != encoder:
-            raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
-        if "shards" not in row:
-            raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
         sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
         mean, std = (tuple(map(float, row[name])) for name in ("mean", "std"))
-        return CacheIndex(mean=mean, std=std, **sizes)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path}: damaged; remove it and run training.pre_encode again") from error
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(path) from error
+    return CacheIndex(mean=mean, std=std, **sizes)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not isinstance(row, dict):
+        raise _damaged(path)
+    return row
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: damaged; remove it and run training.pre_encode again")
 
 
 def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
