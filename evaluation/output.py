@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,8 +13,4 @@ def print_result(as_json: bool, data: Any, text: str) -> None:
 
 def without_nan(value: Any) -> Any:
     """Plain values for JSON, which has no NaN and no infinity: None stands for them."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from evaluation.adherence import held_out_prompts
-from evaluation.metrics.music import key, tempo
+from evaluation.metrics.music import TEMPO_TOLERANCE, key, tempo
 from evaluation.metrics.seams import seam_distances
 from evaluation.output import print_result
 from evaluation.prompt_facts import HeldOutPrompt
@@ -30,7 +30,6 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 
 _GAP = (0.35, 0.65)  # of the recording's length
-_NEAR = 0.04  # of a tempo, that counts as the same
 _LOOP_SECONDS = 8.0
 
 
@@ -59,7 +58,7 @@ class Agreement:
         """Compare (channels, T) sounds."""
         tempos, keys = [tempo(x, sample_rate) for x in (one, other)], [key(x, sample_rate) for x in (one, other)]
         if tempos[0] and tempos[1]:
-            self.tempo.append(abs(tempos[1] / tempos[0] - 1) <= _NEAR)
+            self.tempo.append(abs(tempos[1] / tempos[0] - 1) <= TEMPO_TOLERANCE)
         if keys[0] and keys[1]:
             self.key.append(keys[0] == keys[1])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from pathlib import Path
@@ -103,7 +104,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a dataclass into the mapping that `from_dict` turns back into an equal one (tuples as lists)."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:
@@ -124,16 +125,6 @@ def save_config(config: Any, path: str | Path) -> None:
 
     with replacing(path) as temporary:
         temporary.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return value
 
 
 def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:

@@ -259,10 +259,13 @@ class Inpainting(_FromSound):
             if not 0 <= first < last or last > seconds + 0.5 / self.source.sample_rate:
                 within = f"stretches lie in order within 0-{milliseconds(seconds):.3f} s"
                 raise UserError(f"{name}: can't inpaint {first:g}-{last:g}; {within}")
-        frames = math.ceil(seconds * representation.sample_rate / representation.hop)
-        if not self._mask(representation, frames)[:frames].any():
+        frames, kept, end = math.ceil(seconds * representation.sample_rate / representation.hop), seconds, 0.0
+        for first, last in sorted(self.gaps):
+            kept, end = kept - max(last - max(first, end), 0.0), max(last, end)
+        frame = representation.hop / representation.sample_rate
+        if kept < 0.99 * frame or not self._mask(representation, frames)[:frames].any():
             raise UserError(
-                f"{name}: nothing of it would stay; leave {representation.hop / representation.sample_rate:.2f} s or "
+                f"{name}: nothing of it would stay; leave {frame:.2f} s or "
                 "more outside of the stretches, or generate without it"
             )
         return seconds

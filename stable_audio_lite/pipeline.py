@@ -24,6 +24,7 @@ from stable_audio_lite.clap.checkpoints import load_text_encoder
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser
+from stable_audio_lite.diffusion.editing import KnownRegion
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
 from stable_audio_lite.edits import CROSSFADE_SECONDS, After, Edit, Sampling, Sound, plan_windows, steps_around
 from stable_audio_lite.errors import UserError
@@ -31,7 +32,7 @@ from stable_audio_lite.files import replacing_folder, save_tensors
 from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.nn.attention import Condition
-from stable_audio_lite.representation import Representation, load_representation
+from stable_audio_lite.representation import LatentRepresentation, Representation, load_representation
 from stable_audio_lite.request import (
     PROMPT_SETTINGS,
     Extension,
@@ -250,9 +251,11 @@ class StableAudio:
             return Generated(torch.cat(pieces), self.sample_rate, settings)
         step = _counter(progress, len(batches) * edit.steps(request.steps))
         samples = round(request.seconds * self.sample_rate)
-        frames = edit.frames(self.representation, samples, self.config.generation.margin)
+        silent = self._silence() if type(edit) is Edit else None
+        sounding = samples if silent is None else min(samples, self._end_frame(request) * self.representation.hop)
+        frames = edit.frames(self.representation, sounding, self.config.generation.margin)
         audio = [
-            edit.decode(self.representation, x[None], samples)[0].cpu()
+            edit.decode(self.representation, _padded(x[None], silent), samples)[0].cpu()
             for part in batches
             for x in edit.sample(self.representation, self._sampling(part, request, frames, step))
         ]
@@ -369,15 +372,30 @@ class StableAudio:
         noise: ItemNoise | None = None,
     ) -> Sampling:
         """Prepare to sample data for (prompt, seed) items."""
+        denoiser, silent = self._denoiser([text for text, _ in items], request), self._silence()
+        if silent is not None and (end := self._end_frame(request)) < frames:
+            # Timing embeddings say when the piece ends; latents of silence from there on make sure of it.
+            denoiser = KnownRegion(denoiser, silent[:, -frames:], torch.arange(frames, device=self.device) >= end)
         return Sampling(
             solve=SAMPLERS[request.sampler],
-            denoiser=self._denoiser([text for text, _ in items], request),
+            denoiser=denoiser,
             noise=noise or self._noise(items, frames),
             steps=request.steps,
             defaults=self.config.generation,
             frames=frames,
             on_step=on_step,
         )
+
+    def _silence(self) -> Tensor | None:
+        """Latents (C, window) of the silence after a described piece; None for other systems."""
+        if self.conditioner is None or not isinstance(self.representation, LatentRepresentation):
+            return None
+        return self.representation.silence.to(self.device)
+
+    def _end_frame(self, request: Request) -> int:
+        """Frame after the start at which the described piece is over."""
+        frames = (request.total - request.start) * self.sample_rate / self.representation.hop
+        return max(math.ceil(frames - 1e-6), 1)
 
     def _noise(self, items: list[tuple[str | None, int]], frames: int | None = None) -> ItemNoise:
         return ItemNoise([seed for _, seed in items], self.representation.shape, self.device, frames)
@@ -489,3 +507,10 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
             progress(done, total)
 
     return step
+
+
+def _padded(x: Tensor, silence: Tensor | None) -> Tensor:
+    """Latents (B, C, any) continued by `silence` (C, window) to a whole window."""
+    if silence is None or (rest := silence.shape[1] - x.shape[2]) <= 0:
+        return x
+    return torch.cat((x, silence[None, :, -rest:].to(x).expand(len(x), -1, -1)), 2)

@@ -143,6 +143,9 @@ def make_request(
             check_number(name, value, whole=name == "steps")
     length = limits.window if seconds is None else float(seconds)
     begins, ends = timing(length)
+    if seconds_start is None and seconds_total is None and ends > limits.longest:
+        # Later than the timing embeddings know: the last that they do.
+        begins, ends = min(begins, max(limits.longest - length, 0.0)), limits.longest
     start = begins if seconds_start is None else float(seconds_start)
     request = Request(
         seconds=length,

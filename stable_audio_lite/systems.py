@@ -77,11 +77,7 @@ class GenerationDefaults:
 class StableAudioConfig:
     """A whole system: the VAE, the text encoder, the timing embeddings and the U-Net.
 
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        sample_rate: Hz.
-        latent_frames: length of the window that the U-Net generates.
+    `format` is the version of the bundle's layout, `latent_frames` the length of the window that the U-Net generates.
     """
 
     part: ClassVar[str] = "unet"
@@ -160,14 +156,7 @@ def build_vae(config: WaveformVAEConfig | SpectrogramVAEConfig) -> VAE:
 
 @dataclass(frozen=True, kw_only=True)
 class ComplexSTFTConfig:
-    """The 2-D U-Net on complex spectrograms.
-
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        spectrogram: what the network sees.
-        schedule: the forward process that it is trained with.
-    """
+    """The 2-D U-Net on complex spectrograms; `schedule` is the forward process that it is trained with."""
 
     part: ClassVar[str] = "unet"
     clap: ClassVar[None] = None
@@ -195,15 +184,9 @@ class ComplexSTFTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrogramDiffusionConfig:
-    """The transformer on spectrograms.
+    """The transformer on spectrograms; `schedule` is the forward process that it is trained with.
 
-    Attributes:
-        kind: which system this is.
-        format: version of the bundle's layout.
-        spectrogram: what the network sees.
-        schedule: the forward process that it is trained with.
-        clap: the text encoder to condition on, where `transformer.text` says so.
-        timing: embeddings of seconds_start and seconds_total, used with text.
+    `clap` is the text encoder to condition on, where `transformer.text` says so; `timing` is used with text alone.
     """
 
     part: ClassVar[str] = "transformer"

@@ -91,13 +91,12 @@ def fetch_from_hub(repository: str, files: Sequence[str]) -> Path:
         raise UserError(f"{repository}: neither a folder nor a hub id that could be fetched ({reason})") from error
 
 
-def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what: str, assign: bool = False) -> None:
-    """Load `state` into `module`; with `assign` the module adopts the tensors, their type included, without a copy.
+def check_tensors(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str, what: str) -> None:
+    """Check names and shapes.
 
     Raises:
         UserError: tensors are missing, unexpected or of other shapes; names them, and `what` they should fit.
     """
-    expected = module.state_dict()
     found = [
         f"'{k}' has shape {tuple(state[k].shape)}, {what} gives {tuple(v.shape)}"
         for k, v in expected.items()
@@ -108,6 +107,15 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what:
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise UserError(f"{where}: weights don't fit {what}: {'; '.join(found[:_SHOWN])}{more}")
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what: str, assign: bool = False) -> None:
+    """Load `state` into `module`; with `assign` the module adopts the tensors, their type included, without a copy.
+
+    Raises:
+        UserError: as `check_tensors`.
+    """
+    check_tensors(state, module.state_dict(), where, what)
     module.load_state_dict(state, assign=assign)
 
 

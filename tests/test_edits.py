@@ -220,6 +220,7 @@ def test_spectrogram_models_take_sound_in(tmp_path: Path) -> None:
         (lambda: Inpainting(source(), [(-1, 0.5)]), "can't inpaint -1-0.5"),
         (lambda: Inpainting(source(), []), "say which stretch"),
         (lambda: Inpainting(source(), [(0, 1.2)]), "nothing of it would stay"),
+        (lambda: Inpainting(source(1.0), [(0.4, 1.0), (0, 0.5)]), "nothing of it would stay"),
         (lambda: Loop(bars=0, bpm=100), "bars must be at least 1"),
         (lambda: Loop(bars=4), "needs a tempo"),
         (lambda: Loop(bars=4, bpm=1000), "bpm must lie in 20..400"),

@@ -71,6 +71,20 @@ def test_a_network_that_knows_several_windows_samples_what_is_asked_for(model: S
         assert torch.equal(whole()[..., :5], part())
 
 
+@pytest.mark.parametrize("margin", [None, 4])
+def test_silence_follows_the_end_of_the_described_piece(model: StableAudio, margin: int | None) -> None:
+    """As the VAE decodes it, whether the frames there were sampled or not; before the end there is other sound."""
+    representation = model.representation
+    silence = representation.decode(representation.silence[None], 64 * 1024)[0]
+    sound = model.with_defaults(margin=margin).generate("piano", seconds_total=20.5 * 1024 / 44100, seed=1).audio[0]
+    after = (21 + 13) * 1024  # the decoder sees so far
+    assert sound.shape == silence.shape
+    assert torch.allclose(sound[:, after:], silence[:, after:], atol=1e-4)
+    assert not torch.allclose(sound[:, : 20 * 1024], silence[:, : 20 * 1024], atol=1e-2)
+    longer = model.generate("piano", seconds_total=2.0, seed=1).audio[0]
+    assert not torch.allclose(longer[:, after:], silence[:, after:], atol=1e-2)
+
+
 def test_decoding_only_what_is_wanted_changes_no_sample(model: StableAudio) -> None:
     data = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
     whole = model.representation.decode(data, 64 * 1024)

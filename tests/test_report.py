@@ -404,7 +404,7 @@ def test_the_page_lies_beside_its_result(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "r.json")])
     report_command.main()
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert '<tr><th scope="row">device</th><td class="text">cpu</td></tr>' in text
+    assert '<tr><th scope="row" class="text">device</th><td class="text">cpu</td></tr>' in text
 
 
 def browse(page: Path) -> tuple[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,7 +34,7 @@ from stable_audio_lite.data.latents import LatentCache, read_cache
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.representation import encoder_hash
-from training import denoising, pre_encode, train_clap, train_diffusion, train_vae
+from training import command, denoising, pre_encode, train_clap, train_diffusion, train_vae
 
 
 def test_stratified_shares_cover_every_part() -> None:
@@ -262,24 +264,37 @@ def test_killed_pre_encoding_goes_on(data: Path, bundles: dict[str, Path], tmp_p
     assert len(json.loads((cache / "latents.json").read_text())["mean"]) == 64
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_interrupted_pre_encoding_goes_on(
-    data: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    data: Path,
+    bundles: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Stopped in the second shard, the same command goes on with it, and the cache is that of one whole run."""
+    """Stopped in the second shard, it says so; the same command goes on there, and the cache is that of a whole run."""
     settings = {"vae": str(bundles["vae"]), "data": str(data), "shard_items": 2}
     config = pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "latents"))
-    encode, encoded = pre_encode.encode_item, []
+    (tmp_path / "encode.yaml").write_text(yaml.safe_dump(settings | {"output": config.output}))
+    monkeypatch.setattr(sys, "argv", ["pre_encode", "--config", str(tmp_path / "encode.yaml")])
+    encode, encoded, handler = pre_encode.encode_item, [], signal.getsignal(signal.SIGTERM)
 
-    def counting(vae: object, number: int, item: object, sample_rate: int) -> object:
+    def counting(vae: object, index: int, item: object, sample_rate: int) -> object:
         if len(encoded) == 3:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         encoded.append(item)
-        return encode(vae, number, item, sample_rate)
+        return encode(vae, index, item, sample_rate)
 
     monkeypatch.setattr(pre_encode, "encode_item", counting)
-    with pytest.raises(KeyboardInterrupt):
-        pre_encode.run(config)
-    assert not (tmp_path / "latents/latents.json").exists()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.main("", pre_encode.PreEncodeConfig, pre_encode.run)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on from what is finished"
+    assert {path.name for path in (tmp_path / "latents").iterdir()} == {".lock", "cache.json", "000000.tar"}
     monkeypatch.setattr(pre_encode, "encode_item", lambda *args: encoded.append(args[1]) or encode(*args))
     encoded.clear()
     pre_encode.run(config)

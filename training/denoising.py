@@ -66,7 +66,8 @@ class Conditioned(nn.Module):
         """
         network: Any = self.network
         start, total = (seconds.clamp(max=self.conditioner.config.max_seconds) for seconds in timing)
-        condition = drop(self.conditioner(text, start, total), network.null_condition(len(x)), dropped)
+        condition = self.conditioner(text, start, total)
+        condition = drop(condition, network.null_condition(len(x), condition.mask), dropped)
         return network(x, t, network.context(condition))
 
 

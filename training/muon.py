@@ -15,6 +15,7 @@ from training.shard import full, sharded_like
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_MOMENTUM = 0.9  # Nesterov's
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
@@ -36,7 +37,6 @@ class Muon(AdamW):
         module: parameters of two or more axes are updated by Muon, all others by AdamW.
         lr: of AdamW.
         muon_lr: of Muon, in units of the matrix's spectral norm.
-        momentum: Nesterov momentum of Muon.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class Muon(AdamW):
         muon_lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
-        momentum: float = 0.9,
     ):
         parameters = [p for p in module.parameters() if p.requires_grad]
         matrices = [p for p in parameters if _is_matrix(p)]
@@ -56,7 +55,6 @@ class Muon(AdamW):
             {"params": matrices, "muon": True, "scale": muon_lr / lr},
             {"params": others, "muon": False, "scale": 1.0},
         ]
-        self.momentum = momentum
         super().__init__(groups, lr=lr, betas=betas, weight_decay=weight_decay)
 
     @torch.no_grad()
@@ -81,8 +79,8 @@ class Muon(AdamW):
         if "momentum" not in state:
             state["step"] = torch.zeros(())  # AdamW expects to find one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(gradient, 1 - self.momentum)
-        update = full(gradient.lerp(state["momentum"], self.momentum)).flatten(1)
+        state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
+        update = full(gradient.lerp(state["momentum"], _MOMENTUM)).flatten(1)
         # Rows longer than columns would otherwise move less per entry (the usual shape factor).
         shape_factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])

@@ -153,11 +153,8 @@ class Plan:
 def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
     """Measure the run that a trainer's config describes.
 
-    Args:
-        path: the YAML file of any trainer.
-        steps: number of steps to time, after two others.
-        processes: of the run; each is assumed to be as fast as one is here.
-        profiled: profile one more step.
+    The file is that of any trainer. `steps` steps are timed after two others, and one more is `profiled`. Each of the
+    run's `processes` is assumed to be as fast as one is here.
 
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.

@@ -18,8 +18,6 @@ def load_embedder(
     Args:
         name: "openl3", "passt" or "clap".
         source: where its weights are; None: in `folder`, under the name that they are published by.
-        folder: of weights.
-        device: to compute on.
         level: that sounds are brought to.
         batch: windows that go through the network at once.
         content: what OpenL3 was trained on, "music" or "env".

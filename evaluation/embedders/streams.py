@@ -82,14 +82,9 @@ def mono_at(source: AudioSource, sample_rate: int, level: TargetLevel) -> Iterat
 def overlapping_windows(
     blocks: Iterable[Tensor], size: int, hop: int, channels: int, front: int = 0
 ) -> Iterator[Tensor]:
-    """Overlapping stretches (channels, size) that together hold every sample, the last one filled up with silence.
+    """Stretches (channels, size), one every `hop` samples, that together hold every sample of (channels, any) blocks.
 
-    Args:
-        blocks: of (channels, any) samples; none make one window of silence.
-        size: samples of a window.
-        hop: samples from one to the next.
-        channels: of the blocks.
-        front: samples of silence before the first.
+    The first begins with `front` samples of silence and the last is filled up with it, as is all of it without blocks.
     """
     held = torch.zeros(channels, front)
     for block in blocks:

@@ -125,11 +125,8 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 def frechet_infinity(draw: Callable[[int], Gaussian], count: int, reference: Gaussian, sizes: int = 15) -> float:
     """The distance that infinitely many samples would have: over 1 / N it is a line, whose value at 0 this is.
 
-    Args:
-        draw: a Gaussian of that many of the samples, drawn anew.
-        count: all samples.
-        reference: what they are compared with, as it is.
-        sizes: how many distances the line is fitted to, of a fifth of the samples to all.
+    `draw` gives a Gaussian of that many of the `count` samples, drawn anew; the `reference` stays as it is. The line is
+    fitted to distances of `sizes` numbers of samples, from a fifth of them to all.
     """
     numbers = np.unique(np.linspace(max(2, _SMALLEST_SHARE * count), count, sizes).round().astype(int))
     distances = [frechet_distance(draw(int(number)), reference) for number in numbers]

@@ -8,11 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from stable_audio_lite.audio.io import resample
+from stable_audio_lite.corpus.harmony import KEYS
 
 TEMPO_TOLERANCE = 0.04
 """Share by which a tempo may be off and still count as right."""
 
-TONICS = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 # How well each degree fits a major and a minor key, by listeners (Krumhansl & Kessler 1982).
 _PROFILES = {
     "major": (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
@@ -26,7 +26,7 @@ _SMOOTH = 5  # hops over which an onset is spread: 29 ms
 
 @dataclass(frozen=True)
 class Key:
-    """A tonic, one of `TONICS`, and "major" or "minor"."""
+    """A tonic, one of `stable_audio_lite.corpus.harmony.KEYS`, and "major" or "minor"."""
 
     tonic: str
     mode: str
@@ -72,7 +72,7 @@ def key(audio: Tensor, sample_rate: int) -> Key | None:
         return None
     chroma = librosa.feature.chroma_cqt(y=mono, sr=_RATE, tuning=0.0).mean(1)
     fits = {
-        Key(TONICS[shift], mode): np.corrcoef(np.roll(profile, shift), chroma)[0, 1]
+        Key(KEYS[shift], mode): np.corrcoef(np.roll(profile, shift), chroma)[0, 1]
         for mode, profile in _PROFILES.items()
         for shift in range(12)
     }

@@ -44,12 +44,7 @@ def training_neighbours(
 
 
 def nearest_sounds(generated: Tensor, training: Tensor, paths: Sequence[str], k: int = 3) -> list[Neighbours]:
-    """The `k` training sounds closest to each generated one, closest first, or all where there are fewer.
-
-    Args:
-        generated: embeddings (N, D).
-        training: embeddings (M, D).
-        paths: (M,) where the training sounds lie.
+    """The `k` training sounds (M, D) at `paths` closest to each generated one (N, D), closest first, or all if fewer.
 
     Raises:
         ValueError: the shapes don't fit each other.

@@ -48,7 +48,8 @@ def timing_grid(cells: Sequence[Mapping[str, Any]]) -> tuple[list[Bin], dict[Bin
     counts: Counter[tuple[Bin, Bin]] = Counter()
     try:
         for cell in cells:
-            asked, measured = ((cell[f"{kind}_from"], cell[f"{kind}_to"]) for kind in ("requested", "measured"))
+            sides = ("requested", "measured")
+            asked, measured = ((float(cell[f"{side}_from"]), float(cell[f"{side}_to"])) for side in sides)
             counts[asked, measured] += int(cell["n"])
         columns, rows = (sorted({bins[side] for bins in counts}, reverse=bool(side)) for side in (0, 1))
         totals = {column: sum(counts[column, row] for row in rows) for column in columns}

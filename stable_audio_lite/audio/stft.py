@@ -10,15 +10,9 @@ from torch import Tensor
 def stft(audio: Tensor, window: Tensor, hop: int, *, centred: bool = True) -> Tensor:
     """Compute the spectra of windowed frames, one every `hop` samples.
 
-    Args:
-        audio: (..., T) real.
-        window: (N,) analysis window, for instance `torch.hann_window(N)`.
-        hop: samples from frame to frame.
-        centred: frame k is centred on sample k * hop, and the sound is mirrored beyond its ends (T > N / 2); otherwise
-            frame k begins there, and only whole frames count (T >= N).
-
-    Returns:
-        complex (..., N / 2 + 1, frames).
+    Real audio (..., T) under a `window` (N,), such as `torch.hann_window(N)`, becomes complex (..., N / 2 + 1, frames).
+    If `centred`, frame k is centred on sample k * hop, and the sound is mirrored beyond its ends (T > N / 2); otherwise
+    frame k begins there, and only whole frames count (T >= N).
     """
     flat = audio.reshape(-1, audio.shape[-1])
     spectrum = torch.stft(flat, len(window), hop, window=window, center=centred, return_complex=True)
@@ -28,13 +22,8 @@ def stft(audio: Tensor, window: Tensor, hop: int, *, centred: bool = True) -> Te
 def istft(spectrum: Tensor, window: Tensor, hop: int) -> Tensor:
     """Find the sound whose uncentred `stft` is nearest to `spectrum` (Griffin & Lim 1984, equation 6).
 
-    Args:
-        spectrum: complex (B, N / 2 + 1, frames).
-        window: (N,) the analysis window.
-        hop: samples from frame to frame, at most N / 2 for a Hann window.
-
-    Returns:
-        real (B, (frames - 1) * hop + N); samples that no frame covers (a Hann window's first) are 0.
+    Complex (B, N / 2 + 1, frames) becomes real (B, (frames - 1) * hop + N), the hop at most N / 2 for a Hann window;
+    samples that no frame covers (a Hann window's first) are 0.
     """
     size, frames = len(window), spectrum.shape[-1]
     total = (frames - 1) * hop + size

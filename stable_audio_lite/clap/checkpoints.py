@@ -60,14 +60,10 @@ _TEXT_ENCODER_NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A CLAP as read from its source.
+    """A CLAP as read from its `source`.
 
-    Attributes:
-        source: path for messages.
-        config: sizes.
-        tokenizer: of its texts.
-        parts: state dicts of `text_encoder` and, where the source has both towers, `audio_encoder`, in the floating
-            types that they are stored in.
+    Its `parts` are the state dicts of `text_encoder` and, where the source has both towers, `audio_encoder`, in the
+    floating types that they are stored in.
 
     Raises:
         UserError: the tokenizer has more tokens than the text tower.

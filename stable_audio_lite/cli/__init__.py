@@ -13,7 +13,17 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from stable_audio_lite import __version__
-from stable_audio_lite.cli import codec, continuation, corpus, doctor, generate, info, restore, validate_dataset
+from stable_audio_lite.cli import (
+    codec,
+    continuation,
+    corpus,
+    doctor,
+    generate,
+    info,
+    interchange,
+    restore,
+    validate_dataset,
+)
 from stable_audio_lite.command import Parser, guarded
 
 ENTRY_POINTS = "stable_audio_lite.commands"
@@ -41,6 +51,8 @@ def build_parser() -> Parser:
     codec.add_encode(commands)
     codec.add_decode(commands)
     info.add_command(commands)
+    interchange.add_import(commands)
+    interchange.add_export(commands)
     corpus.add_command(commands)
     validate_dataset.add_command(commands)
     for entry_point in entry_points(group=ENTRY_POINTS):

@@ -63,9 +63,7 @@ def _worded(prompt: str, bpm: float | None, key: str | None) -> str:
     if key is not None:
         match = re.fullmatch(r"([A-Ga-g][#b]?) (major|minor)", key.strip())
         if match is None or (tonic := match[1][0].upper() + match[1][1:]) not in _TONICS:
-            raise UserError(
-                f"--key: {key!r} is none of {', '.join(_TONICS)}, followed by major or minor, as in 'A minor'"
-            )
+            raise UserError(f"--key: {key!r} is not one of {', '.join(_TONICS)} and major or minor, as in 'A minor'")
         wanted = f"{tonic} {match[2]}"
         if (own_key := _KEY.search(prompt)) and own_key[0] != wanted:
             raise UserError(f"--key {wanted}: the prompt says {own_key[0]}; leave out one")

@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stable_audio_lite.config import to_dict
 from stable_audio_lite.corpus.captions import captions
 from stable_audio_lite.corpus.compose import CorpusConfig, compose
 from stable_audio_lite.corpus.piece import Piece
@@ -94,9 +95,8 @@ def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
 def _claim(out: Path, config: CorpusConfig) -> None:
     """Record the settings in the folder, or check them against those of the corpus already there."""
     path = out / "corpus.json"
-    settings = {"version": _VERSION, **asdict(config)}
+    settings = {"version": _VERSION, **to_dict(config)}
     del settings["items"], settings["held_out"]
-    settings = json.loads(json.dumps(settings))  # tuples as they are read back
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -28,19 +28,13 @@ class Conditional(Network, Protocol):
         """Prepare `condition` for the forward pass."""
         ...
 
-    def null_condition(self, batch: int) -> Condition:
-        """The learned null for `batch` items."""
+    def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
+        """The learned null for `batch` items, in place of prompts with `mask` (B, S)."""
         ...
 
 
 class NetworkDenoiser:
-    """A network under one context, as a denoiser.
-
-    Args:
-        network: the predictor.
-        process: the one that it was trained with.
-        context: the prepared condition.
-    """
+    """A network under one prepared `context`, as a denoiser; `process` is the one that it was trained with."""
 
     def __init__(self, network: Network, process: Process, context: Any = None) -> None:
         self.network, self.process, self.context = network, process, context
@@ -57,8 +51,7 @@ class Guidance:
     Both conditions go through the network as one batch, and are projected to keys and values once, here.
 
     Args:
-        network: the predictor.
-        process: the one that it was trained with.
+        network, process: as for `NetworkDenoiser`.
         cond: condition to move towards, of B items.
         negative: condition to move away from, of B items; None is the learned null.
         scale: 1 is no guidance (and one plain forward).
@@ -82,7 +75,7 @@ class Guidance:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
         self.scale, self.rescale = scale, rescale
         if scale != 1:
-            other = network.null_condition(len(cond.tokens)) if negative is None else negative
+            other = network.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
             if other.tokens.shape != cond.tokens.shape:
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(other.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")

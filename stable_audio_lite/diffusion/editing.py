@@ -31,12 +31,8 @@ class KnownRegion:
     """A denoiser whose estimates are right where data are known.
 
     A sampler then moves those data along the straight line from noise to what they are, so they are at the noise level
-    of the rest at each step, as RePaint puts them back (Lugmayr et al. 2022, arXiv 2201.09865, equation 8).
-
-    Args:
-        denoiser: of everything.
-        known: (B, ...) data.
-        mask: bool, of the data's last axis or of their whole shape: True where they are known.
+    of the rest at each step, as RePaint puts them back (Lugmayr et al. 2022, arXiv 2201.09865, equation 8). `known` are
+    (B, ...) data, and `mask` is True where they are, bool of their last axis or of their whole shape.
     """
 
     def __init__(self, denoiser: Denoiser, known: Tensor, mask: Tensor) -> None:
@@ -55,11 +51,7 @@ class Circular:
     """A denoiser of sounds whose end meets their beginning.
 
     Data (B, ..., T) are turned by another number of frames at each call, so that no frame is always at an end, and go
-    on round the circle on both sides.
-
-    Args:
-        denoiser: of before + T + after frames.
-        before, after: frames that are repeated on each side.
+    on round the circle, `before` and `after` frames on each side, which the `denoiser` takes as well.
     """
 
     def __init__(self, denoiser: Denoiser, before: int, after: int) -> None:

@@ -17,12 +17,9 @@ from stable_audio_lite.nn.attention import Condition
 
 
 def drop(condition: Condition, null: Condition, dropped: Tensor) -> Condition:
-    """Replace whole conditions by `null`'s, for classifier-free guidance.
+    """Replace the conditions of items that are `dropped` (B,), bool, by `null`'s, for classifier-free guidance.
 
-    Args:
-        condition: of B items.
-        null: of B items or of one, with the same S and D; gradients reach it.
-        dropped: (B,) bool, True for items that lose their condition.
+    `null` is of B items or of one, with the same S and D; gradients reach it.
     """
     expected, got = tuple(condition.tokens.shape[1:]), tuple(null.tokens.shape[1:])
     if got != expected:
@@ -46,8 +43,7 @@ class TimingConfig:
 class Conditioner(nn.Module):
     """Timing conditioner: appends a `seconds_start` and a `seconds_total` token to text features.
 
-    Its only parameters are the two embedding tables; they are trained with the U-Net, unlike the text
-    encoder.
+    Its only parameters are the two embedding tables, which are trained with the U-Net, unlike the text encoder.
     """
 
     def __init__(self, config: TimingConfig, width: int):

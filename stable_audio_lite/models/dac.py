@@ -46,9 +46,9 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[st
         UserError: any other tensor that both have differs in shape.
     """
     channels = vae.config.audio_channels
-    last = f"decoder.layers.{len(vae.decoder.layers) - 1}."
+    last = f"decoder.layers.{len(vae.config.strides) + 2}."
     state = dict(vae.state_dict())
-    first = dac_state.get(_dac_name("encoder.layers.0.weight_v"))
+    first = dac_state.get(dac_name("encoder.layers.0.weight_v"))
     mono = channels > 1 and first is not None and first.shape[1] == 1
     for key, value in dac_state.items():
         name = _our_name(key)
@@ -74,7 +74,7 @@ def state_from_dac(dac_state: Mapping[str, Tensor], vae: WaveformVAE) -> dict[st
 
 def state_to_dac(vae: WaveformVAE) -> dict[str, Tensor]:
     """The VAE's encoder and decoder under descript-audio-codec's names, for blocks of the same shape."""
-    return {_dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
+    return {dac_name(key): value for key, value in vae.state_dict().items() if ".project." not in key}
 
 
 def _our_name(key: str) -> str | None:
@@ -85,7 +85,8 @@ def _our_name(key: str) -> str | None:
     return None
 
 
-def _dac_name(key: str) -> str:
+def dac_name(key: str) -> str:
+    """Name in descript-audio-codec of what the VAE calls `key`."""
     part, rest = key.split(".layers.", 1)
     top = "block" if part == "encoder" else "model"
     return f"{part}.{top}." + rest.replace("layers.", "block.")

@@ -117,9 +117,7 @@ class SpectrogramTransformer(nn.Module):
     """Transformer that predicts the clean spectrogram from a noisy one of a fixed size.
 
     Args:
-        config: its shape.
-        bins: frequency rows, a multiple of the patch.
-        frames: a multiple of the patch.
+        bins, frames: of the spectrograms, multiples of the patch.
         channels: 2, the real and the imaginary part.
         context_width: width of the condition's tokens, with `config.text` only.
         context_tokens: tokens of the learned null condition, that is, of any condition; with `config.text` only.
@@ -161,8 +159,8 @@ class SpectrogramTransformer(nn.Module):
         if context_width is not None and context_tokens is not None:
             self.null = nn.Parameter(torch.randn(context_tokens, context_width))
 
-    def null_condition(self, batch: int) -> Condition:
-        """The learned null for `batch` items, nothing masked.
+    def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
+        """The learned null for `batch` items, nothing masked, whatever `mask` says of the prompts.
 
         Raises:
             ValueError: the transformer has no text.
@@ -187,15 +185,10 @@ class SpectrogramTransformer(nn.Module):
         return TransformerContext(layers, attention_mask(cond.mask))
 
     def forward(self, x: Tensor, t: Tensor, context: TransformerContext | None = None) -> Tensor:
-        """Predict the clean spectrogram.
+        """Predict the clean spectrogram, in x's dtype whatever that of the weights.
 
-        Args:
-            x: (B, channels, bins, frames) noisy spectrograms of about unit variance.
-            t: (B,) diffusion step indices, fractions allowed.
-            context: `self.context(condition)`; None is the null condition of a transformer with text.
-
-        Returns:
-            (B, channels, bins, frames) in x's dtype, whatever the dtype of the weights.
+        Takes noisy spectrograms x (B, channels, bins, frames) of about unit variance, diffusion step indices t (B,),
+        fractions allowed, and `self.context(condition)`; None is the null condition of a transformer with text.
 
         Raises:
             ValueError: x has another shape, or a context is given without text.

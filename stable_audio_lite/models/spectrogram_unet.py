@@ -235,10 +235,7 @@ class Stage(nn.Module):
 class SpectrogramUNet(nn.Module):
     """U-Net that predicts the noise in noisy spectrograms.
 
-    Args:
-        config: its shape.
-        bins: frequency bins of the spectrograms; the TDFs fix them, frames are free.
-        channels: 2, the real and the imaginary part.
+    The TDFs fix the frequency `bins` of its spectrograms, frames are free; `channels` are the real and imaginary part.
 
     Raises:
         ValueError: the config doesn't fit `bins`.
@@ -274,15 +271,10 @@ class SpectrogramUNet(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, context: None = None) -> Tensor:
-        """Predict the noise.
+        """Predict the noise, in x's dtype whatever that of the weights; the network is unconditional.
 
-        Args:
-            x: (B, channels, bins, T) noisy spectrograms of unit variance, T a multiple of `config.factor`.
-            t: (B,) diffusion step indices, fractions allowed.
-            context: nothing; the network is unconditional.
-
-        Returns:
-            (B, channels, bins, T) in x's dtype, whatever the dtype of the weights.
+        Takes noisy spectrograms x (B, channels, bins, T) of unit variance, T a multiple of `config.factor`, and step
+        indices t (B,), fractions allowed.
 
         Raises:
             ValueError: x has another shape, or a context is given.

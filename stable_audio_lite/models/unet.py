@@ -39,6 +39,8 @@ class UNetConfig:
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
+        attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition has
+            the prompt's mask, as in stable-audio-tools.
     """
 
     width: int = 256
@@ -50,6 +52,7 @@ class UNetConfig:
     feed_forward: int = 4
     groups: int = 16
     rotary: bool = False
+    attend_padding: bool = False
 
     def __post_init__(self) -> None:
         steps = len(self.multipliers) - 1
@@ -344,9 +347,10 @@ class UNet(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
 
-    def null_condition(self, batch: int) -> Condition:
-        """The learned null for `batch` items, nothing masked."""
-        return Condition.unmasked(self.null, batch)
+    def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
+        """The learned null for `batch` items, nothing masked, or with `attend_padding` what `mask` (B, S) masks."""
+        null = Condition.unmasked(self.null, batch)
+        return null if mask is None or not self.config.attend_padding else Condition(null.tokens, mask)
 
     def context(self, cond: Condition) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.
@@ -361,18 +365,17 @@ class UNet(nn.Module):
         down, up = (cast("Iterable[UNetLevel]", levels) for levels in (self.down, self.up))
         transformers = [*(d.transformer for d in down), self.middle, *(u.transformer for u in up)]
         layers = tuple(() if t is None else t.keys_values(tokens) for t in transformers)
-        return UNetContext(layers, attention_mask(cond.mask))
+        mask = attention_mask(cond.mask)
+        if mask is not None and self.config.attend_padding:
+            seen = mask.to(tokens).transpose(2, 3)  # B, 1, S, 1
+            return UNetContext(tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None)
+        return UNetContext(layers, mask)
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
-        """Predict v.
+        """Predict v, (B, C, T), in x's dtype whatever that of the weights.
 
-        Args:
-            x: (B, C, T) noisy latents, any T: padded to a multiple of the strides' product, then cropped.
-            t: (B,) diffusion times in 0..1.
-            context: `self.context(condition)`.
-
-        Returns:
-            (B, C, T) in x's dtype, whatever the dtype of the weights.
+        Takes noisy latents x (B, C, T), any T (padded to a multiple of the strides' product, then cropped), diffusion
+        times t (B,) in 0..1, and `self.context(condition)`.
         """
         if x.ndim != 3 or x.shape[1] != self.channels:
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")

@@ -1,7 +1,8 @@
 """The paper's VAE, on waveforms: descript-audio-codec's encoder and decoder without a quantizer.
 
 Kumar et al. 2023 (arXiv 2306.06546) describe the blocks, Evans et al. 2024 (arXiv 2402.04825, section 3.1) the
-bottleneck. Reads upward: residual unit, blocks, encoder and decoder, VAE.
+bottleneck; `blocks: oobleck` is the variant of Evans et al. 2024b (arXiv 2407.14358), Stable Audio Open's. Reads
+upward: residual unit, blocks, encoder and decoder, VAE.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
 from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1d, channels_last
-from stable_audio_lite.nn.snake import FoldedSnake, Snake
+from stable_audio_lite.nn.snake import FoldedSnake, Snake, SnakeBeta
 
 _DILATIONS = (1, 3, 9)
 
@@ -32,6 +34,9 @@ class WaveformVAEConfig:
         decoder_width: channels after the decoder's first convolution; they halve at each stride.
         strides: of the encoder's blocks, all even; the decoder uses them in reverse order.
         latent_channels: channels of the latent.
+        blocks: "dac" as above; "oobleck": the outermost stride keeps the channels, Snakes have two parameters, the
+            encoder ends in its last convolution, and the decoder's last has no bias.
+        tanh: whether the decoder ends in a tanh, which keeps the sound within -1..1.
     """
 
     kind: Literal["waveform"] = "waveform"
@@ -40,30 +45,43 @@ class WaveformVAEConfig:
     decoder_width: int = 1536
     strides: tuple[int, ...] = (4, 4, 8, 8)
     latent_channels: int = 64
+    blocks: Literal["dac", "oobleck"] = "dac"
+    tanh: bool = False
 
     def __post_init__(self) -> None:
         if not self.strides or any(s < 2 or s % 2 for s in self.strides):
             raise ValueError(f"strides must be even and at least 2, got {self.strides}")
         if min(self.audio_channels, self.encoder_width, self.latent_channels) < 1:
             raise ValueError("audio_channels, encoder_width and latent_channels must be at least 1")
-        if self.decoder_width < 1 or self.decoder_width % 2 ** len(self.strides):
-            raise ValueError(f"decoder_width must be a multiple of {2 ** len(self.strides)}, got {self.decoder_width}")
+        if self.decoder_width < 1 or self.decoder_width % self.multipliers[-1]:
+            raise ValueError(f"decoder_width must be a multiple of {self.multipliers[-1]}, got {self.decoder_width}")
 
     @property
     def hop(self) -> int:
         """Samples per latent frame."""
         return math.prod(self.strides)
 
+    @property
+    def multipliers(self) -> tuple[int, ...]:
+        """Channels before the first stride and after each, in units of the outermost."""
+        doubled = tuple(2**i for i in range(len(self.strides) + 1))
+        return doubled if self.blocks == "dac" else (1, *doubled[:-1])
+
+    @property
+    def snake(self) -> type[Snake]:
+        """The activation."""
+        return Snake if self.blocks == "dac" else SnakeBeta
+
 
 class ResidualUnit(nn.Module):
     """Snake, dilated k7 convolution, Snake, k1 convolution, added to the input."""
 
-    def __init__(self, channels: int, dilation: int):
+    def __init__(self, channels: int, dilation: int, snake: type[Snake]):
         super().__init__()
         self.layers = nn.Sequential(
-            Snake(channels),
+            snake(channels),
             WeightNormConv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation),
-            Snake(channels),
+            snake(channels),
             # Near the identity at the start, so that depth does not amplify the signal.
             WeightNormConv1d(channels, channels, 1, gain=0.125),
         )
@@ -76,14 +94,14 @@ class ResidualUnit(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Encoder block: three residual units, Snake, strided convolution that doubles the channels."""
+    """Encoder block: three residual units, Snake, strided convolution."""
 
-    def __init__(self, channels: int, stride: int):
+    def __init__(self, channels: int, out_channels: int, stride: int, snake: type[Snake]):
         super().__init__()
         self.layers = nn.Sequential(
-            *(ResidualUnit(channels, d) for d in _DILATIONS),
-            Snake(channels),
-            WeightNormConv1d(channels, 2 * channels, 2 * stride, stride=stride, padding=stride // 2),
+            *(ResidualUnit(channels, d, snake) for d in _DILATIONS),
+            snake(channels),
+            WeightNormConv1d(channels, out_channels, 2 * stride, stride=stride, padding=stride // 2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,14 +109,14 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Decoder block: Snake, transposed convolution that halves the channels, three residual units."""
+    """Decoder block: Snake, transposed convolution, three residual units."""
 
-    def __init__(self, channels: int, stride: int):
+    def __init__(self, channels: int, out_channels: int, stride: int, snake: type[Snake]):
         super().__init__()
         self.layers = nn.Sequential(
-            Snake(channels),
-            WeightNormConvTranspose1d(channels, channels // 2, 2 * stride, stride=stride, padding=stride // 2),
-            *(ResidualUnit(channels // 2, d) for d in _DILATIONS),
+            snake(channels),
+            WeightNormConvTranspose1d(channels, out_channels, 2 * stride, stride=stride, padding=stride // 2),
+            *(ResidualUnit(out_channels, d, snake) for d in _DILATIONS),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,22 +128,27 @@ class WaveformEncoder(nn.Module):
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
-        width = config.encoder_width
+        widths = [config.encoder_width * m for m in config.multipliers]
         # Music is far below full scale: amplify it to where Snake is nonlinear.
-        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, width, 7, padding=3, gain=8.0)]
-        for stride in config.strides:
-            layers.append(EncoderBlock(width, stride))
-            width *= 2
-        layers += [Snake(width), WeightNormConv1d(width, width, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-        self.project = nn.Conv1d(width, 2 * config.latent_channels, 1)
+        layers: list[nn.Module] = [WeightNormConv1d(config.audio_channels, widths[0], 7, padding=3, gain=8.0)]
+        for stride, (channels, out_channels) in zip(config.strides, pairwise(widths), strict=True):
+            layers.append(EncoderBlock(channels, out_channels, stride, config.snake))
+        width, out_channels = widths[-1], 2 * config.latent_channels
+        last = WeightNormConv1d(width, width if config.blocks == "dac" else out_channels, 3, padding=1)
+        self.layers = nn.Sequential(*layers, config.snake(width), last)
         # At first the noise must not drown the mean: unit gain for the mean, std = softplus(-3) = 0.05.
-        means, scales = self.project.weight.data.chunk(2)
+        bias = torch.zeros(out_channels)
+        bias[config.latent_channels :] = -3.0
+        if config.blocks == "oobleck":
+            self.project: nn.Module = nn.Identity()
+            last.bias = nn.Parameter(bias)
+            nn.init.zeros_(last.weight_g.data[config.latent_channels :])
+            return
+        self.project = project = nn.Conv1d(width, out_channels, 1)
+        means, scales = project.weight.data.chunk(2)
         nn.init.normal_(means, std=2 / math.sqrt(width))
         nn.init.zeros_(scales)
-        bias = torch.zeros(2 * config.latent_channels)
-        bias[config.latent_channels :] = -3.0
-        self.project.bias = nn.Parameter(bias)
+        project.bias = nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.layers(channels_last(x)))
@@ -136,13 +159,18 @@ class WaveformDecoder(nn.Module):
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
-        width = config.decoder_width
-        layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, width, 7, padding=3)]
-        for stride in reversed(config.strides):
-            layers.append(DecoderBlock(width, stride))
-            width //= 2
+        widths = [config.decoder_width * m // config.multipliers[-1] for m in reversed(config.multipliers)]
+        layers: list[nn.Module] = [WeightNormConv1d(config.latent_channels, widths[0], 7, padding=3)]
+        for stride, (channels, out_channels) in zip(reversed(config.strides), pairwise(widths), strict=True):
+            layers.append(DecoderBlock(channels, out_channels, stride, config.snake))
         # Untrained output at the level of music rather than of full scale.
-        layers += [Snake(width), WeightNormConv1d(width, config.audio_channels, 7, padding=3, gain=0.1)]
+        bias = config.blocks == "dac"
+        layers += [
+            config.snake(widths[-1]),
+            WeightNormConv1d(widths[-1], config.audio_channels, 7, padding=3, gain=0.1, bias=bias),
+        ]
+        if config.tanh:
+            layers.append(nn.Tanh())
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -169,11 +197,11 @@ class WaveformVAE(VAE):
         return audio
 
     def _encode(self, audio: Tensor) -> Posterior:
-        return Posterior.of(self.encoder(audio.to(self.encoder.project.weight.dtype)))
+        return Posterior.of(self.encoder(audio.to(self._dtype)))
 
     def decode(self, latents: Tensor) -> Tensor:
         self.check_latents(latents)
-        return self.decoder(latents.to(self.encoder.project.weight.dtype))
+        return self.decoder(latents.to(self._dtype))
 
     def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, chunk_frames * hop), in float32.
@@ -184,7 +212,7 @@ class WaveformVAE(VAE):
         """
         check_chunks(chunk_frames)
         self.check_latents(latents)
-        x = latents.to(self.encoder.project.weight.dtype)
+        x = latents.to(self._dtype)
         low, high = self.decoder.layers[:2], self.decoder.layers[2:]
         rate = self.config.strides[-1]
         halo_low, halo_high = _receptive_field(low), _receptive_field(high)
@@ -205,6 +233,10 @@ class WaveformVAE(VAE):
                 yield y[:, :, (inner - left) * scale : (end - left) * scale].float()
 
     @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
     def encoder_halo(self) -> int:
         return math.ceil(_receptive_field(self.encoder.layers) / self.hop)
 
@@ -220,20 +252,21 @@ class WaveformVAE(VAE):
 
 
 def _fold_snakes(layers: nn.Sequential) -> None:
-    """Reduce every Snake to u + sin(u)^2: its frequency moves to the convolution before, the inverse to that after."""
+    """Reduce every Snake to one of u: its frequency moves to the convolution before, the inverse to that after."""
     for index, layer in enumerate(layers):
         if not isinstance(layer, Snake):
             continue
         before, after = layers[index - 1] if index else None, layers[index + 1]
         assert isinstance(after, WeightNormConv1d)
-        alpha = layer.alpha.data.float().flatten()
-        alpha = torch.where(alpha.abs() < 1e-6, 1e-6, alpha)
+        frequency, divisor = (factor.detach().float().flatten() for factor in layer.factors())
+        alpha = torch.where(frequency.abs() < 1e-6, 1e-6, frequency)
+        ratio = (alpha / divisor).view(1, -1, 1) if isinstance(layer, SnakeBeta) else None
         after.scale(inputs=alpha.reciprocal())
         if isinstance(before, WeightNormConv1d):
             before.scale(outputs=alpha)
-            layers[index] = FoldedSnake(None)
+            layers[index] = FoldedSnake(None, ratio)
         else:
-            layers[index] = FoldedSnake(alpha.view(1, -1, 1))
+            layers[index] = FoldedSnake(alpha.view(1, -1, 1), ratio)
 
 
 def _receptive_field(layers: nn.Module) -> int:

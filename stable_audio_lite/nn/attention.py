@@ -21,11 +21,7 @@ KeysValues = tuple[Tensor, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """Tokens for a network to cross-attend to.
-
-    Attributes:
-        tokens: (B, S, D) float.
-        mask: (B, S) bool, True = attend; each row needs at least one True.
+    """Tokens (B, S, D) for a network to cross-attend to where `mask` (B, S) is True, in each row once at least.
 
     Raises:
         ValueError: on other shapes, or a mask that isn't bool.

@@ -23,9 +23,10 @@ class WeightNormConv1d(nn.Module):
     """Convolution with weight = g v / |v| per output channel (Salimans & Kingma 2016, eq. 2).
 
     Parameters are named `weight_g`, `weight_v` and `bias`, as in torch's classic weight norm and so in DAC's files.
-    `fold` replaces g and v by one `weight` for inference. `gain` scales g at the start.
+    `fold` replaces g and v by one `weight` for inference. `gain` scales g at the start. Without `bias` it stays zero.
     """
 
+    bias: Tensor
     transposed = False
     _axes = (1, 0)  # of inputs and outputs in the folded weight
 
@@ -38,6 +39,7 @@ class WeightNormConv1d(nn.Module):
         dilation: int = 1,
         padding: int = 0,
         gain: float = 1.0,
+        bias: bool = True,
     ):
         super().__init__()
         self.stride, self.dilation, self.padding, self.kernel_size = stride, dilation, padding, kernel_size
@@ -48,7 +50,10 @@ class WeightNormConv1d(nn.Module):
         nn.init.trunc_normal_(v, std=0.8 / math.sqrt(fan_in), a=-2.0, b=2.0)
         self.weight_g = nn.Parameter(gain * v.flatten(1).norm(dim=1).view(-1, 1, 1))
         self.weight_v = nn.Parameter(v)
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        else:
+            self.register_buffer("bias", torch.zeros(out_channels), persistent=False)
 
     @property
     def weight(self) -> Tensor:

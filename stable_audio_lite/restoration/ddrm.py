@@ -36,8 +36,7 @@ def ddrm(
 
     Args:
         denoiser: estimates x0, as for `samplers.SAMPLERS`.
-        operator: A.
-        y: (B, 2, F, T), the observation.
+        y: (B, 2, F, T), the observation, of the shape of x0.
         sigmas: (steps + 1,) falling noise levels; end in 0 for a clean result.
         sigma_y: standard deviation of the noise in each real coordinate of y.
         eta: share of fresh noise in coordinates that are lost or noisier in the observation, 0..1.
@@ -45,9 +44,6 @@ def ddrm(
         noise: returns fresh standard normal noise of y's shape at each call.
         refine: turns each step's estimate of x0 into a better operator for the rest.
         on_step: called after each step.
-
-    Returns:
-        (B, 2, F, T).
 
     Raises:
         ValueError: sigmas aren't falling, or a setting is out of range.

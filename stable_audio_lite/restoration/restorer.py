@@ -53,12 +53,8 @@ _OWN_NOISE_DB = 1.0  # by which white noise may seem louder than the sound that 
 class RestoreSettings:
     """Settings of DDRM; the defaults are those of Saito et al. 2022 (arXiv 2211.04124).
 
-    Attributes:
-        steps: sampling steps.
-        eta: share of fresh noise where the observation says nothing or is noisier.
-        eta_b: weight of the observation where it is cleaner.
-        seed: of the noise; None draws one.
-        batch: windows denoised at once; more need more memory.
+    `eta` is the share of fresh noise where the observation says nothing or is noisier, `eta_b` the observation's weight
+    where it is cleaner. Without a `seed` one is drawn. `batch` windows are denoised at once; more need more memory.
 
     Raises:
         UserError: a value is out of range.
@@ -306,9 +302,7 @@ def _at_level(degradation: Degradation, audio: Tensor, gain: float) -> Degradati
         return degradation
     level = 10 * math.log10(max(float(audio.double().square().mean(1).max()), 1e-20))
     if level > -120 and degradation.noise_db > level + _OWN_NOISE_DB:
-        raise UserError(
-            f"noise_db: noise of {degradation.noise_db:g} dB is not in a sound of {level:.1f} dB; give less"
-        )
+        raise UserError(f"noise_db: the sound has {level:.1f} dB, so its noise has no {degradation.noise_db:g} dB")
     return Denoise(degradation.noise_db + 20 * math.log10(gain))
 
 

@@ -72,13 +72,8 @@ def fit_filters(
 ) -> Tensor:
     """Find filters h (F, taps) that minimise |wet - h * dry|^2 + ridge |dry|^2 |h - prior|^2 in each frequency.
 
-    Args:
-        dry: (1, 2, F, T).
-        wet: (1, 2, F, T).
-        taps: length of a filter.
-        lookahead: how many of the taps act on later frames.
-        prior: (F, taps) filters to stay near; None for 0.
-        ridge: how near, one number or (F, 1) for each frequency.
+    `dry` and `wet` are (1, 2, F, T). `lookahead` of the taps act on later frames. The filters stay near `prior`
+    (F, taps), or 0, by `ridge`: one number, or (F, 1) for each frequency.
     """
     x, y = (torch.complex(a[0, 0], a[0, 1]) for a in (dry, wet))
     size = x.shape[1] + taps

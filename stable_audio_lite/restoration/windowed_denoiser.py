@@ -13,14 +13,8 @@ from stable_audio_lite.diffusion.samplers import Denoiser
 class WindowedDenoiser:
     """A denoiser of (B, C, F, T), T >= frames, that works in overlapping windows along the last axis.
 
-    At each step all windows are denoised and their estimates cross-faded where they overlap, so the result is one
-    sound without seams.
-
-    Args:
-        denoiser: takes (N, C, F, frames).
-        frames: length of a window.
-        overlap: smallest number of frames that neighbouring windows share.
-        batch: windows denoised at once, which bounds the memory.
+    At each step all windows (N, C, F, frames) are denoised, `batch` of them at once, which bounds the memory, and their
+    estimates cross-faded where they overlap, by `overlap` frames at least: the result is one sound without seams.
 
     Raises:
         ValueError: not 0 < overlap < frames, or batch < 1.

@@ -12,12 +12,9 @@ def wpe(x: Tensor, taps: int = 150, delay: int = 4) -> Tensor:
     The defaults are those of Saito et al. 2022 (arXiv 2211.04124), who estimate the sound's power once, from x.
 
     Args:
-        x: (B, 2, F, T) real and imaginary parts of a spectrogram.
+        x: (B, 2, F, T) real and imaginary parts of a spectrogram, as is the result.
         taps: past frames that predict; at most a third of T are used, since more would predict anything.
         delay: frames between a frame and the past that predicts it, so that a sound's own onset stays.
-
-    Returns:
-        (B, 2, F, T).
 
     Raises:
         ValueError: a setting is below 1.
