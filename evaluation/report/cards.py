@@ -158,7 +158,7 @@ def _picture(file: Path) -> tuple[str, dict[int, float]]:
 
 
 def _read(file: Path, seconds: float = math.inf) -> tuple[np.ndarray, int]:
-    """(C, T) samples, of more than two channels mixed to two, and their rate in Hz; without torch, which loads slowly."""
+    """(C, T) samples, of more than two channels mixed to two, and their rate in Hz; without torch, slow to load."""
     from stable_audio_lite.audio.io import audio_blocks, audio_info
 
     info = audio_info(file)
