@@ -179,7 +179,7 @@ def load_result(path: Path) -> Result:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror}); give a file that evaluation.run wrote") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a result of evaluation.run, which is JSON; run it again") from error
     if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
         raise UserError(f"{path}: not a result of evaluation.run, or another version's layout; run it again")

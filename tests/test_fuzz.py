@@ -79,6 +79,8 @@ def fuzz(
 ) -> None:
     """Write `count` damaged versions of files over them, one at a time, and read each."""
     paths = list(originals)
+    for path in paths:
+        read(path)  # as it is
     for number in range(count):
         path, rng = paths[number % len(paths)], random.Random(f"{seed}/{number}")
         path.write_bytes(mutated(originals[path], rng))
@@ -168,7 +170,7 @@ def test_configs(tmp_path: Path) -> None:
 def test_weights_and_checkpoints(tmp_path: Path) -> None:
     import torch
 
-    from evaluation.result import load_result
+    from evaluation.result import MetricValue, Result, SoundRecord, load_result, save_result
     from stable_audio_lite.bundle import read_part
     from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata, read_cache
     from stable_audio_lite.models.dac import read_dac
@@ -193,12 +195,19 @@ def test_weights_and_checkpoints(tmp_path: Path) -> None:
     cache.write(0, [CachedLatent(n, torch.randn(4, 9), about) for n in range(2)])
     cache.finish()
     files = {path: path.read_bytes() for path in sorted((tmp_path / "latents").iterdir())}
-    fuzz(files, 200, lambda path: read_cache(path.parent, "hash"), Counter())
 
-    torch.save({"state_dict": average, "metadata": {"kwargs": {}}}, tmp_path / "dac.pth")
-    fuzz({tmp_path / "dac.pth": (tmp_path / "dac.pth").read_bytes()}, 60, read_dac, Counter())
-    result = tmp_path / "result.json"
-    result.write_text(json.dumps({"format": 1, "generated": [], "reference": [], "metrics": [], "settings": {}}))
+    def read(path: Path) -> None:
+        LatentCache(path.parent, "hash", 2)
+        read_cache(path.parent, "hash")
+
+    fuzz(files, 200, read, Counter())
+
+    dac, result = tmp_path / "dac.pth", tmp_path / "result.json"
+    torch.save({"state_dict": {"encoder.block.0.bias": torch.ones(9)}, "metadata": {"kwargs": {}}}, dac)
+    fuzz({dac: dac.read_bytes()}, 60, read_dac, Counter())
+    metric = MetricValue(name="fd", value=1.5, low=1.0, high=2.0, n=3, baselines={"noise": 9.0})
+    made = SoundRecord(path="a.wav", seconds=1.0, sample_rate=44100, channels=2)
+    save_result(Result(model="a model", settings={"rate": 1}, metrics=(metric,), generated=(made,)), result)
     fuzz({result: result.read_bytes()}, 60, load_result, Counter())
 
 

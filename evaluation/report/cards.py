@@ -158,12 +158,13 @@ def _picture(file: Path) -> tuple[str, dict[int, float]]:
 
 
 def _read(file: Path, seconds: float = math.inf) -> tuple[np.ndarray, int]:
-    """(2, T) samples and their rate in Hz; without torch, which takes seconds to import."""
+    """(C, T) samples, of more than two channels mixed to two, and their rate in Hz; without torch, slow to load."""
     from stable_audio_lite.audio.io import audio_blocks, audio_info
 
-    rate = audio_info(file).sample_rate
+    info = audio_info(file)
+    rate = info.sample_rate
     blocks, length = [], 0
-    for block in audio_blocks(file, stereo=True):
+    for block in audio_blocks(file, stereo=info.channels > 2):
         blocks.append(block)
         length += block.shape[1]
         if length >= seconds * rate:

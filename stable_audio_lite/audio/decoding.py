@@ -242,6 +242,9 @@ def _opened(path: AudioSource) -> soundfile.SoundFile:
     try:
         stream = _with_length(path)
         file = soundfile.SoundFile(stream or (path.open() if isinstance(path, Stored) else os.fsencode(path)))
+        if file.format in _SHORTENED and (loss := _shortened(file.extra_info)):
+            file.close()
+            raise UserError(f"{path}: truncated, {loss}; fetch it again")
         if file.format == "OGG" and (file.frames > _ENDLESS or "Junk after the last page" in file.extra_info):
             file.close()
             return _converted(path, "several streams in one Ogg file")
@@ -250,9 +253,6 @@ def _opened(path: AudioSource) -> soundfile.SoundFile:
             file = soundfile.SoundFile(stream)
     except (soundfile.SoundFileError, TypeError):  # TypeError: raw samples, by their suffix
         return _converted(path, "no WAV, AIFF, FLAC, OGG or MP3")
-    if file.format in _SHORTENED and (loss := _shortened(file.extra_info)):
-        file.close()
-        raise UserError(f"{path}: truncated, {loss}; fetch it again")
     file.seekable = lambda: False  # else soundfile seeks after each read, which in lossy files leads elsewhere
     return file
 

@@ -250,7 +250,7 @@ def read_metadata(path: str | Path) -> Metadata:
         tags = _read_wav_tags(Path(path)) if file.format == "WAV" else file.tags
     try:
         settings = json.loads(tags.get("comment") or "{}")
-    except ValueError:  # a comment that somebody else wrote
+    except (ValueError, RecursionError):  # a comment that somebody else wrote
         settings = {}
     return Metadata(title=tags.get("title") or None, settings=settings if isinstance(settings, dict) else {})
 

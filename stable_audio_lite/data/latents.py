@@ -73,7 +73,7 @@ class LatentCache:
         self.folder, self.encoder, self.items, self.shard_items = folder, encoder, items, shard_items
         mark = folder / _MARK
         own = {"encoder": encoder, "items": items, "shard_items": shard_items, "dtype": dtype}
-        if mark.exists() and (found := differences(json.loads(mark.read_text()), own)):
+        if mark.exists() and (found := differences(_mapping(mark), own)):
             other = "of another VAE" if found[0].startswith("encoder") else "made otherwise"
             raise UserError(
                 f"{folder}: holds latents {other} ({'; '.join(found)}); choose a new output or remove the folder"
@@ -156,19 +156,29 @@ def read_shard(path: Path) -> list[CachedLatent]:
         UserError: it is missing or damaged.
     """
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         return [
             CachedLatent(
                 int(name.removesuffix(".npy")),
-                torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False)),
+                _array(data),
                 _from_row(json.loads(files[name.replace(".npy", ".json")])),
             )
             for name, data in files.items()
             if name.endswith(".npy")
         ]
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(tarfile.TarError, OSError, EOFError, MemoryError, ValueError),
+        *(LookupError, TypeError, AttributeError, RecursionError),
+    ) as error:
         raise UserError(f"{path}: missing or damaged shard; remove it and run training.pre_encode again") from error
+
+
+def _array(data: bytes) -> Tensor:
+    latent = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    if latent.ndim != 2 or latent.dtype != torch.float16:
+        raise ValueError(f"no latent: {latent.dtype} {tuple(latent.shape)}")
+    return latent
 
 
 def _to_row(about: LatentMetadata) -> dict[str, Any]:
@@ -202,18 +212,36 @@ def read_index(folder: str | Path, encoder: str) -> CacheIndex:
     """Read the index of a finished folder.
 
     Raises:
-        UserError: the folder is unfinished, or its VAE is not the one with the hash `encoder`.
+        UserError: the folder is unfinished, its VAE is not the one with the hash `encoder`, or the index is damaged.
     """
     path = Path(folder) / _INDEX
     if not path.exists():
         raise UserError(f"{folder}: no finished latents here; run training.pre_encode to its end")
-    row = json.loads(path.read_text())
-    if row["encoder"] != encoder:
+    row = _mapping(path)
+    if row.get("encoder") != encoder:
         raise UserError(f"{folder}: holds latents of another VAE; encode the data again with this one")
     if "shards" not in row:
         raise UserError(f"{folder}: latents of an earlier version; encode the data again into a new folder")
-    sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
-    return CacheIndex(mean=tuple(row["mean"]), std=tuple(row["std"]), **sizes)
+    try:
+        sizes = {name: int(row[name]) for name in ("items", "shards", "frames")}
+        mean, std = (tuple(map(float, row[name])) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(path) from error
+    return CacheIndex(mean=mean, std=std, **sizes)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path) from error
+    if not isinstance(row, dict):
+        raise _damaged(path)
+    return row
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: damaged; remove it and run training.pre_encode again")
 
 
 def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[CachedLatent]]:
@@ -223,4 +251,7 @@ def read_cache(folder: str | Path, encoder: str) -> tuple[CacheIndex, list[Cache
         UserError: the folder is unfinished, of another VAE, or damaged.
     """
     index = read_index(folder, encoder)
-    return index, [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
+    entries = [e for shard in range(index.shards) for e in read_shard(Path(folder) / f"{shard:06d}.tar")]
+    if sum(entry.latent.shape[1] for entry in entries) != index.frames:
+        raise UserError(f"{folder}: its shards don't hold what {_INDEX} says; run training.pre_encode again")
+    return index, entries
