@@ -260,15 +260,16 @@ def test_a_run_goes_on_or_is_refused(
 
 @pytest.mark.long
 def test_other_numbers_of_processes_go_on(started: tuple[World, dict[str, Path]], tmp_path: Path) -> None:
-    """One, two and one again, by the README's own command, which says how many it runs and where from."""
-    (command,) = re.findall(r"^torchrun .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """One, two and one again, by the README's command for processors, which says how many it runs and where from."""
+    text = " ".join((ROOT / "README.md").read_text().split())
+    found = r"`accelerate launch \S+ --num_processes 8 (-m \S+ --config) \S+` \(on processors: `(torchrun [^`]*2)`\)"
+    ((rest, launcher),) = re.findall(found, text)
     world, _ = started
     config = tmp_path / "two.yaml"
     trainer, cls = TRAINERS["diffusion"]
     trainer.run(load(cls, world.settings("diffusion", tmp_path / "run", 1), tmp_path))
     config.write_text(yaml.safe_dump(world.settings("diffusion", tmp_path / "run", 2)))
-    words = command.replace("--nproc_per_node 8", "--nproc_per_node 2").split()
-    words[words.index("--config") + 1] = str(config)
+    words = [*launcher.split(), *rest.split(), str(config)]
     words[0] = str(Path(sys.executable).with_name(words[0]))
     environment = ONE_THREAD | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -278,7 +278,7 @@ def test_interrupted_pre_encoding_goes_on(
     config = pre_encode.PreEncodeConfig(**settings, output=str(tmp_path / "latents"))
     (tmp_path / "encode.yaml").write_text(yaml.safe_dump(settings | {"output": config.output}))
     monkeypatch.setattr(sys, "argv", ["pre_encode", "--config", str(tmp_path / "encode.yaml")])
-    encode, encoded, handler = pre_encode.encode_item, [], signal.getsignal(signal.SIGTERM)
+    encode, encoded = pre_encode.encode_item, []
 
     def counting(vae: object, index: int, item: object, sample_rate: int) -> object:
         if len(encoded) == 3:
@@ -287,11 +287,14 @@ def test_interrupted_pre_encoding_goes_on(
         return encode(vae, index, item, sample_rate)
 
     monkeypatch.setattr(pre_encode, "encode_item", counting)
+    # A process in a shell's background ignores SIGINT.
+    handlers = {n: signal.signal(n, signal.default_int_handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SystemExit) as ended:
             command.main("", pre_encode.PreEncodeConfig, pre_encode.run)
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        for n, handler in handlers.items():
+            signal.signal(n, handler)
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same command goes on from what is finished"
     assert {path.name for path in (tmp_path / "latents").iterdir()} == {".lock", "cache.json", "000000.tar"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
+
+import torch
 
 from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.config import load_config
@@ -37,5 +40,9 @@ def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None
             return 128 + stop.number
         return 0
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (
+        not torch.accelerator.is_available() or torch.backends.mps.is_available()
+    ):
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or each of the processes would run on its own
     signal.signal(signal.SIGTERM, terminate)
     sys.exit(guarded(action, stopped))
