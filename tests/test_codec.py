@@ -120,6 +120,7 @@ def test_encoding_replaces_nothing_unasked(bundle: Path, sound: Path, tmp_path: 
     assert (latents / "sound.safetensors").read_bytes() != before
 
 
+@pytest.mark.long
 def test_memory_of_both_commands_is_measured(bundle: Path, tmp_path: Path) -> None:
     """Each of a file of the length, in megabytes of a process that holds torch; a command that fails is named."""
     assert all(50 < figure < 4000 for figure in codec_peaks(str(bundle), 0.02, tmp_path))

@@ -185,7 +185,7 @@ def test_streams_are_at_their_level_and_silence_is_left_alone(tmp_path: Path) ->
     assert not torch.cat(list(stereo_at(tmp_path / "silent.wav", (44100, 48000), TargetLevel())), 1).any()
 
 
-@pytest.mark.parametrize(("name", "file"), [("openl3", "music_512.pth.tar"), ("passt", "476-swa.pt"), ("clap", "630k")])
+@pytest.mark.parametrize(("name", "file"), [("openl3", "music_512.pth.tar"), ("passt", "476-swa.pt")])
 def test_missing_weights_say_what_to_fetch_and_where_to_put_it(name: str, file: str, tmp_path: Path) -> None:
     def load(source: str | None) -> None:
         load_embedder(name, source, tmp_path, torch.device("cpu"), level=TargetLevel(), batch=1, content="music")

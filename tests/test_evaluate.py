@@ -122,6 +122,7 @@ def test_figures_depend_on_neither_batch_nor_workers(run, music: Path, tmp_path:
     assert one["fd_openl3 value"] > 1e-3 and one["kl_passt value"] > 1e-3
 
 
+@pytest.mark.long
 def test_two_processes_find_what_one_does(run, music: Path, weights: Path, tmp_path: Path) -> None:
     """Over gloo, each with a half of the files."""
     one = run(music / "made", music / "real", "--metrics", "fd_clap,clap_score")
@@ -243,7 +244,7 @@ def test_odd_files_have_a_treatment_and_broken_ones_a_reason(run, music: Path, t
         "high": "192000 Hz: resampled",
         "short": "0.30 s: filled up",
     }
-    words |= {"silent": "silent", "four": "4 channels: the first two", "instant": "0.00 s"}
+    words |= {"silent": "silent", "four": "4 channels: mixed by ITU-R BS.775", "instant": "0.00 s"}
     assert treated.keys() == words.keys() and all(words[name] in treated[name] for name in words)
     reasons = {Path(path).name: reason for path, reason in result.left_out.items()}
     assert reasons.keys() == {"broken.wav", "text.flac", "nan.wav", "empty.wav"}

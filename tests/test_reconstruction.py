@@ -130,6 +130,7 @@ def test_unknown_codecs_are_named() -> None:
         ffmpeg_codec("flac:9", RATE)
 
 
+@pytest.mark.long
 def test_command_prints_and_draws(music: torch.Tensor, tmp_path: Path) -> None:
     config = load_model_config(ROOT / "configs/stable_audio/tiny.yaml")
     save_bundle(tmp_path / "vae", config, {"vae": build_vae(config.vae).state_dict()})

@@ -424,7 +424,7 @@ def test_a_browser_shows_it_without_complaint(page: Path) -> None:
     found = Page(dom)
     assert console == "" and "<title>" in dom and "hacked" in re.findall("<title>(.*?)</title>", dom)[0]
     assert len(found.all("audio")) == 3 and not found.all("script")
-    assert dom.count('<th scope="row">clap score ↑') == 1 and 'class="histogram"' in dom
+    assert dom.count('<th scope="row">clap score ↑') == 1 and '<table class="grid">' in dom
 
 
 # Runs in a page around the report, when all in it is loaded.

@@ -101,6 +101,7 @@ def test_levels_without_items_are_logged_as_nan() -> None:
     assert [float(v) for v in figures.values()] == pytest.approx([math.nan, 2.0, math.nan, 5.0], nan_ok=True)
 
 
+@pytest.mark.long
 def test_demos_sound_like_the_bundle_and_leave_training_alone(bundles: dict[str, Path], tmp_path: Path) -> None:
     """In files and in TensorBoard, at each guidance scale; the weights are those of a run without."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -81,6 +81,7 @@ def test_the_command_of_the_latent_system_trains_these(
     assert parts <= {file.name for file in bundle.iterdir()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_clip_is_learned(kind: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """From half noise, the network restores a clip to within 5 % of its variance."""
