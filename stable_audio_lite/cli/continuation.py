@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stable_audio_lite.pipeline import StableAudio
     from stable_audio_lite.request import Extension
 
+_FADE_SECONDS = 0.25  # from one gain to another
 _ABOUT = """Go on where a sound ends. What is written begins with FILE's own samples (at the model's rate, in stereo);
 the rest is made in windows that go on from one another, in constant memory. FILE's own prompt is used where it
 holds one and none is given."""
@@ -60,13 +61,13 @@ def _run(args: argparse.Namespace) -> int:
         for item, path in enumerate(outputs):
             within = progress.within(item, item + 1)
             made = model.extend(prompt, after=after, seed=seed + item, progress=within, **sampling_of(args))
-            loud = _Limit()
-            blocks = itertools.chain(_source(args.file, model), loud.limited(made))
+            leveller = _Leveller()
+            blocks = itertools.chain(_source(args.file, model), leveller.levelled(made))
             with failures.of(path):
                 write_audio_blocks(path, blocks, made.sample_rate, made.settings, channels)
                 progress.clear()
-                clipped = f", {loud.samples} samples clipped" if loud.samples else ""
-                print(f"{told(path, made.settings)}{clipped}", flush=True)
+                level = f", turned down to {leveller.least:.3f}" if leveller.least < 1 else ""
+                print(f"{told(path, made.settings)}{level}", flush=True)
     return failures.status(args.count)
 
 
@@ -78,13 +79,24 @@ def _source(path: Path, model: StableAudio) -> Iterator[torch.Tensor]:
         yield block if model.representation.audio_channels == 2 else block.mean(0, keepdim=True)
 
 
-class _Limit:
-    """Clips what is made, since attenuating the file would change the sound that it goes on from; counts `samples`."""
+class _Leveller:
+    """Turns down what is made where it is too loud: turning down the file would change the sound that it goes on from.
+
+    Attributes:
+        least: smallest gain so far.
+    """
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.least = 1.0
 
-    def limited(self, made: Extension) -> Iterator[torch.Tensor]:
+    def levelled(self, made: Extension) -> Iterator[torch.Tensor]:
+        import torch
+
+        gain = 1.0
         for piece in made.pieces:
-            self.samples += int((piece.abs() > 1).sum())
-            yield piece.clamp(-1, 1)
+            wanted = 1 / max(float(piece.abs().max()), 1.0)
+            gains = torch.full((piece.shape[1],), wanted)
+            fade = min(round(_FADE_SECONDS * made.sample_rate), len(gains))
+            gains[:fade] = torch.linspace(gain, wanted, fade)
+            gain, self.least = wanted, min(self.least, wanted)
+            yield (piece * gains).clamp(-1, 1)
