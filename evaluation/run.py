@@ -152,11 +152,12 @@ def main_of(args: argparse.Namespace) -> int:
     if (result := evaluate(options)) is None:
         # Not the first process. Torch aborts now and then while it ends, and the launcher would stop the first one too.
         os._exit(0)
-    save_result(result, options.output)
     print(result_table(result))
-    print(options.output)
     lacking = [name for name in options.metrics if name in result.missing]
-    if not lacking and any(result.metric(name) for name in METRICS):
+    if found := any(result.metric(name) for name in METRICS):
+        save_result(result, options.output)
+        print(options.output)
+    if found and not lacking:
         return 0
     print(f"error: not measured: {', '.join(lacking) or 'anything'}; the lines above say why", file=sys.stderr)
     return 2

@@ -190,6 +190,8 @@ class _FromSound(Edit):
 
     def seconds(self, representation: Representation, wanted: float | None) -> float:
         length, window = self.source.seconds, representation.window_seconds
+        if length < (frame := representation.hop / representation.sample_rate):
+            raise UserError(f"{self.source.name}: too short to be made over; give {frame:.3f} s or more")
         lasts = f"{self.source.name}: lasts {milliseconds(length):.3f} s"
         if wanted is not None and wanted > length + 0.5 / self.source.sample_rate:
             raise UserError(f"{lasts}; give at most that as seconds, or continue it instead")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import yaml
 
@@ -29,6 +30,7 @@ def run(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     chord = 0.1 * np.stack([np.sin(2 * np.pi * f * time) + np.sin(2 * np.pi * 330 * time) for f in (220, 277)])
     write_audio("chord.wav", chord, RATE, {"prompt": "warm piano"})
     write_audio("bare.wav", chord[:1, :20000], RATE)
+    write_audio("instant.wav", chord[:, 20000:20001] + 0.1, RATE)
     write_audio("silent.wav", np.zeros((2, RATE)), RATE)
     write_audio("long.wav", np.tile(chord, 3), RATE)
     Path("broken.wav").write_bytes(b"no sound")
@@ -117,6 +119,14 @@ def test_what_is_too_loud_is_turned_down_and_the_source_stays(run, monkeypatch, 
     assert float((later.abs() > 0.999).float().mean()) < 0.05
 
 
+def test_a_sound_beyond_full_scale_is_attenuated_and_that_is_said(run, capsys) -> None:
+    loud = 4 * read_audio("chord.wav").numpy() / read_audio("chord.wav").abs().max().item()
+    soundfile.write("loud.wav", loud.T, RATE, subtype="FLOAT")
+    assert run("continue", "loud.wav", "drums", "--seconds", 0.3, "-o", "a.wav") == 0
+    torch.testing.assert_close(read_audio("a.wav")[:, :RATE], torch.from_numpy(loud) / 4, atol=2e-6, rtol=0)
+    assert "all of it attenuated to 0.250" in capsys.readouterr().out
+
+
 def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeypatch, capsys) -> None:
     before = sorted(tmp_path.iterdir())
     extended = StableAudio._extended
@@ -134,6 +144,8 @@ def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeyp
     ("args", "message"),
     [
         (["generate", "x", "--init", "none.wav"], "none.wav: no such"),
+        (["generate", "x", "--init", "instant.wav"], "instant.wav: too short to be made over; give 0.023 s or more"),
+        (["continue", "instant.wav", "x", "--seconds", 1], "instant.wav: too short to go on from"),
         (["generate", "x", "--init", "broken.wav"], "broken.wav: can't be read as audio"),
         (["generate", "x", "--init", "silent.wav"], "silent.wav: is silent"),
         (["generate", "x", "--init", "long.wav"], "long.wav: lasts 3.000 s, longer than the window"),

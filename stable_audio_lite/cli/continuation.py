@@ -64,9 +64,10 @@ def _run(args: argparse.Namespace) -> int:
             leveller = _Leveller()
             blocks = itertools.chain(_source(args.file, model), leveller.levelled(made))
             with failures.of(path):
-                write_audio_blocks(path, blocks, made.sample_rate, made.settings, channels)
+                gain = write_audio_blocks(path, blocks, made.sample_rate, made.settings, channels)
                 progress.clear()
                 level = f", turned down to {leveller.least:.3f}" if leveller.least < 1 else ""
+                level += f", all of it attenuated to {gain:.3f}, for FILE exceeds full scale" if gain < 1 else ""
                 print(f"{told(path, made.settings)}{level}", flush=True)
     return failures.status(args.count)
 

@@ -40,7 +40,11 @@ def add_command(commands: Commands) -> None:
     add("--prompts", metavar="FILE", type=file_path, help="a text file with one prompt per line, instead of PROMPT")
     add("--seconds", type=float, help="length of the sound (default: the model's window, or that of FILE)")
     add("--init", metavar="FILE", type=file_path, help="a sound to start from")
-    add("--strength", type=float, help="of a variation: 0 gives FILE back, 1 ignores it (default: 0.6)")
+    add(
+        "--strength",
+        type=float,
+        help="of a variation: 0 gives FILE as the model renders it, 1 ignores it (default: 0.6)",
+    )
     add("--inpaint", nargs="+", metavar="START-END", type=stretch, help="stretches of FILE to make anew, in seconds")
     add("--loop", action="store_true", help="make the sound's end meet its beginning")
     add("--bars", type=int, help="length of a loop, at the tempo of the prompt or --bpm; a waltz has 3 beats a bar")
