@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _FADE_SECONDS = 0.25  # from one gain to another
 _ABOUT = """Go on where a sound ends. What is written begins with FILE's own samples (at the model's rate, in stereo,
-turned down where they exceed full scale); the rest is made in windows that go on from one another, in constant memory. FILE's own prompt is used where it
-holds one and none is given."""
+turned down where they exceed full scale); the rest is made in windows that go on from one another, in constant
+memory. FILE's own prompt is used where it holds one and none is given."""
 
 
 def add_command(commands: Commands) -> None:
