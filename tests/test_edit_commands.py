@@ -29,6 +29,7 @@ def run(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     time = np.arange(RATE) / RATE
     chord = 0.1 * np.stack([np.sin(2 * np.pi * f * time) + np.sin(2 * np.pi * 330 * time) for f in (220, 277)])
     write_audio("chord.wav", chord, RATE, {"prompt": "warm piano"})
+    write_audio("fast.wav", chord, RATE, {"prompt": "piano, 90 bpm, C major"})
     write_audio("bare.wav", chord[:1, :20000], RATE)
     write_audio("instant.wav", chord[:, 20000:20001] + 0.1, RATE)
     write_audio("silent.wav", np.zeros((2, RATE)), RATE)
@@ -60,6 +61,13 @@ def test_inpainting_keeps_the_rest(run) -> None:
         assert changed[round(first * RATE) : round(last * RATE)].float().mean() > 0.9
     assert not changed[~near].any()
     assert read_metadata("a.wav").settings["inpaint"] == "0.3-0.5 0.7-0.75"
+
+
+def test_a_prompt_takes_the_place_of_the_one_inside_whose_tempo_is_another(run) -> None:
+    assert run("continue", "fast.wav", "piano", "--bpm", 120, "--seconds", 0.3, "-o", "a.wav") == 0
+    assert read_metadata("a.wav").settings["prompt"] == "piano, 120 bpm"
+    assert run("continue", "fast.wav", "--bpm", 90, "--seconds", 0.3, "-o", "b.wav") == 0
+    assert read_metadata("b.wav").settings["prompt"] == "piano, 90 bpm, C major"
 
 
 def test_a_loop_lasts_its_bars_to_the_sample(run, capsys) -> None:
@@ -169,13 +177,22 @@ def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeyp
         (["generate", "x", "--loop", "--bars", 4, "--bpm", 120], "lasts at most 0.743 s, not 8; give 324 bpm or more"),
         (["generate", "x", "--loop", "--bpm", 340, "--seconds", 0.6], "no whole number of bars"),
         (["generate", "x", "--loop", "--bpm", 340, "--seconds", "inf"], "seconds must lie above 0 and be finite"),
-        (["generate", "x, 90 bpm", "--bpm", 120], "the prompt says another tempo"),
+        (["generate", "x, 90 bpm", "--bpm", 120], "--bpm 120: 'x, 90 bpm' says 90 bpm; leave out one"),
+        (["generate", "x, 90 bpm or 120 bpm", "--bpm", 120], "says several tempos; leave out one"),
         (["generate", "x", "--bpm", 5], "--bpm must lie in 20..400"),
-        (["generate", "x in C major", "--key", "A minor"], "the prompt says C major"),
+        (["generate", "x in C major", "--key", "A minor"], "'x in C major' says C major; leave out one"),
         (["generate", "x", "--key", "H minor"], "--key: 'H minor' is not one of C, C#"),
         (["continue", "none.wav", "x", "--seconds", 1], "none.wav: no such"),
         (["continue", "silent.wav", "x", "--seconds", 1], "silent.wav: is silent"),
         (["continue", "bare.wav", "--seconds", 1], "give a PROMPT; bare.wav has none inside"),
+        (
+            ["continue", "fast.wav", "--seconds", 1, "--bpm", 120],
+            "--bpm 120: the prompt inside fast.wav says 90 bpm; leave it out, or give a PROMPT",
+        ),
+        (
+            ["generate", "--init", "fast.wav", "--key", "A minor"],
+            "--key A minor: the prompt inside fast.wav says C major; leave it out, or give a PROMPT",
+        ),
         (["continue", "chord.wav", "--seconds", 0], "seconds must lie above 0"),
         (["continue", "chord.wav", "--seconds", 99], "seconds must lie above 0 and at most"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "chord.wav", "--overwrite"], "is the file that is read"),
