@@ -19,7 +19,7 @@ from stable_audio_lite.diffusion.editing import Circular, KnownRegion, resampled
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, Sampler, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import Representation
-from stable_audio_lite.request import check_number, milliseconds
+from stable_audio_lite.request import check_number, merge_stretches, milliseconds
 from stable_audio_lite.systems import GenerationDefaults
 
 CROSSFADE_SECONDS = 0.02
@@ -290,7 +290,10 @@ class Inpainting(_FromSound):
             made = representation.decode_between(x, sound, gap[0], min(gap[1], frames))
             edges = [round(second * representation.sample_rate) for second in (first, last)]
             fade = int(CROSSFADE_SECONDS * representation.sample_rate)
-            sound = torch.lerp(sound, made, _window(sound.shape[2], edges[0], edges[1], fade).to(sound))
+            shares = _window(sound.shape[2], edges[0], edges[1], fade).to(sound)
+            # Turned down where it exceeds full scale, which is no reason to attenuate the rest.
+            peaks = (made * (shares > 0)).abs().amax((1, 2), keepdim=True)
+            sound = torch.lerp(sound, made / peaks.clamp(min=1), shares)
         return sound[..., :samples].float()
 
     @property
@@ -299,14 +302,7 @@ class Inpainting(_FromSound):
 
     @property
     def _merged(self) -> list[tuple[float, float]]:
-        """The stretches in order, those that overlap or touch as one."""
-        merged: list[tuple[float, float]] = []
-        for first, last in sorted(self.gaps):
-            if merged and first <= merged[-1][1]:
-                merged[-1] = merged[-1][0], max(merged[-1][1], last)
-            else:
-                merged.append((first, last))
-        return merged
+        return merge_stretches(self.gaps)
 
     def _open_frames(self, representation: Representation) -> list[tuple[int, int]]:
         """The first and last frame of each stretch, in order: those nearest to its ends."""

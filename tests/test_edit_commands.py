@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +129,18 @@ def test_what_is_too_loud_is_turned_down_and_the_source_stays(run, monkeypatch, 
     assert float((later.abs() > 0.999).float().mean()) < 0.05
 
 
+def test_a_stretch_that_is_too_loud_is_turned_down_alone(run, monkeypatch, capsys) -> None:
+    from stable_audio_lite.representation import LatentRepresentation
+
+    decode = LatentRepresentation.decode_between
+    monkeypatch.setattr(LatentRepresentation, "decode_between", lambda *args: 1000 * decode(*args))
+    assert run("generate", "--init", "chord.wav", "--inpaint", "0.3-0.5", "--count", 2, "-o", "a.wav") == 0
+    assert "attenuated" not in capsys.readouterr().out
+    for made in (read_audio("a-1.wav"), read_audio("a-2.wav")):
+        assert torch.equal(made[:, 23000:], read_audio("chord.wav")[:, 23000:])
+        assert 0.99 < float(made.abs().max()) <= 1
+
+
 def test_a_sound_beyond_full_scale_is_attenuated_and_that_is_said(run, capsys) -> None:
     loud = 4 * read_audio("chord.wav").numpy() / read_audio("chord.wav").abs().max().item()
     soundfile.write("loud.wav", loud.T, RATE, subtype="FLOAT")
@@ -135,16 +149,22 @@ def test_a_sound_beyond_full_scale_is_attenuated_and_that_is_said(run, capsys) -
     assert "all of it attenuated to 0.250" in capsys.readouterr().out
 
 
-def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_continuation_leaves_nothing(
+    run, tmp_path: Path, monkeypatch, capsys, number: signal.Signals, status: int
+) -> None:
     before = sorted(tmp_path.iterdir())
     extended = StableAudio._extended
 
     def interrupted(*args: object):  # type: ignore[no-untyped-def]
         yield next(extended(*args))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(StableAudio, "_extended", interrupted)
-    assert run("continue", "chord.wav", "--seconds", 3, "-o", "a.wav") == 130
+    try:
+        assert run("continue", "chord.wav", "--seconds", 3, "-o", "a.wav") == status
+    except SystemExit as error:
+        assert error.code == status
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -198,7 +218,7 @@ def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeyp
         (["continue", "chord.wav", "--seconds", 1, "-o", "chord.wav", "--overwrite"], "is the file that is read"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "long.wav"], "long.wav: is there already"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "a.mp3"], "allowed: .wav, .flac"),
-        (["continue", "chord.wav", "--seconds", 1, "--count", 0], "--count must be at least 1"),
+        (["continue", "chord.wav", "--seconds", 1, "--count", 0], "--count must lie in 1..10000"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
