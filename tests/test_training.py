@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -425,6 +426,18 @@ def test_shipped_bundles_are_not_written_over(bundles: dict[str, Path], monkeypa
         config = read_yaml(path)
         for output in (config.get("output"), (config.get("run") or {}).get("output")):
             assert (ROOT / "stable_audio_lite") not in Path(output or "runs").resolve().parents, path
+
+
+def test_no_other_config_is_written_over(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Of a bundle in the place of a run, or the file itself that the settings are in."""
+    shutil.copytree(bundles["vae"], bundle := tmp_path / "bundle")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(vae_settings(data, tmp_path, 1)))
+    for output in (bundle, tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        config = load_config(tmp_path / "config.yaml", train_vae.TrainVAEConfig)
+        with pytest.raises(UserError, match="config.yaml is no run's, for there are no checkpoints"):
+            train_vae.run(replace(config, run=replace(config.run, output=str(output))))
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_what_does_not_go_together_is_not_assembled(bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def import_checkpoint(
     """
     bundle.check_replaceable(output)
     for source in filter(None, (path, config, clap)):
-        if Path(output).resolve() in (place := Path(source).resolve(), *place.parents):
+        if Path(output).resolve() in (file := Path(source).resolve(), *file.parents):
             raise UserError(f"{output}: holds {source}, which is read; write to another place")
     described = read_model_config(config, vae_only=vae_only)
     system, whole = described.config, described.scale is not None
