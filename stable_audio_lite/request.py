@@ -155,7 +155,7 @@ def make_request(
         cfg=defaults.cfg if cfg is None else float(cfg),
         rescale=defaults.rescale if rescale is None else float(rescale),
         negative=negative,
-        sampler=sampler or defaults.sampler,
+        sampler=defaults.sampler if sampler is None else sampler,
     )
     _check(request, limits)
     if request.cfg == 1 and (idle := "negative" if negative is not None else "rescale" if rescale else None):
@@ -184,6 +184,17 @@ def _check(request: Request, limits: Limits) -> None:
 def milliseconds(seconds: float) -> float:
     """Round a length down to whole milliseconds, so that it can be asked for as it is told."""
     return math.floor(seconds * 1000) / 1000
+
+
+def merge_stretches(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Sort stretches of a sound, (start, stop) in seconds, and make one of those that overlap or touch."""
+    merged: list[tuple[float, float]] = []
+    for first, last in sorted(stretches):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def check_number(name: str, value: object, whole: bool = False) -> None:

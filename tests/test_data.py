@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import tarfile
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import Stored, audio_info, read_audio, write_audio
@@ -25,6 +27,7 @@ from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.data.validate import validate
 from stable_audio_lite.errors import UserError
+from training import pre_encode
 from training.examples import LatentWindows, latent_statistics
 from training.pre_encode import PreEncodeConfig
 
@@ -104,6 +107,28 @@ def test_files_of_a_folder_are_read_or_said_to_be_left_out(
     write_manifest(tmp_path / "set", '{"file_name": "a.aif"}', "metadata.jsonl")
     assert len(read_items(tmp_path / "set")) == 1
     assert "6 files left out, not listed in metadata.jsonl: 1 .caf, 1 .m4a, 1 .opus, 3 .wav" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_listed_is_said_to_be_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "lost+found").mkdir()
+    scan = os.scandir
+
+    def scandir(place: str) -> object:
+        if str(place).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", place)
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(read_items(folder)) == 3
+    assert "lost+found: can't be listed (Permission denied), so what is in it is left out" in capsys.readouterr().err
+
+
+def test_what_is_no_data_set_is_refused(folder: Path) -> None:
+    for name, words in ((str(folder / "0.wav"), "is a file; give its folder"), ("hf:", "names no data set; give hf:")):
+        with pytest.raises(UserError, match=words):
+            read_items(name)
 
 
 def test_home_is_expanded_in_lists_and_configs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +295,18 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
         cache.held(0, ["other.wav", *names[1:]])
 
 
+def test_latents_take_no_folder_of_other_files(folder: Path, tiny_bundle: Path) -> None:
+    """Such as shards of sound, whose names they would take."""
+    write_shard(folder, shard := folder / "000000.tar", {f"{number}.txt": "a sound" for number in range(3)})
+    before = shard.read_bytes()
+    with pytest.raises(UserError, match="holds other files, no latents"):
+        write_cache(folder, [("0.wav", torch.zeros(4, 3))])
+    settings = PreEncodeConfig(vae=str(tiny_bundle), data=str(shard), output=str(folder))
+    with pytest.raises(UserError, match="holds other files, no latents"):
+        pre_encode.run(settings)
+    assert shard.read_bytes() == before and not list(folder.glob(".lock")) + list(folder.glob("cache.json"))
+
+
 def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     """Normalised by the mean and deviation over all frames, so that those of what is given out are 0 and 1."""
     draws = torch.Generator().manual_seed(0)
@@ -375,6 +412,11 @@ def test_validation_names_what_a_text_encoder_does_not_read(
     out = capsys.readouterr().out
     assert "caption cut      1" in out and "fast techno drums" in out
     assert "caption cut" not in validate(tmp_path).faults
+    shutil.copytree(tiny_bundle, tmp_path / "odd")
+    config = yaml.safe_load((tmp_path / "odd" / "config.yaml").read_text())
+    (tmp_path / "odd" / "config.yaml").write_text(yaml.safe_dump(config | {"clap": {"max_tokens": "many"}}))
+    with pytest.raises(UserError, match=r"config\.yaml: key 'clap\.max_tokens' must be a whole number, got 'many'"):
+        validate(tmp_path, model=str(tmp_path / "odd"))
 
 
 def write_shard(folder: Path, tar_path: Path, texts: dict[str, str]) -> None:

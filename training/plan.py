@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
+from stable_audio_lite.errors import UserError
 from training.checkpoint import checkpoints
 from training.loop import one_step
 from training.profile import Profile, profile
@@ -173,6 +174,8 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
     Of those that know as many, it is the one for the kind of the file's model and of its `data`.
     """
     data = read_yaml(path)
+    if "run" not in data:
+        raise UserError(f"{path}: has no key 'run', so it trains nothing; give the YAML file of {', '.join(TRAINERS)}")
     if isinstance(model := data.get("model"), str) and read_config(model)[1]["kind"] != "stable_audio":
         return "train_diffusion", *TRAINERS["train_diffusion"]
 

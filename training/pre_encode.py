@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata, check_folder
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable, content_hash
 from stable_audio_lite.errors import UserError
@@ -58,6 +58,8 @@ class PreEncodeConfig:
     def __post_init__(self) -> None:
         if self.shard_items < 1:
             raise ValueError(f"shard_items must be at least 1, got {self.shard_items}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable must lie in 0..1, got {self.max_unreadable}")
 
 
 def run(config: PreEncodeConfig) -> Path:
@@ -76,6 +78,7 @@ def run(config: PreEncodeConfig) -> Path:
     accelerator = Accelerator()
     latents = load_latents(config.vae, load_model_config(config.vae))
     vae = latents.to(accelerator.device, getattr(torch, config.dtype)).vae
+    check_folder(Path(config.output))
     main_process, count = accelerator.is_main_process, accelerator.num_processes
     with locked(config.output) if main_process else nullcontext():
         accelerator.wait_for_everyone()  # for the lock

@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.config import differences
+from stable_audio_lite.data.item import is_hidden
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -66,7 +67,8 @@ class LatentCache:
         dtype: in which they are encoded.
 
     Raises:
-        UserError: the folder holds latents of another VAE, number of items or type, or in shards of another size.
+        UserError: the folder holds other files, or latents of another VAE, number of items or type, or in shards of
+            another size.
     """
 
     def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256, dtype: str = "float32"):
@@ -78,6 +80,7 @@ class LatentCache:
             raise UserError(
                 f"{folder}: holds latents {other} ({'; '.join(found)}); choose a new output or remove the folder"
             )
+        check_folder(folder)
         with replacing(mark) as temporary:
             temporary.write_text(json.dumps(own))
 
@@ -141,6 +144,17 @@ class LatentCache:
         row |= {"shards": len(self.shards), "mean": mean.tolist(), "std": std.tolist()}
         with replacing(self.folder / _INDEX) as temporary:
             temporary.write_text(json.dumps(row))
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of other files: shards of sound may have the names of those of latents.
+
+    Raises:
+        UserError: it holds files, and no latents.
+    """
+    if folder.is_dir() and not (folder / _MARK).exists():
+        if any(not is_hidden(PurePath(file.name)) for file in folder.iterdir()):
+            raise UserError(f"{folder}: holds other files, no latents; choose a new output")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def read_items(source: str | Path) -> list[Item]:
         items = shards.read_shard_items(shards.expand(name))
     elif folder.suffix in _LISTS and folder.is_file():
         items = _items(folder.parent, _LISTS[folder.suffix](folder))
+    elif folder.is_file():
+        raise UserError(f"{name}: is a file; give its folder, or a list of files ({', '.join(_LISTS)})")
     elif not folder.is_dir():
         raise UserError(f"{name}: no such folder; give one with audio files (stable-audio-lite corpus makes one)")
     else:
@@ -65,8 +68,12 @@ def _folder_items(folder: Path) -> list[Item]:
 
 def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, also behind symbolic links, each folder once."""
+
+    def say(error: OSError) -> None:
+        print(f"{error.filename}: can't be listed ({error.strerror}), so what is in it is left out", file=sys.stderr)
+
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=say, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stable_audio_lite.audio.io import AudioSource, audio_blocks, audio_info
-from stable_audio_lite.bundle import TOKENIZER_FILE, read_config, resolve
+from stable_audio_lite.bundle import CONFIG_FILE, TOKENIZER_FILE, read_config, resolve
 from stable_audio_lite.clap.config import MAX_TOKENS
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -148,8 +148,11 @@ def _reader(model: str) -> Callable[[Sequence[str]], list[str]] | None:
     clap = read_config(folder)[1].get("clap")
     if not isinstance(clap, dict) or not (folder / TOKENIZER_FILE).is_file():
         return None
+    most = clap.get("max_tokens", MAX_TOKENS)
+    if not isinstance(most, int):
+        raise UserError(f"{folder / CONFIG_FILE}: key 'clap.max_tokens' must be a whole number, got {most!r}")
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    return lambda texts: unread_parts(tokenizer, texts, int(clap.get("max_tokens", MAX_TOKENS)))
+    return lambda texts: unread_parts(tokenizer, texts, most)
 
 
 def inspect(item: Item) -> FileReport:
