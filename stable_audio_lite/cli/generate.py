@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from stable_audio_lite.cli.options import add_sampling, sampling_of, stretch
 from stable_audio_lite.cli.progress import ProgressBar
-from stable_audio_lite.cli.prompts import beats_of, prompts_of, tempo_of
+from stable_audio_lite.cli.prompts import prompts_of
 from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.wording import beats_of, tempo_of
 
 if TYPE_CHECKING:
     from stable_audio_lite.edits import Edit
