@@ -269,10 +269,10 @@ def _worded(errors: Any) -> str:
 
 
 def _bearer(token: str) -> Callable[..., None]:
-    scheme, expected = HTTPBearer(auto_error=False), token.encode()
+    scheme, expected = HTTPBearer(auto_error=False), token.encode()  # headers are bytes, which are read as Latin-1
 
-    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
-        if given is None or not secrets.compare_digest(given.credentials.encode("utf-8", "replace"), expected):
+    def check(given: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:
+        if given is None or not secrets.compare_digest(given.credentials.encode("latin-1", "replace"), expected):
             line = "the token is missing or wrong; send `Authorization: Bearer TOKEN`"
             raise HTTPException(401, line, headers={"WWW-Authenticate": "Bearer"})
 
