@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.wording import states_tempo, tempo_of
 
-_TEMPO = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*(?:bpm|beats per minute)\b|\btempo (\d+(?:\.\d+)?)\b", re.IGNORECASE)
 _KEY = re.compile(r"(?<!\w)([A-G][#b]?) (major|minor)\b")
 _TONICS = ("C", "C#", "Db", "D", "D#", "Eb", "E", "F", "F#", "Gb", "G", "G#", "Ab", "A", "A#", "Bb", "B")
 
@@ -41,17 +41,6 @@ def prompts_of(args: argparse.Namespace, sound: Path | None) -> list[str]:
     return [_worded(prompt, args.bpm, args.key, stored) for prompt in found]
 
 
-def tempo_of(prompt: str) -> float | None:
-    """The beats per minute that a prompt states; None where it states none, or several."""
-    found = {float(match[1] or match[2]) for match in _TEMPO.finditer(prompt)}
-    return found.pop() if len(found) == 1 else None
-
-
-def beats_of(prompt: str) -> int:
-    """Beats of a bar: 3 of a waltz, otherwise 4."""
-    return 3 if re.search(r"\bwaltz", prompt, re.IGNORECASE) else 4
-
-
 def _worded(prompt: str, bpm: float | None, key: str | None, stored: str | None) -> str:
     """The prompt with a tempo and a key, in the words of captions; `stored` names one that the user didn't give."""
     where, instead = (stored, "leave it out, or give a PROMPT") if stored else (repr(prompt), "leave out one")
@@ -59,7 +48,7 @@ def _worded(prompt: str, bpm: float | None, key: str | None, stored: str | None)
     if bpm is not None:
         if not 20 <= bpm <= 400:
             raise UserError(f"--bpm must lie in 20..400, got {bpm:g}")
-        if (own := tempo_of(prompt)) not in (None, bpm) or (own is None and _TEMPO.search(prompt)):
+        if (own := tempo_of(prompt)) not in (None, bpm) or (own is None and states_tempo(prompt)):
             said_tempo = f"{own:g} bpm" if own is not None else "several tempos"
             raise UserError(f"--bpm {bpm:g}: {where} says {said_tempo}; {instead}")
         said += [f"{bpm:g} bpm"] if own is None else []
