@@ -318,7 +318,18 @@ def test_corpus_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     "args",
-    [[], ["generate"], ["restore"], ["encode"], ["decode"], ["info"], ["corpus"], ["validate-dataset"], ["doctor"]],
+    [
+        [],
+        ["generate"],
+        ["restore"],
+        ["encode"],
+        ["decode"],
+        ["info"],
+        ["corpus"],
+        ["caption"],
+        ["validate-dataset"],
+        ["doctor"],
+    ],
 )
 def test_help_answers_at_once(args: list[str]) -> None:
     started = time.perf_counter()
@@ -329,7 +340,7 @@ def test_help_answers_at_once(args: list[str]) -> None:
 
 
 def test_commands_of_other_packages_are_there_and_light(declared_commands: dict[str, str], capsys) -> None:
-    assert set(declared_commands) == {"plan", "evaluate"}
+    assert set(declared_commands) == {"train", "plan", "evaluate"}
     for name, entry_point in declared_commands.items():
         with pytest.raises(SystemExit) as caught:
             cli.main([name, "--help"])

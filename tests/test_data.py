@@ -288,7 +288,7 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
 
 
 def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) -> None:
-    """The shortest with silence after them, or for longer items the longest; an epoch has every item."""
+    """The shortest that leaves silence after them, or one longer where they are few; an epoch has each item once."""
     sizes = [5, 12, 13, 24, 25, 60, 61, 20, 30, 6, 7, 50]
     latents = [(f"{size}.wav", torch.full((2, size), float(size))) for size in sizes]
     write_cache(tmp_path, latents)
@@ -302,10 +302,12 @@ def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) 
         halves = [windows.batch(number, rank, 2, 2, seed=3) for rank in (0, 1)]
         assert torch.equal(whole["x0"], torch.cat([half["x0"] for half in halves]))
         items = whole["x0"].amax((1, 2)).tolist()
-        assert {shortest[int(item)] for item in items} == {whole["x0"].shape[2]}
+        wanted = [shortest[int(item)] for item in items]
+        assert max(wanted) == whole["x0"].shape[2] and wanted.count(max(wanted)) >= 1
         drawn += items
-        if number == 3:  # four, five and three items: four batches
-            assert set(drawn) == set(map(float, sizes))
+        if number % 3 == 2:  # four of the shortest, three of the next, which go with the five others: three batches
+            assert sorted(drawn) == sorted(map(float, sizes))
+            drawn.clear()
     assert windows.draw(range(2), 0)["x0"].shape == (2, 2, 64)
 
 

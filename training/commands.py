@@ -22,9 +22,9 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--profile", action="store_true", help="also show which operations take the time of a step")
 
 
-_TRAIN = """Train on your own music, and export a bundle that `generate` plays. FOLDER is checked and encoded, then a LoRA
-on the starter is trained, for at most half an hour or so unless you say otherwise. Run again, the same command goes on where
-it stopped. All settings are in NAME/pre_encode.yaml and NAME/train_diffusion.yaml, to be changed before it is run again.
+_TRAIN = """Train on your own music, and export a bundle that `generate` plays. FOLDER is checked and encoded, then
+a LoRA on the starter is trained, for half an hour or so unless you say otherwise. Run again, the same command goes on
+where it stopped. All settings are in NAME/pre_encode.yaml and NAME/train_diffusion.yaml, to be changed before that.
 
 Captions are in FOLDER/metadata.jsonl or .csv, or in a .txt or .json beside each file; see also `caption`.
 Several GPUs: accelerate launch --multi_gpu --num_processes 8 -m stable_audio_lite.cli train FOLDER -o NAME"""
@@ -36,7 +36,7 @@ def add_train(commands: Commands) -> None:
     parser.set_defaults(run=_train)
     add = parser.add_argument
     add("data", metavar="FOLDER", help="captioned audio: a folder, a list, shards or a Hugging Face data set")
-    add("-o", "--output", metavar="NAME", required=True, type=file_path, help="folder of the run; NAME/bundle is its end")
+    add("-o", "--output", metavar="NAME", required=True, type=file_path, help="folder of the run, with NAME/bundle")
     add("--from", dest="base", metavar="BUNDLE", default="starter", help="what to go on from (default: starter)")
     add("--full", action="store_true", help="train all weights instead of a LoRA")
     add("--steps", type=int, help="steps in all (default: what half an hour allows, 200 to 2,000)")

@@ -15,9 +15,9 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import yaml
 from accelerate import PartialState
 
 from stable_audio_lite.bundle import SHIPPED, resolve
-from stable_audio_lite.config import from_dict, load_config, merged, read_yaml, to_dict
+from stable_audio_lite.config import from_dict, load_config, merged, read_yaml
 from stable_audio_lite.data.latents import is_finished
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.validate import validate_items
@@ -98,8 +98,8 @@ def fine_tune(request: FineTuning) -> Path:
         processes.wait_for_everyone()
     bundle = train_diffusion.run(load_config(run.training, TrainDiffusionConfig))
     if main:
-        print(f"{bundle}: hear it with")
-        print(f"  stable-audio-lite generate {shlex.quote(run.items[0].captions[0])} --model {shlex.quote(str(bundle))}")
+        words = ["stable-audio-lite", "generate", run.items[0].captions[0], "--model", str(bundle)]
+        print(f"{bundle}: hear it with\n  {shlex.join(words)}")
     return bundle
 
 
@@ -176,96 +176,87 @@ class _Run:
 
     def settings(self, processes: PartialState) -> dict[str, Any]:
         """Settings of training: those of the run's file where there is one, or else chosen by measuring."""
+        known = self.training.exists()
+        settings = self.settings_asked(processes.device)
+        return settings if known else self._fitted(settings, processes.num_processes, say=processes.is_main_process)
+
+    def settings_asked(self, device: torch.device) -> dict[str, Any]:
+        """Settings of the run's file, or the defaults on `device`, with what the request says in their place."""
         request, known = self.request, self.training.exists()
-        settings = read_yaml(self.training) if known else self._defaults(processes.device)
+        settings = read_yaml(self.training) if known else self._defaults(device)
+        if known and bool(settings.get("lora")) == request.full:
+            how = "a LoRA: leave out --full" if request.full else "--full: give it again"
+            raise UserError(f"{request.output}: was begun with {how}, or choose another -o")
         if request.config:
             settings = merged(settings, read_yaml(request.config))
-        if known and bool(settings.get("lora")) == request.full:
-            how = "a LoRA: leave out --full" if request.full else "all weights: add --full"
-            raise UserError(f"{request.output}: was begun with {how}, or choose another -o")
-        optimizer = {} if request.learning_rate is None else {"lr": request.learning_rate}
-        steps = {} if request.steps is None else {"steps": request.steps}
-        own = {name: self.base for name in ("model", "initial", "vae", "clap")} | {"latents": [str(self.latents)]}
-        own |= {"run": {"output": str(self.output)} | steps, "optimizer": optimizer}
-        own |= {} if request.batch_size is None else {"batch_size": request.batch_size}
-        settings = merged(settings, own)
-        return settings if known else self._fitted(settings, processes)
+        own: dict[str, Any] = {name: self.base for name in ("model", "initial", "vae", "clap")}
+        own |= {"latents": [str(self.latents)], "run": {"output": str(self.output)}}
+        own |= {"batch_size": request.batch_size} if request.batch_size else {}
+        own["run"] |= {"steps": request.steps} if request.steps else {}
+        own |= {"optimizer": {"lr": request.learning_rate}} if request.learning_rate else {}
+        return merged(settings, own)
 
     def _defaults(self, device: torch.device) -> dict[str, Any]:
+        """Settings that don't depend on how large and fast the machine is."""
         full, captions = self.request.full, dict.fromkeys(item.captions[0] for item in self.items)
+        betas_and_decay = {"betas": [0.9, 0.99], "weight_decay": 0.01, "warmup_steps": 20, "decay": "cosine"}
         return {
             "lora": None if full else {"rank": 16, "alpha": 16},
-            "batch_size": _BATCH,
             "time_shift": 2.0,
-            "gradient_checkpointing": False,
-            "optimizer": {
-                **{"lr": 1e-4 if full else 1e-3, "betas": [0.9, 0.99], "weight_decay": 0.01},
-                **{"warmup_steps": 20, "decay": "cosine"},
-            },
-            "demos": {"every": 1, "prompts": list(captions)[:_PROMPTS], "cfg": [self.model.generation.cfg]},
-            "run": {
-                **{"steps": _STEPS, "precision": _PRECISIONS[choose_dtype(None, device)], "ema_decay": 0.99},
-                **{"accumulate": 1, "log_every": 10, "checkpoint_every": 100},
-            },
+            "optimizer": {"lr": 1e-4 if full else 1e-3} | betas_and_decay,
+            "demos": {"prompts": list(captions)[:_PROMPTS], "cfg": [self.model.generation.cfg]},
+            "run": {"precision": _PRECISIONS[choose_dtype(None, device)], "ema_decay": 0.99},
         }
 
-    def _fitted(self, settings: dict[str, Any], processes: PartialState) -> dict[str, Any]:
-        """Choose batch, accumulation and steps where the request and its config don't."""
-        request = self.request
-        given = read_yaml(request.config) if request.config else {}
-        count, main = processes.num_processes, processes.is_main_process
-        if main:
+    def _fitted(self, settings: dict[str, Any], count: int, *, say: bool) -> dict[str, Any]:
+        """Choose batch, steps and how often something is saved or heard, as far as the settings leave it open."""
+        if say:
             print("measuring a few steps ...", file=sys.stderr, flush=True)
-        found = _measured(merged(settings, {"batch_size": min(2, settings["batch_size"])}), count)
-        if not found.largest_batch and not settings["gradient_checkpointing"]:
-            settings = merged(settings, {"gradient_checkpointing": True})
-            found = _measured(merged(settings, {"batch_size": min(2, settings["batch_size"])}), count)
-        if not found.largest_batch:
-            raise UserError(f"{self.base}: too large to train in this memory{'; leave out --full' * request.full}")
-        largest = max(1, int(found.largest_batch * _MEMORY))
-        if request.batch_size is None and "batch_size" not in given:
-            batch = min(_BATCH, largest)
-            settings = merged(settings, {"batch_size": batch})
-            if "accumulate" not in given.get("run", {}):
-                settings = merged(settings, {"run": {"accumulate": max(1, _BATCH // (batch * count))}})
-        elif settings["batch_size"] > found.largest_batch:
-            raise UserError(f"batch_size {settings['batch_size']} does not fit in memory: {largest} at most")
-        found = _measured(settings, count)
-        run = settings["run"]
-        if request.steps is None and "steps" not in given.get("run", {}):
-            run["steps"] = max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / found.seconds)))
-        if "checkpoint_every" not in given.get("run", {}):
-            run["checkpoint_every"] = max(10, min(500, round(_SAVED / found.seconds)))
-        if settings["demos"] and "every" not in (given.get("demos") or {}):
-            settings["demos"]["every"] = max(1, math.ceil(run["steps"] / _DEMOS))
-        if main:
+        run, batch = settings["run"], settings.get("batch_size")
+        small = self._measured(settings, 2, count)
+        if not small.largest_batch and "gradient_checkpointing" not in settings:
+            settings = settings | {"gradient_checkpointing": True}
+            small = self._measured(settings, 2, count)
+        most = int(_MEMORY * small.largest_batch)
+        if not small.largest_batch or (batch or 0) > small.largest_batch:
+            less = f"a batch of {most} at most" if most else "a smaller one, or no --full"
+            raise UserError(f"{self.request.base}: not enough memory to train it like that; choose {less}")
+        if batch is None:
+            batch = max(1, min(_BATCH, most))
+            settings = settings | {"batch_size": batch}
+            settings = merged({"run": {"accumulate": max(1, _BATCH // (batch * count))}}, settings)
+        found = self._measured(settings, batch, count)
+        steps = run.get("steps", max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / found.seconds))))
+        saved = max(10, min(500, round(_SAVED / found.seconds)))
+        often = {"run": {"steps": steps, "checkpoint_every": saved}, "demos": {"every": math.ceil(steps / _DEMOS)}}
+        settings = merged(often, settings)
+        if say:
             self._say(settings, found)
         return settings
 
+    def _measured(self, settings: dict[str, Any], batch: int, count: int) -> Plan:
+        probe = merged({"run": {"steps": 1}}, settings) | {"batch_size": batch, "demos": None}
+        config = from_dict(TrainDiffusionConfig, probe, str(self.request.config or self.training))
+        with contextlib.redirect_stderr(io.StringIO()):  # the trainer will say it all itself
+            return measure("train_diffusion", config, processes=count)
+
     def _say(self, settings: Mapping[str, Any], found: Plan) -> None:
-        run = settings["run"]
-        demos = settings["demos"] or {"every": 0}
-        gigabytes = (found.weights + found.gradients + found.optimizers + found.averages + found.activations) / 1e9
-        print(
-            f"{run['steps']:,} steps of {found.step_items} windows at {found.seconds:.2f} s: about "
-            f"{_duration(run['steps'] * found.seconds)}, in {gigabytes:.1f} GB of memory; "
-            f"{'all weights' if not settings.get('lora') else 'a LoRA'} of {self.request.base}, on {found.items} pieces\n"
-            f"to change: {self.training}; to hear, every {demos['every']} steps: {self.output / 'demos'}; "
-            f"to watch: tensorboard --logdir {self.output / 'logs'}",
-            file=sys.stderr,
-            flush=True,
-        )
+        run, demos = settings["run"], settings["demos"]
+        memory = found.weights + found.gradients + found.optimizers + found.averages + found.activations
+        what = "a LoRA" if settings.get("lora") else "all weights"
+        lines = [
+            f"{what} of {self.request.base}, {run['steps']:,} steps of {found.step_items} windows from {found.items} "
+            f"pieces: about {_duration(run['steps'] * found.seconds)} at {found.seconds:.2f} s a step, in "
+            f"{memory / 1e9:.1f} GB of memory",
+            f"settings: {self.training}; tensorboard --logdir {self.output / 'logs'}",
+        ]
+        lines += [f"sounds every {demos['every']} steps: {self.output / 'demos'}"] if demos else []
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
     def write(self, settings: dict[str, Any]) -> None:
         """Write the settings of training, checked."""
         from_dict(TrainDiffusionConfig, settings, str(self.training))
         _write(self.training, settings, "training.train_diffusion")
-
-
-def _measured(settings: dict[str, Any], processes: int) -> Plan:
-    config = from_dict(TrainDiffusionConfig, settings, "settings")
-    with contextlib.redirect_stderr(io.StringIO()):  # the trainer will say it all itself
-        return measure("train_diffusion", config, processes=processes)
 
 
 def _write(path: Path, settings: dict[str, Any], trainer: str) -> None:

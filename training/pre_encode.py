@@ -2,8 +2,8 @@
 
 Each item becomes one latent of its whole length, with its captions and timing, in WebDataset shards; the mean and
 standard deviation per latent channel are stored beside them. A piece begins and ends where it sounds: the silence
-around it is left out, long silence within it is noted, and what is silent altogether counts as unreadable. Rerunning the command adds what is missing, and renews
-what belongs to audio or captions that have changed.
+around it is left out, long silence within it is noted, and what is silent altogether counts as unreadable. Rerunning
+the command adds what is missing, and renews what belongs to audio or captions that have changed.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class PreEncodeConfig:
         vae: bundle with the VAE.
         data: folder of audio with captions.
         output: folder for the latents.
-        max_unreadable: share of the data's files that may be unreadable or silent; they are left out and listed in the output's
-            `unreadable.jsonl`.
+        max_unreadable: share of the data's files that may be unreadable or silent; they are left out and listed in the
+            output's `unreadable.jsonl`.
         shard_items: number of items in a shard.
         dtype: of the VAE's weights and activations; the posterior is float32 either way.
     """
@@ -117,8 +117,8 @@ def check_captioned(items: Sequence[Item], data: str) -> None:
     """
     if bare := [item for item in items if not item.captions]:
         raise UserError(
-            f"{bare[0].path}: has no caption, like {len(bare)} of {len(items)} files of {data}; put one in a .txt beside "
-            "it, or in metadata.jsonl, or let 'stable-audio-lite caption' write it from tags and names"
+            f"{bare[0].path}: has no caption ({len(bare)} of {len(items)} files of {data} have none); put one in a "
+            ".txt beside it, or in metadata.jsonl, or let 'stable-audio-lite caption' write it from tags and names"
         )
 
 

@@ -172,8 +172,11 @@ def read_tags(path: Path) -> dict[str, str]:
 def _value(tags: Any, names: Iterable[str]) -> str:
     """The first tag that is there, of several values all; numbered genres by name."""
     for name in names:
-        if name in tags:
-            tag = tags[name]
+        try:
+            tag = tags.get(name)
+        except ValueError:  # not a name in this kind of file
+            continue
+        if tag is not None:
             values = tag.genres if name == "TCON" else getattr(tag, "text", tag)
             values = values if isinstance(values, list) else [values]
             texts = [_plain(v.decode("utf-8", "ignore") if isinstance(v, bytes) else str(v)) for v in values]

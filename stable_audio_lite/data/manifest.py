@@ -22,9 +22,10 @@ def read_items(source: str | Path) -> list[Item]:
     """The items of a data set.
 
     `source` is a folder in the Hugging Face AudioFolder convention, in the order of its `metadata.jsonl` or
-    `metadata.csv`, or any folder of audio, by name, with a `.txt` or `.json` beside each file; such a list itself, or a `.txt` with a file on each line, whose
-    names count from the list's folder; WebDataset shards (`data/{000..011}.tar`, `s3://bucket/a.tar`, or a folder of
-    them); or a Hugging Face data set (`hf:owner/name`, `hf:owner/name:split`, or what `save_to_disk` wrote).
+    `metadata.csv`, or any folder of audio, by name, with a `.txt` or `.json` beside each file; such a list itself, or a
+    `.txt` with a file on each line, whose names count from the list's folder; WebDataset shards
+    (`data/{000..011}.tar`, `s3://bucket/a.tar`, or a folder of them); or a Hugging Face data set (`hf:owner/name`,
+    `hf:owner/name:split`, or what `save_to_disk` wrote).
     A listed file that is missing or broken is found when it is read. Hidden files are no audio; how many files of a
     folder or shard are left out is printed.
 
