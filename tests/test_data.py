@@ -180,7 +180,7 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
     with tarfile.open(caches[0].path(0)) as tar:
         assert tar.getnames() == ["00000000.npy", "00000000.json", "00000001.npy", "00000001.json"]
         row = json.load(tar.extractfile("00000000.json"))
-    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "truth"]
+    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "silences", "truth"]
     assert caches[0].path(1).read_bytes() == caches[1].path(1).read_bytes()
     index, entries = read_cache(tmp_path / "a", "a hash")
     assert (index.items, index.shards, index.frames) == (3, 2, 18) and [e.number for e in entries] == [0, 1, 2]

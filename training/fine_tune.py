@@ -225,7 +225,7 @@ class _Run:
             batch = max(1, min(_BATCH, most))
             settings = settings | {"batch_size": batch}
             settings = merged({"run": {"accumulate": max(1, _BATCH // (batch * count))}}, settings)
-        found = self._measured(settings, batch, count)
+        found = self._measured(settings, batch, count, steps=3)
         steps = run.get("steps", max(_LEAST_STEPS, min(_STEPS, int(_SECONDS / found.seconds))))
         saved = max(10, min(500, round(_SAVED / found.seconds)))
         often = {"run": {"steps": steps, "checkpoint_every": saved}, "demos": {"every": math.ceil(steps / _DEMOS)}}
@@ -234,11 +234,11 @@ class _Run:
             self._say(settings, found)
         return settings
 
-    def _measured(self, settings: dict[str, Any], batch: int, count: int) -> Plan:
+    def _measured(self, settings: dict[str, Any], batch: int, count: int, steps: int = 1) -> Plan:
         probe = merged({"run": {"steps": 1}}, settings) | {"batch_size": batch, "demos": None}
         config = from_dict(TrainDiffusionConfig, probe, str(self.request.config or self.training))
         with contextlib.redirect_stderr(io.StringIO()):  # the trainer will say it all itself
-            return measure("train_diffusion", config, processes=count)
+            return measure("train_diffusion", config, steps=steps, processes=count)
 
     def _say(self, settings: Mapping[str, Any], found: Plan) -> None:
         run, demos = settings["run"], settings["demos"]
