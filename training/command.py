@@ -10,6 +10,8 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from stable_audio_lite.command import Parser, file_path, guarded
 from stable_audio_lite.config import load_config
@@ -25,6 +27,11 @@ def main(description: str | None, cls: type[T], run: Callable[[T], Any]) -> None
     parser.add_argument("--config", required=True, type=file_path, help="YAML file with the run's settings")
     arguments = parser.parse_args()
     sys.exit(guarded(lambda: stoppable(lambda: print(run(load_config(arguments.config, cls))))))
+
+
+def shared_processes() -> PartialState:
+    """The processes of a command, without settling a training's number type, as Accelerator would."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def stoppable(action: Callable[[], Any]) -> int:

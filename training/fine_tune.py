@@ -35,6 +35,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import locked, replacing
 from stable_audio_lite.systems import load_model_config
 from training import pre_encode, train_diffusion
+from training.command import shared_processes
 from training.plan import Plan, measure
 from training.pre_encode import PreEncodeConfig, check_captioned
 from training.train_diffusion import TrainDiffusionConfig
@@ -85,7 +86,7 @@ def fine_tune(request: FineTuning) -> Path:
     """
     check_installed()
     run = _Run(request)
-    processes = PartialState()
+    processes = shared_processes()
     main = processes.is_main_process
     with locked(request.output) if main else nullcontext():
         if main:

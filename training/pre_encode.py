@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from stable_audio_lite.files import locked
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.representation import load_latents
 from stable_audio_lite.systems import load_model_config
-from training.command import main
+from training.command import main, shared_processes
 from training.frozen import check_stage
 
 if TYPE_CHECKING:
@@ -80,8 +79,7 @@ def run(config: PreEncodeConfig) -> Path:
     check_stage("vae", config.vae, "training.train_vae")
     items = read_items(config.data)
     check_captioned(items, config.data)
-    # Not Accelerator, which would settle the number type of a training that follows in the same process.
-    processes = PartialState()
+    processes = shared_processes()
     latents = load_latents(config.vae, load_model_config(config.vae))
     vae = latents.to(processes.device, getattr(torch, config.dtype)).vae
     main_process, count = processes.is_main_process, processes.num_processes
@@ -97,7 +95,7 @@ def run(config: PreEncodeConfig) -> Path:
             for shard in mine:
                 encoder.renew(cache, shard)
         figures = torch.tensor([encoder.kept, encoder.captioned, encoder.encoded], device=processes.device)
-        kept, captioned, encoded = reduce(figures).tolist()
+        kept, captioned, encoded = reduce(figures, "sum").tolist()
         if main_process:
             cache.finish()
             print(
