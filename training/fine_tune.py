@@ -84,7 +84,7 @@ def fine_tune(request: FineTuning) -> Path:
         UserError: the music has no captions or too many faults, `output` is of another run, or as the trainers.
         Stopped: by a signal.
     """
-    check_installed()
+    _check_installed()
     run = _Run(request)
     processes = shared_processes()
     main = processes.is_main_process
@@ -104,7 +104,7 @@ def fine_tune(request: FineTuning) -> Path:
     return bundle
 
 
-def check_installed() -> None:
+def _check_installed() -> None:
     """Check that the packages of the extra `train` are there.
 
     Raises:
