@@ -146,7 +146,7 @@ class _Run:
 
     def prepare(self) -> None:
         """Check the music, unless it is encoded already, and write how to encode it."""
-        settings = {"vae": self.base, "data": self.data, "output": str(self.latents)}
+        settings: dict[str, Any] = {"vae": self.base, "data": self.data, "output": str(self.latents)}
         if not self.encoding.exists():
             if any(not file.name.startswith(".") for file in self.output.iterdir()):
                 raise UserError(f"{self.request.output}: holds other files; choose a new folder")
