@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from training_runs import assert_same_weights, kill, losses
+from safetensors.torch import load_file
+from training_runs import ONE_THREAD, ROOT, assert_same_weights, distance, kill, losses
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info
@@ -265,6 +267,25 @@ def test_killed_five_times_it_ends_with_the_same_weights(data: Path, tiny_bundle
     assert cli.main(words_of(data, killed, tiny_bundle, config, *options)) == 0
     assert_same_weights(whole / "bundle", killed / "bundle")
     assert_same_weights(whole / "bundle/lora", killed / "bundle/lora")
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("unmeasured")
+def test_two_processes_take_the_same_command(music: Path, tiny_bundle: Path, plain: Path, tmp_path: Path) -> None:
+    """They measure, encode and train together, as one does with twice the batch."""
+    program = tmp_path / "program.py"
+    program.write_text(START)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
+    options = words_of(music, tmp_path / "two", tiny_bundle, plain, "--batch-size", "2", "--steps", "4")
+    environment = ONE_THREAD | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "6 encoded, 0 kept" in done.stderr and "2 processes on cpu" in done.stderr
+    assert done.stderr.count("a LoRA of") == done.stdout.count("hear it with") == 1
+    assert cli.main(words_of(music, tmp_path / "one", tiny_bundle, plain, "--batch-size", "4", "--steps", "4")) == 0
+    for name in ("unet", "lora/adapter_model"):
+        one, two = (load_file(tmp_path / run / f"bundle/{name}.safetensors") for run in ("one", "two"))
+        assert distance(one, two) < 1e-3
 
 
 def _steps(output: Path) -> int:
