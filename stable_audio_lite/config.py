@@ -65,17 +65,18 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
-    return _merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
+    return merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
 
 
-def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Merge a mapping into another as `read_yaml` does a file into its base."""
+    result = dict(base)
     for key, value in data.items():
         below = base.get(key)
         if isinstance(value, dict) and isinstance(below, dict) and value.get("kind", kind := below.get("kind")) == kind:
-            value = _merged(below, value)
-        merged[key] = value
-    return merged
+            value = merged(below, value)
+        result[key] = value
+    return result
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

@@ -37,6 +37,8 @@ def test_paths_know_the_home_folder_and_no_pipes(monkeypatch: pytest.MonkeyPatch
         ["evaluate", "made", "real", "-o"],
         ["evaluate", "made", "real", "--cache"],
         ["plan"],
+        ["caption"],
+        ["train", "music", "-o"],
     ],
     ids=" ".join,
 )

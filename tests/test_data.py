@@ -205,7 +205,7 @@ def test_shards_are_webdatasets_own_and_come_back(tmp_path: Path) -> None:
     with tarfile.open(caches[0].path(0)) as tar:
         assert tar.getnames() == ["00000000.npy", "00000000.json", "00000001.npy", "00000001.json"]
         row = json.load(tar.extractfile("00000000.json"))
-    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "truth"]
+    assert sorted(row) == ["audio", "captions", "name", "seconds", "seconds_start", "silences", "truth"]
     assert caches[0].path(1).read_bytes() == caches[1].path(1).read_bytes()
     index, entries = read_cache(tmp_path / "a", "a hash")
     assert (index.items, index.shards, index.frames) == (3, 2, 18) and [e.number for e in entries] == [0, 1, 2]
@@ -325,7 +325,7 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
 
 
 def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) -> None:
-    """The shortest with silence after them, or for longer items the longest; an epoch has every item."""
+    """The shortest that leaves silence after them, or one longer where they are few; an epoch has each item once."""
     sizes = [5, 12, 13, 24, 25, 60, 61, 20, 30, 6, 7, 50]
     latents = [(f"{size}.wav", torch.full((2, size), float(size))) for size in sizes]
     write_cache(tmp_path, latents)
@@ -339,10 +339,12 @@ def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) 
         halves = [windows.batch(number, rank, 2, 2, seed=3) for rank in (0, 1)]
         assert torch.equal(whole["x0"], torch.cat([half["x0"] for half in halves]))
         items = whole["x0"].amax((1, 2)).tolist()
-        assert {shortest[int(item)] for item in items} == {whole["x0"].shape[2]}
+        wanted = [shortest[int(item)] for item in items]
+        assert max(wanted) == whole["x0"].shape[2] and wanted.count(max(wanted)) >= 1
         drawn += items
-        if number == 3:  # four, five and three items: four batches
-            assert set(drawn) == set(map(float, sizes))
+        if number % 3 == 2:  # four of the shortest, three of the next, which go with the five others: three batches
+            assert sorted(drawn) == sorted(map(float, sizes))
+            drawn.clear()
     assert windows.draw(range(2), 0)["x0"].shape == (2, 2, 64)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.data.crops import Crops, epoch_index, item_numbers
-from stable_audio_lite.data.latents import read_cache, read_index
+from stable_audio_lite.data.latents import CachedLatent, read_cache, read_index
 from stable_audio_lite.edits import ENDING_FRAMES
 from stable_audio_lite.representation import LatentRepresentation, Representation
 
@@ -59,7 +59,8 @@ class LatentWindows:
     """Windows of cached latents held in memory, as a network sees them.
 
     Where an item is shorter than the window, the rest is the VAE's latent of digital silence. The windows of a batch
-    have one length, the shortest that its items fit into, so that little of them is silence.
+    have one length, the shortest that its items fit into, so that little of them is silence; nor is a window drawn that
+    an item's own long silences fill by more than a quarter, where there are others.
 
     Args:
         folders: what runs of `training.pre_encode` wrote; their items follow one another.
@@ -90,13 +91,26 @@ class LatentWindows:
     def window(self, index: int, rng: random.Random, frames: int | None = None) -> Window:
         """Draw a uniformly placed window of item `index`, by default of the longest length, and one of its captions."""
         entry, frames = self.entries[index], frames or self.lengths[-1]
-        start = rng.randint(0, max(entry.latent.shape[1] - frames, 0))
+        start = rng.choice(self._starts(entry, frames))
         piece = self.latents.normalise(entry.latent[:, start : start + frames].float())
         if rest := frames - piece.shape[1]:
             piece = torch.cat((piece, self.latents.silence[:, -rest:]), 1)
         begin = entry.about.seconds_start + start * self.frame_seconds
         total = entry.about.seconds_start + entry.about.seconds
         return Window(piece, rng.choice(entry.about.captions), begin, total)
+
+    @staticmethod
+    def _starts(entry: CachedLatent, frames: int) -> Sequence[int]:
+        """First frames of the windows of an item that may be drawn."""
+        starts = range(max(entry.latent.shape[1] - frames, 0) + 1)
+        if not entry.about.silences or len(starts) == 1:
+            return starts
+        silent = torch.zeros(entry.latent.shape[1] + 1, dtype=torch.int32)
+        for begin, end in entry.about.silences:
+            silent[begin + 1 : end + 1] = 1
+        silent = silent.cumsum(0)
+        share = (silent[frames:] - silent[:-frames]) / frames
+        return (share <= max(0.25, float(share.min()))).nonzero()[:, 0].tolist()
 
     def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
         """As `Examples`."""
@@ -113,13 +127,21 @@ class LatentWindows:
 
     @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
     def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
-        """Window length and items of each batch of an epoch; some items are drawn twice to fill the last batches."""
+        """Window length and items of each batch of an epoch.
+
+        What is left of a length that fills no batch goes with the next longer one; a few items of the longest are drawn
+        twice.
+        """
         rng = random.Random(f"{seed}/epoch {epoch}")
         groups = []
+        rest: list[int] = []
         for frames, bucket in sorted(self._buckets.items()):
-            order = rng.sample(bucket, len(bucket))
-            order += [rng.choice(bucket) for _ in range(-len(order) % size)]
-            groups += [(frames, order[i : i + size]) for i in range(0, len(order), size)]
+            order = rest + rng.sample(bucket, len(bucket))
+            if frames == max(self._buckets):
+                order += [rng.choice(order) for _ in range(-len(order) % size)]
+            whole = len(order) // size * size
+            groups += [(frames, order[i : i + size]) for i in range(0, whole, size)]
+            rest = order[whole:]
         rng.shuffle(groups)
         return groups
 

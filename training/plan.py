@@ -160,9 +160,13 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
     """
-    trainer, config_class, task_class = _trainer(path)
-    config = load_config(path, config_class)
-    run: RunConfig = config.run
+    trainer, config_class, _ = _trainer(path)
+    return measure(trainer, load_config(path, config_class), steps=steps, processes=processes, profiled=profiled)
+
+
+def measure(trainer: str, config: Any, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
+    """Measure the run with the `config` of a trainer in `TRAINERS`, as `plan` does."""
+    task_class, run = TRAINERS[trainer][1], config.run
     with tempfile.TemporaryDirectory() as nowhere:
         task = task_class(dataclasses.replace(config, run=dataclasses.replace(run, output=nowhere)))  # type: ignore[call-arg]
         return _measure(trainer, task, run, steps, processes, profiled)

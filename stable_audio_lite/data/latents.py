@@ -1,7 +1,7 @@
 """Cached latents: WebDataset shards of a data set's items, and an index with the statistics of their channels.
 
 A shard `000000.tar` holds for each item `NUMBER.npy`, its latent (C, F) in float16, and `NUMBER.json`: the file's name
-and SHA-256, captions, metadata, and the second of the file at which the latent begins and how many it covers.
+and SHA-256, captions, metadata, the second of the piece at which the latent begins, how many it covers, and silences.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class LatentMetadata:
         name: of its file.
         captions: texts that describe it.
         metadata: its row of the data set.
-        seconds_start: second of the file at which the latent begins.
+        seconds_start: second of the piece at which the latent begins.
         seconds: length of the sound that the latent covers; its last frame may cover more.
         audio: SHA-256 of the file, "" if unknown.
+        silences: first frame and last frame, plus one, of each stretch of silence that is long for music.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LatentMetadata:
     seconds_start: float
     seconds: float
     audio: str = ""
+    silences: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,8 @@ def _to_row(about: LatentMetadata) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> LatentMetadata:
     facts = {"metadata" if key == "truth" else key: value for key, value in row.items()}
-    return LatentMetadata(**facts | {"captions": tuple(row["captions"])})
+    silences = tuple((int(begin), int(end)) for begin, end in row.get("silences", ()))
+    return LatentMetadata(**facts | {"captions": tuple(row["captions"]), "silences": silences})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,11 @@ class CacheIndex:
     frames: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Check whether all that a folder's latents are made of has been encoded."""
+    return (Path(folder) / _INDEX).is_file()
 
 
 def read_index(folder: str | Path, encoder: str) -> CacheIndex:

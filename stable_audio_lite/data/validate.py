@@ -103,6 +103,18 @@ class DatasetReport:
             "unread": self.unread,
         }
 
+    def in_short(self) -> str:
+        """Five lines at most: what there is, and how much has which fault, with an example."""
+        length = f", {self.shortest:.1f} to {self.longest:.1f} s each" if self.rates else ""
+        rates = ", ".join(f"{rate} Hz" for rate in sorted(self.rates))
+        lines = [f"{self.files} files, {self.seconds / 3600:.2f} h{length}{rates and f', {rates}'}"]
+        for fault in ("broken", "silent", "clipped", "caption cut"):
+            if paths := self.faults.get(fault):
+                shown = self.errors[0] if fault == "broken" else str(paths[0])
+                shown += f": not read: {self.unread[0]}" if fault == "caption cut" else ""
+                lines.append(f"{len(paths)} {fault}{', such as' if len(paths) > 1 else ':'} {shown}")
+        return "\n".join(lines)
+
     def as_text(self) -> str:
         """A summary that names the first files of each fault."""
         lines = [f"files            {self.files}", f"hours            {self.seconds / 3600:.2f}"]
@@ -128,9 +140,13 @@ def validate(path: str | Path, workers: int = 4, model: str | None = None) -> Da
     Raises:
         UserError: there is no data set at `path`, or no bundle `model`.
     """
+    return validate_items(read_items(path), workers, model)
+
+
+def validate_items(items: Sequence[Item], workers: int = 4, model: str | None = None) -> DatasetReport:
+    """Read every file of a data set, and its captions, as `validate` does."""
     from tqdm import tqdm
 
-    items = read_items(path)
     report = DatasetReport()
     with ThreadPoolExecutor(workers) as pool:
         for file in tqdm(pool.map(inspect, items), total=len(items), unit="file", leave=False):
