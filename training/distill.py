@@ -271,9 +271,9 @@ class DistillTask(TrainingTask):
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]
-        settings = {"steps": self.config.steps, "cfg": 1.0, "rescale": 0.0, "sampler": STUDENT_SAMPLER}
-        generation = replace(self.defaults, distilled=self.cfg, **settings)
-        system = replace(self.system, generation=generation)
+        steps, sampler = self.config.steps, STUDENT_SAMPLER
+        own = replace(self.defaults, steps=steps, cfg=1.0, rescale=0.0, sampler=sampler, distilled=self.cfg)
+        system = replace(self.system, generation=own)
         parts: dict[str, Mapping[str, Tensor]] = {self.system.part: network_of(model).state_dict()}
         if isinstance(self.system, StableAudioConfig):
             parts["vae"] = read_part(self.folder, "vae")

@@ -10,6 +10,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def unet_rows(
         yield _unet_row(unet, subject.config, sizes.frames, repeats)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _unet_row(unet: UNet, config: StableAudioConfig, frames: int, repeats: int) -> Row:
     device, dtype, pair = unet.null.device, unet.null.dtype, 2
     x, t = torch.randn(pair, unet.channels, frames, device=device).to(dtype), torch.rand(pair, device=device)
@@ -136,13 +137,14 @@ def vae_rows(
     for dtype in [torch.float32] if vae.float32 else dtypes:
         vae = vae.to(device, dtype)
         sound, z = audio.to(device, dtype), latents.to(device, dtype)
-        encoders, decoders = {}, {}
+        encoders: dict[str, Callable[[], Tensor]] = {}
+        decoders: dict[str, Callable[[], Tensor]] = {}
         for peer in peers:
             peer.module.to(device, dtype)
-            encoders[peer.name] = lambda peer=peer, sound=sound: peer.encode(sound)
-            decoders[peer.name] = lambda peer=peer, z=z: peer.decode(z)
+            encoders[peer.name] = partial(peer.encode, sound)
+            decoders[peer.name] = partial(peer.decode, z)
         how = f"{_name(dtype)}, {sizes.seconds:g} s"
-        with torch.inference_mode():
+        with torch.no_grad():
             encode, decode = (
                 _timed(run, others, device, dtype, repeats)
                 for run, others in (
@@ -157,7 +159,7 @@ def vae_rows(
 def training_rows(
     subject: Subject, sizes: Sizes, device: torch.device, dtypes: Sequence[torch.dtype], repeats: int
 ) -> Iterator[Row]:
-    """Time whole steps: both passes, clipping and update, of the U-Net and of the VAE with its discriminator."""
+    """Time whole steps: both passes, clipping and update, of the U-Net and of the VAE, its discriminator included."""
     for dtype in dtypes:
         step = _unet_step(subject.unet(device, torch.float32), subject.config, sizes, dtype)
         how = f"{_name(dtype)}, {sizes.batch} x {sizes.frames} frames"
@@ -307,7 +309,7 @@ def _learn(module: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) ->
 
 def _vae_task(config: StableAudioConfig, judge: DiscriminatorConfig, sound: Tensor, crop_frames: int) -> VAETask:
     """The joint phase of VAE training, on a data set of the one `sound`, which is never read again."""
-    kind = config.vae.kind
+    waveform, kind = config.vae.kind == "waveform", config.vae.kind
     with tempfile.TemporaryDirectory() as folder:
         write_audio(Path(folder) / "noise.wav", sound, config.sample_rate)
         save_config(config, model := Path(folder) / "model.yaml")
@@ -317,11 +319,11 @@ def _vae_task(config: StableAudioConfig, judge: DiscriminatorConfig, sound: Tens
                 model=str(model),
                 data=folder,
                 crop_frames=crop_frames,
-                weights=WEIGHTS if kind == "waveform" else dict.fromkeys(LOSSES[kind], 1.0),
+                weights=WEIGHTS if waveform else dict.fromkeys(LOSSES[kind], 1.0),
                 stft_windows=_WINDOWS,
                 optimizer=optimizer,
-                discriminator=judge,
-                discriminator_optimizer=optimizer,
+                discriminator=judge if waveform else None,  # which judges sound, and the other's losses are of features
+                discriminator_optimizer=optimizer if waveform else None,
                 run=RunConfig(output=folder, steps=1),
             )
         )
