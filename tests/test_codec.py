@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.benchmarks.streaming import codec_peaks, noise
+from evaluation.benchmarks.processes import codec_peaks, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.cli import main

@@ -40,7 +40,7 @@ from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.errors import UserError
-from training import assemble, command, pre_encode, train_clap, train_diffusion, train_vae
+from training import assemble, command, distill, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
 from training.update import Update
@@ -386,6 +386,7 @@ def test_shipped_configs_are_right() -> None:
         "train_clap": train_clap.TrainClapConfig,
         "pre_encode": pre_encode.PreEncodeConfig,
         "assemble": assemble.AssembleConfig,
+        "distill": distill.DistillConfig,
     }
     folder, loaded = ROOT / "configs/stable_audio", {}
     for path in folder.glob("*.yaml"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +55,46 @@ class Window:
     seconds_total: float
 
 
+class Buckets:
+    """Items by the length of the window that they are seen in: all of a batch are seen in one length.
+
+    Args:
+        frames: of each item.
+        lengths: of windows, the longest last.
+    """
+
+    def __init__(self, frames: Iterable[int], lengths: Sequence[int]):
+        self._items: dict[int, list[int]] = {}
+        for index, count in enumerate(frames):
+            fitting = (length for length in lengths if count + ENDING_FRAMES <= length)
+            self._items.setdefault(next(fitting, lengths[-1]), []).append(index)
+
+    def batch(self, number: int, size: int, seed: int) -> tuple[int, list[int]]:
+        """Window length and items of the `number`-th batch of `size`; every epoch visits all, each in its own order."""
+        epoch, place = divmod(number, len(self._epoch(0, size, seed)))
+        return self._epoch(epoch, size, seed)[place]
+
+    @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
+    def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
+        """Window length and items of each batch of an epoch.
+
+        What is left of a length that fills no batch goes with the next longer one; a few items of the longest are drawn
+        twice.
+        """
+        rng = random.Random(f"{seed}/epoch {epoch}")
+        groups = []
+        rest: list[int] = []
+        for frames, bucket in sorted(self._items.items()):
+            order = rest + rng.sample(bucket, len(bucket))
+            if frames == max(self._items):
+                order += [rng.choice(order) for _ in range(-len(order) % size)]
+            whole = len(order) // size * size
+            groups += [(frames, order[i : i + size]) for i in range(0, whole, size)]
+            rest = order[whole:]
+        rng.shuffle(groups)
+        return groups
+
+
 class LatentWindows:
     """Windows of cached latents held in memory, as a network sees them.
 
@@ -75,10 +115,7 @@ class LatentWindows:
         self.entries = [entry for folder in folders for entry in read_cache(folder, latents.hash)[1]]
         self.latents, self.lengths = latents, sorted({*lengths, latents.shape[1]})
         self.frame_seconds = latents.hop / latents.sample_rate
-        self._buckets: dict[int, list[int]] = {}
-        for index, entry in enumerate(self.entries):
-            fitting = (length for length in self.lengths if entry.latent.shape[1] + ENDING_FRAMES <= length)
-            self._buckets.setdefault(next(fitting, self.lengths[-1]), []).append(index)
+        self._buckets = Buckets((entry.latent.shape[1] for entry in self.entries), self.lengths)
 
     @property
     def captions(self) -> list[str]:
@@ -114,9 +151,7 @@ class LatentWindows:
 
     def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
         """As `Examples`."""
-        groups = self._epoch(0, size * world, seed)
-        epoch, place = divmod(number, len(groups))
-        frames, group = self._epoch(epoch, size * world, seed)[place]
+        frames, group = self._buckets.batch(number, size * world, seed)
         rngs = (random.Random(f"{seed}/{n}") for n in item_numbers(number, rank, world, size))
         own = group[rank * size : (rank + 1) * size]
         return _stack([self.window(index, rng, frames) for index, rng in zip(own, rngs, strict=True)])
@@ -124,26 +159,6 @@ class LatentWindows:
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
         """As `Examples`."""
         return _stack([self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers])
-
-    @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
-    def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
-        """Window length and items of each batch of an epoch.
-
-        What is left of a length that fills no batch goes with the next longer one; a few items of the longest are drawn
-        twice.
-        """
-        rng = random.Random(f"{seed}/epoch {epoch}")
-        groups = []
-        rest: list[int] = []
-        for frames, bucket in sorted(self._buckets.items()):
-            order = rest + rng.sample(bucket, len(bucket))
-            if frames == max(self._buckets):
-                order += [rng.choice(order) for _ in range(-len(order) % size)]
-            whole = len(order) // size * size
-            groups += [(frames, order[i : i + size]) for i in range(0, whole, size)]
-            rest = order[whole:]
-        rng.shuffle(groups)
-        return groups
 
 
 def _stack(windows: list[Window]) -> dict[str, Any]:

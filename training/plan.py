@@ -29,6 +29,7 @@ from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.errors import UserError
 from training.checkpoint import checkpoints
+from training.distill import DistillConfig, DistillTask
 from training.loop import one_step
 from training.profile import Profile, profile
 from training.task import RunConfig, TrainingTask
@@ -41,6 +42,7 @@ TRAINERS: dict[str, tuple[type, type[TrainingTask]]] = {
     "train_clap": (TrainClapConfig, ClapTask),
     "train_vae": (TrainVAEConfig, VAETask),
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
+    "distill": (DistillConfig, DistillTask),
 }
 _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 

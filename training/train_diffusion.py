@@ -307,6 +307,8 @@ class DiffusionTask(TrainingTask):
     def _go_on_from(self, initial: str, model: nn.Module) -> None:
         """Load the network and timing embeddings of a bundle."""
         theirs = load_system(initial)
+        if theirs.generation.distilled is not None:
+            raise UserError(f"initial: {initial} is a student; give the model that it was distilled from")
         if theirs.kind != self.model.kind or load_representation(initial, theirs).hash != self.representation.hash:
             raise UserError(f"initial: {initial} is of kind {theirs.kind} with other data than {self.config.model}")
         if isinstance(model, Conditioned):
