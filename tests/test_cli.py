@@ -6,10 +6,10 @@ import ast
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -327,10 +327,16 @@ def test_corpus_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     "command", ["", *"generate restore encode decode info corpus caption validate-dataset doctor".split()]
 )
 def test_help_answers_at_once(command: str) -> None:
-    started = time.perf_counter()
+    """In processor time, for others may keep the processor busy."""
+
+    def spent() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    started = spent()
     line = [sys.executable, "-m", "stable_audio_lite.cli", *command.split(), "--help"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
-    assert time.perf_counter() - started < 2
+    assert spent() - started < 2
     assert done.returncode == 0 and done.stdout.startswith("usage: stable-audio-lite")
 
 

@@ -257,7 +257,7 @@ def test_the_time_it_takes_is_that_of_denoising_all_windows(monkeypatch: pytest.
         restorer.estimate_seconds(0, 1, Denoise(), settings)
 
 
-@pytest.mark.parametrize("rate", [4000, RATE, 16000])
+@pytest.mark.parametrize("rate", [4000, RATE, 16000, 96000])
 @pytest.mark.parametrize(
     "degradation", [Inpaint(((0.0, 1e-5),)), Bandwidth(1500), Denoise(), Dereverb(torch.ones(1)), Dereverb()]
 )

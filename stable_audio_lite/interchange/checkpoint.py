@@ -58,7 +58,8 @@ def import_checkpoint(
             the bundle can't be written.
     """
     bundle.check_replaceable(output)
-    for source in (path, config) if clap is None else (path, config, clap):
+    sources: list[str | Path] = [path, config, *([] if clap is None else [clap])]
+    for source in sources:
         if Path(output).resolve() in (file := Path(source).resolve(), *file.parents):
             raise UserError(f"{output}: holds {source}, which is read; write to another place")
     described = read_model_config(config, vae_only=vae_only)
