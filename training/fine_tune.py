@@ -99,8 +99,9 @@ def fine_tune(request: FineTuning) -> Path:
         processes.wait_for_everyone()
     bundle = train_diffusion.run(load_config(run.training, TrainDiffusionConfig))
     if main:
-        words = ["stable-audio-lite", "generate", run.items[0].captions[0], "--model", str(bundle)]
-        print(f"{bundle}: hear it with\n  {shlex.join(words)}")
+        shown = str(request.output / bundle.name)
+        words = ["stable-audio-lite", "generate", run.items[0].captions[0], "--model", shown]
+        print(f"{shown}: hear it with\n  {shlex.join(words)}")
     return bundle
 
 
@@ -242,16 +243,16 @@ class _Run:
             return measure("train_diffusion", config, steps=steps, processes=count)
 
     def _say(self, settings: Mapping[str, Any], found: Plan) -> None:
-        run, demos = settings["run"], settings["demos"]
+        run, demos, place = settings["run"], settings["demos"], self.request.output
         memory = found.weights + found.gradients + found.optimizers + found.averages + found.activations
         what = "a LoRA" if settings.get("lora") else "all weights"
         lines = [
             f"{what} of {self.request.base}, {run['steps']:,} steps of {found.step_items} windows from {found.items} "
             f"pieces: about {_duration(run['steps'] * found.seconds)} at {found.seconds:.2f} s a step, in "
             f"{memory / 1e9:.1f} GB of memory",
-            f"settings: {self.training}; tensorboard --logdir {self.output / 'logs'}",
+            f"settings: {place / self.training.name}; tensorboard --logdir {place / 'logs'}",
         ]
-        lines += [f"sounds every {demos['every']} steps: {self.output / 'demos'}"] if demos else []
+        lines += [f"sounds every {demos['every']} steps: {place / 'demos'}"] if demos else []
         print("\n".join(lines), file=sys.stderr, flush=True)
 
     def write(self, settings: dict[str, Any]) -> None:
