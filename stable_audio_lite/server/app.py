@@ -143,8 +143,10 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         "/metrics",
         dependencies=guard,
         response_class=Response,
-        responses={200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-        | failures(),
+        responses={
+            200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            **failures(),
+        },
     )
     async def show_metrics() -> Response:
         """Tell counts and times in Prometheus' text format."""
