@@ -48,6 +48,7 @@ from training.update import Update
 
 _SOLVER = "dpmpp-2m"  # of the teacher
 _HELD_OUT = 2  # batches
+_NOTHING = 1e-8  # an error of rounding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,16 +190,20 @@ class DistillTask(TrainingTask):
         return self._draw(self.requests, number, rank, world, self.config.run.seed)
 
     def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
-        """Take the student's way from noise to data, and learn from the teacher at each of its steps."""
+        """Take the student's way from noise to data, and learn from the teacher at each of its steps.
+
+        The error of each step counts relative to itself (the gradient is that of its logarithm), or the first steps,
+        whose errors are hundreds of times as large, would drown those that decide on the sound.
+        """
         teacher, student = self.denoisers(batch)
         x, losses = batch["eps"] * self.sigmas[0], []
         for sigma, following in pairwise(self.sigmas.tolist()):
             with torch.no_grad():
                 target = self.target(teacher, x, sigma, following)
             estimate = student(x, _levels_of(x, sigma))
-            # Weighted by 1 + SNR, which makes it the loss of v (Salimans & Ho 2022, section 4).
+            # The error of v is that of x0, weighted by 1 + SNR (Salimans & Ho 2022, section 4).
             losses.append((1 + sigma**-2) * (estimate - target).square().mean())
-            update("model", losses[-1] / len(self.sigmas))
+            update("model", losses[-1] / losses[-1].detach().clamp_min(_NOTHING) / self.config.steps)
             x = arrive(x, estimate.detach(), sigma, following)
         figures = {f"loss/step{i}": loss.detach() for i, loss in enumerate(losses, 1)}
         return {"loss/v": torch.stack(losses).detach().mean()} | figures

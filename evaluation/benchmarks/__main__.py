@@ -1,4 +1,4 @@
-"""What a model costs on this machine, in one table.
+"""Speed and memory of a model on this machine, in one table.
 
     python -m evaluation.benchmarks                                        # the starter, everything
     python -m evaluation.benchmarks runs/student --steps 8 --only load generate -o speed.json

@@ -96,10 +96,11 @@ def vae_peers(vae: VAE, config: StableAudioConfig) -> Iterator[VAEPeer]:
         yield VAEPeer(
             "stable-audio-tools", tools, lambda audio: tools.encoder(audio).chunk(2, 1)[0], lambda z: tools.decoder(z)
         )
-    if vae.config.blocks == "oobleck" and not vae.config.tanh and importlib.util.find_spec("diffusers"):
+    shape = vae.config
+    same = shape.blocks == "oobleck" and not shape.tanh and shape.encoder_width == 2 * shape.latent_channels
+    if same and importlib.util.find_spec("diffusers"):
         from diffusers import AutoencoderOobleck
 
-        shape = vae.config
         oobleck = AutoencoderOobleck(
             encoder_hidden_size=shape.encoder_width,
             downsampling_ratios=list(shape.strides),
