@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' format."""
+"""Counts and times of the service, in Prometheus' format."""
 
 from __future__ import annotations
 
