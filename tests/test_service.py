@@ -548,6 +548,11 @@ def start_process(bundle: Path, folder: Path, *args: str) -> tuple[subprocess.Po
     return process, process.stdout.readline().split()[0]
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All but empty folders, as torch makes one for its cache."""
+    return [path for path in folder.rglob("*") if not path.is_dir()]
+
+
 @pytest.mark.long
 def test_a_stop_finishes_what_runs_and_hands_back_what_waits(tiny_bundle: Path, tmp_path: Path) -> None:
     process, address = start_process(tiny_bundle, tmp_path, "--port", "0", "--batch", "1", "--grace", "3600")
@@ -563,7 +568,7 @@ def test_a_stop_finishes_what_runs_and_hands_back_what_waits(tiny_bundle: Path, 
         assert [answer["state"] for answer in answers] == ["done", "failed"]
         assert "did not begin this; send the request again" in answers[1]["error"]
         assert read(client.get(running["sounds"][0]["address"]).content).shape == (2, 8820)
-    assert process.wait() == 0 and not list(tmp_path.iterdir())
+    assert process.wait() == 0 and not files_in(tmp_path)
 
 
 @pytest.mark.long
@@ -582,4 +587,4 @@ def test_after_a_crash_clients_are_told(tiny_bundle: Path, tmp_path: Path) -> No
         assert ended(client, client.post("/v1/generations", json=ASK).json())["state"] == "done"
     process.kill()
     process.wait()
-    assert not list(tmp_path.iterdir())
+    assert not files_in(tmp_path)
