@@ -233,7 +233,9 @@ def test_models_health_and_metrics(serve: Callable[..., TestClient], store: Mode
 
 
 def test_openapi_describes_every_answer(serve: Callable[..., TestClient]) -> None:
-    schema = serve().get("/openapi.json").json()
+    client = serve()
+    schema = client.get("/openapi.json").json()
+    assert client.options("/v1/generations/1").headers["allow"] == "DELETE, GET"
     assert len(schema["paths"]) == 7 and len(schema["paths"]["/v1/generations/{identity}"]) == 2
     for path in schema["paths"].values():
         for operation in path.values():

@@ -30,6 +30,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Message as ASGIMessage
 from starlette.types import Receive
 
@@ -304,7 +305,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         detail = " ".join(str(error.detail).split())
         if error.status_code in (404, 405):
             detail = f"{request.method} {request.url.path[:100]}: {detail.lower()}; see /openapi.json"
-        return problem(error.status_code, detail, error.headers)
+        headers = {"Allow": ", ".join(_methods(app, request))} if error.status_code == 405 else error.headers
+        return problem(error.status_code, detail, headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -317,6 +319,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
         return problem(500, "an error inside; the server's log says more")
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """List the methods of a path, of which the framework names those of one operation alone."""
+    matching = (route for route in app.routes if route.matches(request.scope)[0] != Match.NONE)
+    return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
 def _failures(always: int) -> Callable[..., dict[int | str, dict[str, Any]]]:
