@@ -30,7 +30,8 @@ _PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their h
 FLOOR = 1e-4
 """Magnitude, where a full-scale sine has 1, below which everything counts as silence: -80 dB."""
 _PATIENCE = 2  # times as many iterations where phases have to fit on both sides
-_ERROR_SPAN, _ERROR_LASTS = 4, 21  # spectra over which a decoder's errors are averaged, and for which they last
+_LATEST, _ERRORS_LAST = 3, 21  # spectra that count as the latest, and for which a decoder's errors last
+_GOING_OVER = 4  # spectra that lie between known levels and decoded ones
 _PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra of context on each side for finding phases
 
 
@@ -297,7 +298,7 @@ class SpectrogramVAE(VAE):
         stream = SpectrumStream(self.transform, _PATIENCE * self.config.iterations)
         edges = open_first - PAIR * low, PAIR * high - open_last
         features = self._features(latents, low, high)
-        levels = _mended(features.levels, self.transform.levels(spectra), *edges)
+        levels = _joined(features.levels, self.transform.levels(spectra), *edges)
         sound = source.clone()
         sound[..., low * self.hop : high * self.hop] = stream.between(features._replace(levels=levels), spectra, *edges)
         return sound
@@ -401,23 +402,26 @@ class SpectrumStream:
         return squared.clamp_min(1e-3)
 
 
-def _mended(levels: Tensor, true: Tensor, before: int, after: int) -> Tensor:
-    """Levels (B, 320, F) corrected by what is known of their errors: the first `before` and last `after` are `true`.
+def _joined(levels: Tensor, true: Tensor, before: int, after: int) -> Tensor:
+    """Levels (B, 320, F) that join those of known sound: the first `before` and the last `after` of the `true` ones."""
+    joined = _continued(levels, true, before)
+    return _continued(joined.flip(-1), true.flip(-1), after).flip(-1)
 
-    What a decoder gets wrong it gets wrong for a while: the errors beside the frames in between, the nearest foremost,
-    are taken off those too, less with distance.
+
+def _continued(levels: Tensor, true: Tensor, known: int) -> Tensor:
+    """Levels (B, 320, F) that go on from the first `known` of the `true` ones.
+
+    What a decoder gets wrong it gets wrong for a while, so its latest errors are taken off what follows, less with
+    distance; and the first levels that follow go over from the latest true ones.
     """
-    error, place = true - levels, torch.arange(levels.shape[2], device=levels.device)
-    weights = (-place / _ERROR_SPAN).exp()
-    correction = torch.zeros_like(levels)
-    if before:
-        left = error[..., :before].flip(-1) @ weights[:before] / weights[:before].sum()
-        correction += left[..., None] * (-(place - before).clamp_min(0) / _ERROR_LASTS).exp()
-    if after:
-        last = levels.shape[2] - after
-        right = error[..., last:] @ weights[:after] / weights[:after].sum()
-        correction += right[..., None] * (-(last - 1 - place).clamp_min(0) / _ERROR_LASTS).exp()
-    return levels + correction
+    if not known:
+        return levels
+    past, away = true[..., :known], torch.arange(levels.shape[2] - known, device=levels.device)
+    weights = (torch.arange(1 - known, 1, device=levels.device) / _LATEST).exp()
+    latest = past @ weights[:, None] / weights.sum()
+    error = latest - levels[..., :known] @ weights[:, None] / weights.sum()
+    after = levels[..., known:] + error * (-away / _ERRORS_LAST).exp()
+    return torch.cat((past, torch.lerp(after, latest, (1 - (away + 1) / (_GOING_OVER + 1)).clamp_min(0))), -1)
 
 
 _PACKED = PAIR * _LEVELS + 3 * _STEREO
