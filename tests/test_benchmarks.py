@@ -15,7 +15,7 @@ import torch
 from evaluation.benchmarks import __main__, generation, networks, processes
 from evaluation.benchmarks.peers import PeerVAE, VAEPeer, peer_discriminator, unet_peer, vae_peers
 from evaluation.benchmarks.processes import Ran
-from evaluation.benchmarks.table import Peer, Row, CostTable
+from evaluation.benchmarks.table import CostTable, Peer, Row
 from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
