@@ -14,9 +14,9 @@ import yaml
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.io import audio_info, read_audio, read_metadata, write_audio
-from stable_audio_lite.cli.prompts import beats_of, tempo_of
 from stable_audio_lite.edits import CROSSFADE_SECONDS
 from stable_audio_lite.pipeline import StableAudio
+from stable_audio_lite.wording import beats_of, tempo_of
 
 RATE = 44100
 FADE = int(CROSSFADE_SECONDS * RATE) + 1

@@ -22,6 +22,7 @@ from stable_audio_lite.cli import (
     info,
     interchange,
     restore,
+    ui,
     validate_dataset,
 )
 from stable_audio_lite.command import Parser, guarded
@@ -48,6 +49,7 @@ def build_parser() -> Parser:
     generate.add_command(commands)
     continuation.add_command(commands)
     restore.add_command(commands)
+    ui.add_command(commands)
     codec.add_encode(commands)
     codec.add_decode(commands)
     info.add_command(commands)

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.wording import states_tempo, tempo_of
 
-_TEMPO = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*(?:bpm|beats per minute)\b|\btempo (\d+(?:\.\d+)?)\b", re.IGNORECASE)
 _KEY = re.compile(r"(?<!\w)([A-G][#b]?) (major|minor)\b")
 _TONICS = ("C", "C#", "Db", "D", "D#", "Eb", "E", "F", "F#", "Gb", "G", "G#", "Ab", "A", "A#", "Bb", "B")
 
@@ -40,24 +40,13 @@ def prompts_of(args: argparse.Namespace, sound: Path | None) -> list[str]:
     return [_worded(prompt, args.bpm, args.key) for prompt in found]
 
 
-def tempo_of(prompt: str) -> float | None:
-    """The beats per minute that a prompt states; None where it states none, or several."""
-    found = {float(match[1] or match[2]) for match in _TEMPO.finditer(prompt)}
-    return found.pop() if len(found) == 1 else None
-
-
-def beats_of(prompt: str) -> int:
-    """Beats of a bar: 3 of a waltz, otherwise 4."""
-    return 3 if re.search(r"\bwaltz", prompt, re.IGNORECASE) else 4
-
-
 def _worded(prompt: str, bpm: float | None, key: str | None) -> str:
     """The prompt with a tempo and a key, in the words of captions."""
     said = [] if bpm is None and key is None else [prompt]
     if bpm is not None:
         if not 20 <= bpm <= 400:
             raise UserError(f"--bpm must lie in 20..400, got {bpm:g}")
-        if (own := tempo_of(prompt)) not in (None, bpm) or (own is None and _TEMPO.search(prompt)):
+        if (own := tempo_of(prompt)) not in (None, bpm) or (own is None and states_tempo(prompt)):
             raise UserError(f"--bpm {bpm:g}: the prompt says another tempo; leave out one")
         said += [f"{bpm:g} bpm"] if own is None else []
     if key is not None:

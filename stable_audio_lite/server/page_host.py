@@ -1,0 +1,142 @@
+"""A process that serves the page: to this machine or behind a password, and calling no other machine itself."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.server.page import STYLE, TITLE, Page
+from stable_audio_lite.server.studio import Studio
+
+UPLOAD_BYTES = 256 << 20
+"""Size of the largest sound that is taken."""
+
+_POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
+_GUESS_SECONDS = 1.0  # that a wrong password costs
+_FONT, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
+
+
+def serve_page(studio: Studio, host: str, port: int, password: str | None = None) -> None:
+    """Serve the page until the process is asked to stop.
+
+    Args:
+        studio: makes the sounds; Gradio keeps its files in `studio.folder` too.
+        host, port: to listen at; port 0 is any that is free.
+        password: to ask everyone for.
+
+    Raises:
+        UserError: others may open it and there is no password, or the address can't be had.
+    """
+    if not _is_loopback(host) and not password:
+        raise UserError(
+            f"--host {host}: opens the page to other machines; give it a --password, or in STABLE_AUDIO_LITE_PASSWORD"
+        )
+    listening = _listening(host, port)
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.folder)
+    _stay_local()
+    app = page_app(studio, password)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+    name, own_port = listening.getsockname()[:2]
+    print(f"http://{f'[{name}]' if ':' in name else name}:{own_port}  (Ctrl-C ends it)", flush=True)
+    server.run(sockets=[listening])
+
+
+def page_app(studio: Studio, password: str | None = None) -> ASGIApp:
+    """Build the page's application: that of Gradio, whose pages may load from nowhere else."""
+    page = Page(studio)
+    page.blocks.queue(default_concurrency_limit=None)
+    app = gr.mount_gradio_app(
+        FastAPI(openapi_url=None),
+        page.blocks,
+        path="/",
+        auth=_asker(password) if password else None,
+        auth_message=f"{TITLE}: any name, and the password that its owner gave you",
+        max_file_size=UPLOAD_BYTES,
+        show_error=True,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=gr.themes.Soft(primary_hue="violet", neutral_hue="slate", font=_FONT, font_mono=_MONO),
+        css_paths=STYLE,
+    )
+    return _Policy(app)
+
+
+class _Policy:
+    """Adds the header by which a browser refuses to load anything from elsewhere."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+def _asker(password: str) -> Callable[[str, str], Coroutine[Any, Any, bool]]:
+    async def check(name: str, given: str) -> bool:
+        if hmac.compare_digest(given.encode(), password.encode()):
+            return True
+        await asyncio.sleep(_GUESS_SECONDS)
+        return False
+
+    return check
+
+
+def _stay_local() -> None:
+    """Refuse connections to other machines for the rest of the process, whatever a library or a request asks for."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("socket.connect", "socket.sendto"):
+            address = arguments[1]
+            host = address[0] if isinstance(address, tuple) else None  # a Unix socket has a path
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            host = arguments[0]
+        else:
+            return
+        if host is not None and not _is_loopback(host):
+            raise PermissionError(f"{host}: the page calls no other machine")
+
+    sys.addaudithook(refuse)
+
+
+def _is_loopback(host: object) -> bool:
+    text = host.decode() if isinstance(host, bytes) else str(host)
+    if text == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Bind before anything is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port}: can't be listened at ({reason}); choose another --host or --port") from error
+    return listening
