@@ -133,16 +133,25 @@ def part_path(folder: str | Path, name: str) -> Path:
     return SHIPPED.get(str(folder), Path(folder)) / f"{name}.safetensors"
 
 
+def check_part(folder: str | Path, name: str) -> Path:
+    """Return the path of part `name`.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    path = part_path(folder, name)
+    if not path.is_file():
+        raise UserError(f"{path}: missing, so this bundle has no {name}; use a complete bundle")
+    return path
+
+
 def read_part(folder: str | Path, name: str) -> dict[str, Tensor]:
     """The state dict of one part, on the CPU, in the floating types it was stored in.
 
     Raises:
         UserError: the file is missing or damaged.
     """
-    path = part_path(folder, name)
-    if not path.is_file():
-        raise UserError(f"{path}: missing, so this bundle has no {name}; use a complete bundle")
-    return read_safetensors(path)[0]
+    return read_safetensors(check_part(folder, name))[0]
 
 
 def load_part(folder: str | Path, name: str, module: nn.Module, assign: bool = False) -> None:

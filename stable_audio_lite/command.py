@@ -111,13 +111,19 @@ def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") 
         # The reader of our output is gone; leave the interpreter nothing to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        message = "out of memory; work on less at once (a smaller batch, shorter sounds)"
-    except (UserError, OSError) as error:
-        message = " ".join(str(error).split())
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _NO_MEMORY):
+    except Exception as error:
+        if (line := explained(error)) is None:
             raise
-        message = "out of memory; work on less at once (a smaller batch, shorter sounds), or choose another device"
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def explained(error: BaseException) -> str | None:
+    """Word an error that is no bug as the one line that its user sees; None for a bug."""
+    if isinstance(error, (UserError, OSError)):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "out of memory; work on less at once (a smaller batch, shorter sounds)"
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY):
+        return "out of memory; work on less at once (a smaller batch, shorter sounds), or choose another device"
+    return None

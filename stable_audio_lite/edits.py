@@ -6,7 +6,7 @@ model.generate("flute, folk", edit=Variation(Sound.read("piano.wav"), strength=0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _TAIL = 16  # frames at the end of a window that another one follows, unused: th
 _SEAM = 4  # frames on each side of a loop's seam whose phases are chosen to fit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sound:
     """A stretch of sound to start from.
 
@@ -76,15 +76,23 @@ class Sound:
         prompt = self.settings.get("prompt")
         return prompt if isinstance(prompt, str) and prompt.strip() else None
 
+    def check_audible(self) -> None:
+        """Refuse silence.
+
+        Raises:
+            UserError: it is silent.
+        """
+        if self.audio.abs().max() < _SILENT:
+            raise UserError(f"{self.name}: is silent; give a sound that can be heard, or generate without one")
+
     def fitted(self, representation: Representation) -> Tensor:
         """Return the audio (channels, T) at a representation's rate and number of channels.
 
         Raises:
             UserError: it is silent.
         """
+        self.check_audible()
         audio = torch.as_tensor(resample(self.audio.numpy(), self.sample_rate, representation.sample_rate))
-        if audio.abs().max() < _SILENT:
-            raise UserError(f"{self.name}: is silent; give a sound that can be heard, or generate without one")
         if representation.audio_channels == 1:
             return audio.mean(0, keepdim=True)
         return audio.expand(representation.audio_channels, -1)
@@ -136,6 +144,7 @@ class Sampling:
         )
 
 
+@dataclass(frozen=True)
 class Edit:
     """A way to make sound; this one makes it anew."""
 
@@ -162,6 +171,13 @@ class Edit:
     def decode(self, representation: Representation, x: Tensor, samples: int) -> Tensor:
         """Decode data (B, *shape) to sound (B, channels, samples), float32."""
         return representation.decode(x, samples)
+
+    def decode_stream(self, representation: Representation, x: Tensor, samples: int) -> Iterator[Tensor]:
+        """Yield what `decode` returns in successive pieces (B, channels, any)."""
+        if type(self).decode is Edit.decode:
+            yield from representation.decode_stream(x, samples)
+        else:
+            yield self.decode(representation, x, samples)
 
     def timing(self, seconds: float) -> tuple[float, float]:
         """Second of the piece at which the sound begins, and length of the piece, where nothing else is said."""
@@ -192,6 +208,7 @@ class _FromSound(Edit):
         length, window = self.source.seconds, representation.window_seconds
         if length < (frame := representation.hop / representation.sample_rate):
             raise UserError(f"{self.source.name}: too short to be made over; give {frame:.3f} s or more")
+        self.source.check_audible()
         lasts = f"{self.source.name}: lasts {milliseconds(length):.3f} s"
         if wanted is not None and wanted > length + 0.5 / self.source.sample_rate:
             raise UserError(f"{lasts}; give at most that as seconds, or continue it instead")
@@ -312,7 +329,7 @@ class Inpainting(_FromSound):
         return mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class After(Edit):
     """Sound that goes on where known sound ends; for windows of `StableAudio.extend`.
 

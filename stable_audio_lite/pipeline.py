@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,12 @@ from stable_audio_lite.files import replacing_folder, save_tensors
 from stable_audio_lite.lora import merge_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.nn.attention import Condition
-from stable_audio_lite.representation import LatentRepresentation, Representation, load_representation
+from stable_audio_lite.representation import (
+    LatentRepresentation,
+    Representation,
+    load_representation,
+    outline_representation,
+)
 from stable_audio_lite.request import (
     PROMPT_SETTINGS,
     Extension,
@@ -47,10 +52,32 @@ from stable_audio_lite.request import (
 )
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, SystemConfig, load_system
 
-__all__ = ["Generated", "StableAudio"]
+__all__ = ["Generated", "Plan", "StableAudio"]
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all) after each sampling step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked call of `StableAudio.generate` or `extend`, which `StableAudio.render` carries out.
+
+    Attributes:
+        request: settings that all items share.
+        items: prompt and seed of each.
+        edit: how they are made.
+        after: the sound that a single item goes on from.
+    """
+
+    request: Request
+    items: list[tuple[str | None, int]]
+    edit: Edit
+    after: Sound | None = None
+
+    def fits(self, other: Plan) -> bool:
+        """Tell whether both can be rendered as one, by the request and edit of either."""
+        alone = self.after or other.after
+        return alone is None and self.request == other.request and self.edit == other.edit
 
 
 class StableAudio:
@@ -129,6 +156,22 @@ class StableAudio:
             conditioner = bundle.load_module(folder, "conditioner", lambda: Conditioner(timing, width)).float()
         model = cls(folder, config, representation, network, text_encoder, conditioner, merged)
         return model.to(where, kind)
+
+    @classmethod
+    def outline(cls, name: str | Path) -> Self:
+        """Read a bundle without its weights: it makes plans, for a model that is loaded elsewhere, and no sound.
+
+        Raises:
+            UserError: there is no such bundle, its config is wrong, or it has no network.
+        """
+        folder = bundle.resolve(name)
+        config, conditioner = load_system(folder), None
+        bundle.check_part(folder, config.part)
+        with torch.device("meta"):
+            representation = outline_representation(config)
+            if not isinstance(config, ComplexSTFTConfig) and config.clap is not None:
+                conditioner = Conditioner(config.timing, config.clap.text_width)
+        return cls(folder, config, representation, nn.Module(), None, conditioner)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Move to `device`, the VAE and the network in `dtype`; returns self."""
@@ -214,10 +257,48 @@ class StableAudio:
         Raises:
             UserError: a prompt is empty, the network takes no prompts, or a setting is out of range.
         """
-        for name, value in (("count", count), ("batch", batch)):
-            check_number(name, value, whole=True)
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        _check_positive("batch", batch)
+        plan = self.plan(
+            prompts,
+            seconds=seconds,
+            seconds_start=seconds_start,
+            seconds_total=seconds_total,
+            steps=steps,
+            cfg=cfg,
+            rescale=rescale,
+            negative=negative,
+            sampler=sampler,
+            seed=seed,
+            count=count,
+            edit=edit,
+        )
+        items: list[list[Tensor]] = [[] for _ in plan.items]
+        for item, piece in self.render(plan, batch, progress):
+            items[item].append(piece)
+        return Generated(torch.stack([torch.cat(pieces, 1) for pieces in items]), self.sample_rate, self.settings(plan))
+
+    def plan(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        seconds: float | None = None,
+        seconds_start: float | None = None,
+        seconds_total: float | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        rescale: float | None = None,
+        negative: str | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        edit: Edit | None = None,
+    ) -> Plan:
+        """Check what `generate` takes, by the same names, without computing anything.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        _check_positive("count", count)
         if not isinstance(edit := edit or Edit(), Edit):
             raise UserError(f"edit must be one of stable_audio_lite.edits, got {edit!r}")
         if seconds is not None:
@@ -242,24 +323,55 @@ class StableAudio:
         check_texts(texts, negative)
         first = choose_seed(seed, len(texts) * count)
         items = [(text, first + i) for i, text in enumerate(t for t in texts for _ in range(count))]
-        batches = [items[i : i + batch] for i in range(0, len(items), batch)]
-        settings = [self._settings(text, own_seed, request) | edit.settings for text, own_seed in items]
-        if request.seconds > self.window_seconds:
-            windows = self._windows(request, 0)
+        return Plan(request=request, items=items, edit=edit)
+
+    @torch.no_grad()
+    def render(self, plan: Plan, batch: int = 4, progress: Progress | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Make the sounds of a plan and yield them as they are decoded: an item's number, and what follows of it.
+
+        Args:
+            plan: from `plan` or `plan_extension`; those of equal requests and edits can be joined.
+            batch: sounds sampled at once.
+            progress: called with (steps done, steps in all) after each step; what it raises ends the work.
+
+        Yields:
+            Number of an item and the next (C, any) of its sound, float32 on the CPU. A sound within the model's window
+            is complete before the next one begins.
+
+        Raises:
+            UserError: as `generate`.
+        """
+        request, edit = plan.request, plan.edit
+        held = None if plan.after is None else self._held(plan.after)
+        batches = [range(i, min(i + batch, len(plan.items))) for i in range(0, len(plan.items), batch)]
+        if held is not None or request.seconds > self.window_seconds:
+            windows = self._windows(request, 0 if held is None else held.data.shape[-1])
             step = _counter(progress, len(batches) * _steps_of(windows, request))
-            pieces = [torch.cat(list(self._extended(part, request, windows, None, step)), 2) for part in batches]
-            return Generated(torch.cat(pieces), self.sample_rate, settings)
+            for part in batches:
+                for piece in self._extended([plan.items[i] for i in part], request, windows, held, step):
+                    yield from zip(part, piece.cpu(), strict=True)
+            return
         step = _counter(progress, len(batches) * edit.steps(request.steps))
         samples = round(request.seconds * self.sample_rate)
         silent = self._silence() if type(edit) is Edit else None
         sounding = samples if silent is None else min(samples, self._end_frame(request) * self.representation.hop)
         frames = edit.frames(self.representation, sounding, self.config.generation.windows)
-        audio = [
-            edit.decode(self.representation, _padded(x[None], silent), samples)[0].cpu()
-            for part in batches
-            for x in edit.sample(self.representation, self._sampling(part, request, frames, step))
-        ]
-        return Generated(torch.stack(audio), self.sample_rate, settings)
+        for part in batches:
+            sampling = self._sampling([plan.items[i] for i in part], request, frames, step)
+            for i, x in zip(part, edit.sample(self.representation, sampling), strict=True):
+                for piece in edit.decode_stream(self.representation, _padded(x[None], silent), samples):
+                    yield i, piece[0].cpu()
+
+    def remarks(self, texts: Sequence[str]) -> list[str]:
+        """Say what the model won't read of prompts, or doesn't know."""
+        if (encoder := self.text_encoder) is None:
+            return []
+        return [f"{text[:40]!r}: {remark}" for text in dict.fromkeys(texts) for remark in encoder.remarks(text)]
+
+    def settings(self, plan: Plan) -> list[dict[str, Any]]:
+        """List everything needed to make each item of a plan again: prompt, seed, seconds, steps, model hash, ..."""
+        more = plan.edit.settings | ({} if plan.after is None else {"continues": plan.after.name})
+        return [self._settings(text, seed, plan.request) | more for text, seed in plan.items]
 
     @torch.no_grad()
     def extend(
@@ -293,9 +405,49 @@ class StableAudio:
         Raises:
             UserError: as `generate`, or `after` is silent or shorter than a frame.
         """
+        plan = self.plan_extension(
+            prompt,
+            seconds=seconds,
+            after=after,
+            seconds_start=seconds_start,
+            seconds_total=seconds_total,
+            steps=steps,
+            cfg=cfg,
+            rescale=rescale,
+            negative=negative,
+            sampler=sampler,
+            seed=seed,
+        )
+        pieces = (piece for _, piece in self.render(plan, progress=progress))
+        return Extension(pieces, self.sample_rate, self.settings(plan)[0])
+
+    def plan_extension(
+        self,
+        prompt: str | None = None,
+        *,
+        seconds: float,
+        after: Sound | None = None,
+        seconds_start: float | None = None,
+        seconds_total: float | None = None,
+        steps: int | None = None,
+        cfg: float | None = None,
+        rescale: float | None = None,
+        negative: str | None = None,
+        sampler: str | None = None,
+        seed: int | None = None,
+    ) -> Plan:
+        """Check what `extend` takes, by the same names, without computing anything.
+
+        Raises:
+            UserError: as `extend`.
+        """
         prompt = after.prompt if prompt is None and after is not None and self.conditioner else prompt
         about = (seconds_start, seconds_total, cfg, rescale, negative)
         self._check_text(prompt, dict(zip(PROMPT_SETTINGS, about, strict=True)))
+        if after is not None:
+            after.check_audible()
+            if after.seconds < (frame := self.representation.hop / self.sample_rate):
+                raise UserError(f"{after.name}: too short to go on from; give {frame:.3f} s or more")
         begins = 0.0 if after is None else after.begins + after.seconds
         request = make_request(
             self.config.generation,
@@ -312,12 +464,7 @@ class StableAudio:
         )
         check_texts([prompt], negative)
         item = (prompt, choose_seed(seed, 1))
-        held = None if after is None else self._held(after)
-        windows = self._windows(request, 0 if held is None else held.data.shape[-1])
-        step = _counter(progress, _steps_of(windows, request))
-        settings = self._settings(*item, request) | ({} if after is None else {"continues": after.name})
-        pieces = (piece[0].cpu() for piece in self._extended([item], request, windows, held, step))
-        return Extension(pieces, self.sample_rate, settings)
+        return Plan(request=request, items=[item], edit=Edit(), after=after)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the bundle that this model was loaded from to `folder`, byte for byte; returns `folder`.
@@ -408,8 +555,6 @@ class StableAudio:
         """Hold the end of a sound, at most half a window of whole frames."""
         hop, audio = self.representation.hop, after.fitted(self.representation)
         frames = min(audio.shape[1] // hop, self.representation.shape[-1] // 2)
-        if frames == 0:
-            raise UserError(f"{after.name}: too short to go on from; give {hop / self.sample_rate:.3f} s or more")
         end = audio[None, :, audio.shape[1] - frames * hop :].to(self.device)
         return After(end, self.representation.encode(end).float())
 
@@ -488,6 +633,12 @@ class StableAudio:
             if text is not None
             else {k: v for k, v in settings.items() if k not in ("prompt", *PROMPT_SETTINGS)}
         )
+
+
+def _check_positive(name: str, value: object) -> None:
+    check_number(name, value, whole=True)
+    if value < 1:  # type: ignore[operator]
+        raise UserError(f"{name} must be at least 1, got {value}")
 
 
 def _steps_of(windows: list[tuple[int, int]], request: Request) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -61,6 +61,10 @@ class Representation(ABC):
     def decode(self, x: Tensor, samples: int) -> Tensor:
         """Decode data (B, ..., frames) to the first `samples` of their sound (B, audio_channels, samples), float32."""
 
+    def decode_stream(self, x: Tensor, samples: int) -> Iterator[Tensor]:
+        """Yield what `decode` returns in successive pieces (B, audio_channels, any)."""
+        yield self.decode(x, samples)
+
     def decode_between(self, x: Tensor, source: Tensor, first: int, last: int) -> Tensor:
         """Decode data whose frames but first..last are of `source` (B, audio_channels, frames * hop).
 
@@ -103,9 +107,14 @@ class LatentRepresentation(Representation):
         return self.normalise(self.vae.encode_chunked(audio).mean)
 
     def decode(self, x: Tensor, samples: int) -> Tensor:
+        return torch.cat(list(self.decode_stream(x, samples)), 2)
+
+    def decode_stream(self, x: Tensor, samples: int) -> Iterator[Tensor]:
         frames = math.ceil(samples / self.hop) + _DECODE_MARGIN
-        latents = x[..., :frames] * self.std + self.mean
-        return self.vae.decode_chunked(latents)[..., :samples].float()
+        for piece in self.vae.decode_stream(x[..., :frames] * self.std + self.mean):
+            yield piece[..., :samples].float()
+            if (samples := samples - piece.shape[2]) <= 0:
+                return
 
     def decode_between(self, x: Tensor, source: Tensor, first: int, last: int) -> Tensor:
         latents = x[..., : source.shape[2] // self.hop] * self.std + self.mean
@@ -158,6 +167,13 @@ def load_representation(folder: str | Path, config: SystemConfig) -> Representat
     """
     if isinstance(config, StableAudioConfig):
         return load_latents(folder, config)
+    return SpectrogramRepresentation(config.spectrogram)
+
+
+def outline_representation(config: SystemConfig) -> Representation:
+    """Build the representation of a system with the lengths and rates of a loaded one, but without its weights."""
+    if isinstance(config, StableAudioConfig):
+        return LatentRepresentation(build_vae(config.vae), config, "")
     return SpectrogramRepresentation(config.spectrogram)
 
 

@@ -25,6 +25,7 @@ from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.edits import Sound, Variation
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import Generated, StableAudio
+from stable_audio_lite.representation import LatentRepresentation
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "stable_audio"
@@ -232,7 +233,7 @@ def test_broken_weights_never_become_a_file(
     generate, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nan = torch.full((1, 2, 100), torch.nan)
-    monkeypatch.setattr("stable_audio_lite.representation.LatentRepresentation.decode", lambda *_: nan)
+    monkeypatch.setattr(LatentRepresentation, "decode_stream", lambda *_: iter([nan]))
     assert "NaN" in refused(capsys, generate("piano", "-o", "a.wav"))
     assert not list(tmp_path.iterdir())
 

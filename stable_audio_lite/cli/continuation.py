@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_audio_lite.cli.generate import numbered, remarks, told
+from stable_audio_lite.cli.generate import numbered, texts_of, told
 from stable_audio_lite.cli.options import add_sampling, sampling_of
 from stable_audio_lite.cli.progress import ProgressBar
 from stable_audio_lite.cli.prompts import prompts_of
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from stable_audio_lite.pipeline import StableAudio
-    from stable_audio_lite.request import Extension
 
-_FADE_SECONDS = 0.25  # from one gain to another
 _ABOUT = """Go on where a sound ends. What is written begins with FILE's own samples (at the model's rate, in stereo,
 turned down where they exceed full scale); the rest is made in windows that go on from one another, in constant
 memory. FILE's own prompt is used where it holds one and none is given."""
@@ -46,6 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     outputs = numbered(args.output or Path(f"{args.file.stem}-{seed}.wav"), args.count)
     from stable_audio_lite.audio.io import check_writable, write_audio_blocks
+    from stable_audio_lite.audio.levels import Leveller
 
     for path in outputs:
         check_writable(path)
@@ -57,12 +56,12 @@ def _run(args: argparse.Namespace) -> int:
     model = StableAudio.from_pretrained(args.model, args.device, args.dtype, args.lora, args.lora_strength)
     after, failures = Sound.read(args.file, model.sample_rate, model.window_seconds), Failures()
     prompt, channels = next(iter(prompts), None), model.representation.audio_channels
-    with ProgressBar(args.count, lambda: remarks(model, prompts, args.negative)) as progress:
+    with ProgressBar(args.count, lambda: model.remarks(texts_of(prompts, args.negative))) as progress:
         for item, path in enumerate(outputs):
             within = progress.within(item, item + 1)
             made = model.extend(prompt, after=after, seed=seed + item, progress=within, **sampling_of(args))
-            leveller = _Leveller()
-            blocks = itertools.chain(_source(args.file, model), leveller.levelled(made))
+            leveller = Leveller(made.sample_rate)
+            blocks = itertools.chain(_source(args.file, model), map(leveller.levelled, made.pieces))
             with failures.of(path):
                 gain = write_audio_blocks(path, blocks, made.sample_rate, made.settings, channels)
                 progress.clear()
@@ -78,26 +77,3 @@ def _source(path: Path, model: StableAudio) -> Iterator[torch.Tensor]:
 
     for block in stereo_blocks(path, model.sample_rate):
         yield block if model.representation.audio_channels == 2 else block.mean(0, keepdim=True)
-
-
-class _Leveller:
-    """Turns down what is made where it is too loud: turning down the file would change the sound that it goes on from.
-
-    Attributes:
-        least: smallest gain so far.
-    """
-
-    def __init__(self) -> None:
-        self.least = 1.0
-
-    def levelled(self, made: Extension) -> Iterator[torch.Tensor]:
-        import torch
-
-        gain = 1.0
-        for piece in made.pieces:
-            wanted = 1 / max(float(piece.abs().max()), 1.0)
-            gains = torch.full((piece.shape[1],), wanted)
-            fade = min(round(_FADE_SECONDS * made.sample_rate), len(gains))
-            gains[:fade] = torch.linspace(gain, wanted, fade)
-            gain, self.least = wanted, min(self.least, wanted)
-            yield (piece * gains).clamp(-1, 1)

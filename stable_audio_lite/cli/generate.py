@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     edits = _edits(args, model, items)
     loaded = time.perf_counter()
     seconds, failures = 0.0, Failures()
-    with ProgressBar(len(items), lambda: remarks(model, prompts, args.negative)) as progress:
+    with ProgressBar(len(items), lambda: model.remarks(texts_of(prompts, args.negative))) as progress:
         for first, stop in _batches(edits, args.batch):
             result = model.generate(
                 items[first:stop] if prompts else None,
@@ -93,12 +93,9 @@ def _run(args: argparse.Namespace) -> int:
     return status
 
 
-def remarks(model: StableAudio, prompts: Sequence[str], negative: str | None) -> list[str]:
-    """Say what the model won't read of prompts, or doesn't know."""
-    if (encoder := model.text_encoder) is None:
-        return []
-    texts = [*dict.fromkeys(prompts), *([negative] if negative else [])]
-    return [f"{text[:40]!r}: {remark}" for text in texts for remark in encoder.remarks(text)]
+def texts_of(prompts: Sequence[str], negative: str | None) -> list[str]:
+    """List all that a model reads."""
+    return [*prompts, *([negative] if negative else [])]
 
 
 def _check_options(args: argparse.Namespace) -> None:
