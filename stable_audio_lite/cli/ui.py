@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
@@ -20,12 +19,18 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("ui", help="a page in the browser to make sound on", description=_ABOUT)
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    models = "models to choose from: shipped ones, bundles' folders or hub ids; the first is the default (default: starter)"
+    models = (
+        "models to choose from: shipped ones, bundles' folders or hub ids; the first is the default (default: starter)"
+    )
     add("--model", nargs="+", default=["starter"], metavar="MODEL", help=models)
     add("--lora", nargs="+", default=[], type=file_path, metavar="FOLDER", help="LoRAs to choose from")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--keep", metavar="FOLDER", type=file_path, help="keep each sound here too (default: only until the page ends)")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 opens the page to others (default: 127.0.0.1)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at; 0.0.0.0 opens the page to others (default: 127.0.0.1)",
+    )
     add("--port", type=int, default=7860, help="port to listen at; 0 takes a free one (default: 7860)")
     add("--password", help=f"ask everyone for it (default: that of {_PASSWORD}, or none; needed with another --host)")
 

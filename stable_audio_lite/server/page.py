@@ -1,6 +1,6 @@
 """The page: a form, the sounds that it made with player and spectrogram, and a gallery of the session's.
 
-Gradio draws it and carries what is typed to `Studio`; each tab is a session of its own, and all of them share one queue.
+Gradio draws it and carries what is typed to `Studio`. Each tab is a session of its own; all share one queue.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import html
+import json
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -59,6 +60,8 @@ _SHOWN: dict[str, tuple[Way, ...]] = {
 }
 """Parts of the form, and the ways that they matter to."""
 
+_PARTS_SHOWN = f"""way => {json.dumps(list(_SHOWN.values()))}.map(
+    ways => ({{__type__: "update", visible: ways.includes(way)}}))"""
 _ASK = 0.2  # seconds between two looks at a job
 _FILES = Path(__file__).parent
 STYLE = _FILES / "page.css"
@@ -101,11 +104,9 @@ class Page:
         )
         with gr.Column(visible=False) as column:
             part("source", column)
-            sources: Any = ["upload", "microphone"]
-            sound = gr.Audio(
-                label="Sound to start from", sources=sources, type="filepath", editable=False, buttons=[], elem_id="source"
-            )
-            add("source", sound)
+            label, sources = "Sound to start from", ["upload", "microphone"]
+            options: dict[str, Any] = {"sources": sources, "type": "filepath", "editable": False, "buttons": []}
+            add("source", gr.Audio(label=label, elem_id="source", **options))
             with gr.Column(visible=False) as column:
                 part("stretch", column)
                 self._picker = gr.HTML(
@@ -124,8 +125,11 @@ class Page:
         with gr.Row(visible=False) as row:
             part("loop", row)
             add("bars", gr.Number(label="Bars", value=4, precision=0, minimum=1, min_width=100))
-            about = "empty: as the prompt says"
-            add("bpm", gr.Number(label="Beats per minute", value=120, minimum=20, maximum=400, min_width=100, info=about))
+            about = "beats per minute; empty: as the prompt says"
+            add(
+                "bpm",
+                gr.Number(label="Beats per minute", value=120, minimum=20, maximum=400, min_width=100, info=about),
+            )
         with gr.Column() as column:
             part("seconds", column)
             length = _length(model)
@@ -133,7 +137,7 @@ class Page:
         with gr.Row(equal_height=True):
             seed = gr.Number(label="Seed", precision=0, minimum=0, placeholder="another one each time", min_width=100)
             add("seed", seed)
-            self._die = gr.Button("🎲 Draw one", size="md", min_width=90, elem_id="die")
+            self._die = gr.Button("⚄ Draw one", size="md", min_width=90, elem_id="die")
             with gr.Column(min_width=100) as column:
                 part("count", column)
                 add("count", gr.Number(label="Sounds", value=1, precision=0, minimum=1, maximum=MOST_SOUNDS))
@@ -141,7 +145,10 @@ class Page:
             defaults = model.config.generation
             add("negative", gr.Textbox(label="What not to hear", placeholder="drums"))
             about = "more take longer and sound cleaner"
-            add("steps", gr.Slider(1, 200, value=defaults.steps, step=1, label="Steps", info=about, elem_id="steps"))
+            add(
+                "steps",
+                gr.Slider(1, MOST_STEPS, value=defaults.steps, step=1, label="Steps", info=about, elem_id="steps"),
+            )
             about = "how closely to follow the words; 1 is no guidance"
             add("cfg", gr.Slider(1, 15, value=defaults.cfg, step=0.1, label="Guidance", info=about))
             self._models()
@@ -196,16 +203,22 @@ class Page:
 
     def _events(self) -> None:
         fields, quiet = self.fields, {"show_progress": "hidden"}
-        fields["way"].change(self._parts_shown, fields["way"], list(self._parts.values()), **quiet)
-        self._examples.click(self._example, self._examples, [fields[name] for name in ("prompt", "seconds", "seed")], **quiet)
+        # What needs no look at files happens in the browser, at once: nobody is faster than their own form.
+        fields["way"].change(None, fields["way"], [self._parts[name] for name in _SHOWN], js=_PARTS_SHOWN)
+        filled = [fields[name] for name in ("prompt", "seconds", "seed")]
+        self._examples.click(None, self._examples, filled, js=f"index => {json.dumps(EXAMPLES)}[index]")
         self._die.click(None, None, fields["seed"], js="() => Math.floor(Math.random() * 2 ** 31)")
-        fields["model"].input(self._of_model, fields["model"], [fields[name] for name in ("seconds", "steps", "cfg")], **quiet)
+        fields["model"].input(
+            self._of_model, fields["model"], [fields[name] for name in ("seconds", "steps", "cfg")], **quiet
+        )
         ends = [fields["first"], fields["last"]]
         fields["source"].change(self._heard, [fields["source"], *ends], [self._picker, self._status], **quiet)
         fields["source"].upload(lambda: (None, None), None, ends, **quiet)
         self._picker.input(None, self._picker, ends, js="value => [value.first, value.last]")
         for end in ends:
-            end.change(None, [self._picker, *ends], self._picker, js="(value, first, last) => ({...value, first, last})")
+            end.change(
+                None, [self._picker, *ends], self._picker, js="(value, first, last) => ({...value, first, last})"
+            )
         gr.on(
             [self._make.click, fields["prompt"].submit],
             self._make_sounds,
@@ -239,9 +252,6 @@ class Page:
                 yield {self._status: (told := now), **busy}
             await asyncio.sleep(_ASK)
         job.collected = True
-        if job.state != "done":
-            yield {self._status: _trouble(job.error or "Cancelled."), **free}
-            return
         try:
             new = await asyncio.to_thread(self.studio.collect, job, wish)
         except UserError as error:
@@ -268,12 +278,6 @@ class Page:
 
     def _choose(self, made: list[Made], event: gr.SelectData) -> list[Made]:
         return [made[event.index]]
-
-    def _parts_shown(self, way: Way) -> list[Any]:
-        return [gr.update(visible=way in _SHOWN[name]) for name in self._parts]
-
-    def _example(self, index: int) -> tuple[str, float, int]:
-        return EXAMPLES[index]
 
     def _of_model(self, name: str) -> list[Any]:
         """Limits and defaults of another model."""
@@ -327,7 +331,7 @@ def _picture(sound: Made) -> str:
     """The spectrogram with its scales."""
     data = base64.b64encode(sound.picture.read_bytes()).decode()
     heights = "".join(
-        f'<span class="height" style="bottom:{100 * height:.1f}%">{f"{hertz // 1000} k" if hertz > 999 else hertz}Hz</span>'
+        f'<span class="height" style="bottom:{100 * height:.1f}%">{hertz:,} Hz</span>'
         for hertz, height in sound.heights.items()
     )
     times = "".join(

@@ -71,10 +71,20 @@ def page_app(studio: Studio, password: str | None = None) -> ASGIApp:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=gr.themes.Soft(primary_hue="violet", neutral_hue="slate", font=_FONT, font_mono=_MONO),
+        theme=_theme(),
         css_paths=STYLE,
     )
     return _Policy(app)
+
+
+def _theme() -> gr.themes.Base:
+    theme = gr.themes.Default(primary_hue="violet", neutral_hue="slate", font=_FONT, font_mono=_MONO)
+    return theme.set(
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_text_color="white",
+    )
 
 
 class _Policy:

@@ -1,10 +1,10 @@
 """The page's work without its looks: a filled-in form becomes a job, and a job's sounds become files.
 
-    studio = Studio(Jobs(ModelStore()), folder)
-    wish = Wish(prompt="solo piano, slow", model="starter")
-    job = studio.submit(wish)
-    job.wait()
-    studio.collect(job, wish)  # [Made(path=..., settings={"prompt": "solo piano, slow", ...}, ...)]
+studio = Studio(Jobs(ModelStore()), folder)
+wish = Wish(prompt="solo piano, slow", model="starter")
+job = studio.submit(wish)
+job.wait()
+studio.collect(job, wish)  # [Made(path=..., settings={"prompt": "solo piano, slow", ...}, ...)]
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Way = Literal["new", "loop", "variation", "stretch", "continuation"]
 FROM_SOUND: tuple[Way, ...] = ("variation", "stretch", "continuation")
 """Ways that start from a sound."""
 
-MOST_SOUNDS, MOST_STEPS, MOST_SECONDS = 8, 500, 180.0
-"""Limits of one wish: sounds, sampling steps, and seconds of each sound and of one that it starts from."""
+MOST_SOUNDS, MOST_STEPS, MOST_SECONDS, MOST_SOURCE_SECONDS = 8, 200, 60.0, 600.0
+"""Limits of one wish: sounds, sampling steps, and seconds of what is made and of a sound to start from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +129,13 @@ class Studio:
         return self.jobs.submit(choice, self._plan(wish, self.store.outline(choice)))
 
     def collect(self, job: Job, wish: Wish) -> list[Made]:
-        """Write the sounds of a job that is done.
+        """Write the sounds of a job that has ended.
 
         Raises:
-            UserError: the disk is full.
+            UserError: it failed or was cancelled, or the disk is full.
         """
+        if job.state != "done":
+            raise UserError(job.error or "cancelled")
         return [self._made(job, item, wish) for item in range(job.items)]
 
     def discard(self, made: list[Made]) -> None:
@@ -199,8 +201,8 @@ def read_source(path: str | None, sample_rate: int = 44100) -> Sound:
         raise UserError("sound: give the one to start from")
     name = Path(path).name
     try:
-        if (seconds := audio_info(path).seconds) > MOST_SECONDS:
-            raise UserError(f"{name}: lasts {seconds:.0f} s; give at most {MOST_SECONDS:g} s of it")
+        if (seconds := audio_info(path).seconds) > MOST_SOURCE_SECONDS:
+            raise UserError(f"{name}: lasts {seconds:.0f} s; give at most {MOST_SOURCE_SECONDS:g} s of it")
         return replace(Sound.read(path, sample_rate), name=name)
     except UserError as error:
         raise UserError(str(error).replace(path, name)) from error
