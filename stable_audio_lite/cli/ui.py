@@ -8,8 +8,9 @@ import os
 from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place
+from stable_audio_lite.server.addresses import is_loopback
 
-_PASSWORD = "STABLE_AUDIO_LITE_PASSWORD"
+PASSWORD = "STABLE_AUDIO_LITEPASSWORD"
 _ABOUT = """Serve a page to make sound on: words, sounds to start from, players, spectrograms and a gallery.
 It is for this machine alone, unless --host says otherwise; it calls no other machine."""
 
@@ -32,27 +33,33 @@ def add_command(commands: Commands) -> None:
         help="address to listen at; 0.0.0.0 opens the page to others (default: 127.0.0.1)",
     )
     add("--port", type=int, default=7860, help="port to listen at; 0 takes a free one (default: 7860)")
-    add("--password", help=f"ask everyone for it (default: that of {_PASSWORD}, or none; needed with another --host)")
+    add("--password", help=f"ask everyone for it (default: that of {PASSWORD}, or none; needed with another --host)")
 
 
 def _run(args: argparse.Namespace) -> None:
     import tempfile
 
+    password = args.password or os.environ.get(PASSWORD)
+    if not is_loopback(args.host) and not password:
+        raise UserError(f"--host {args.host}: opens the page to other machines; give --password, or set {PASSWORD}")
     if args.keep is not None:
         check_place(args.keep / "sound.wav")
     try:
-        from stable_audio_lite.server.page_host import serve_page
+        from stable_audio_lite.server.page_host import listen, serve_page
     except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "fastapi", "uvicorn"):
+        if error.name != "gradio":
             raise
         raise UserError("the page needs Gradio; pip install 'stable-audio-lite[ui]'") from error
+    listening = listen(args.host, args.port)
     from stable_audio_lite.server.jobs import Jobs
     from stable_audio_lite.server.models import ModelStore
     from stable_audio_lite.server.studio import Studio
 
     store = ModelStore(args.model, args.lora, args.device)
     store.load(store.choose())  # what is wrong with the default model shows before anyone comes
-    with tempfile.TemporaryDirectory(prefix="stable-audio-lite-", ignore_cleanup_errors=True) as folder:
-        serve_page(
-            Studio(Jobs(store), folder, args.keep), args.host, args.port, args.password or os.environ.get(_PASSWORD)
-        )
+    jobs = Jobs(store)
+    try:
+        with tempfile.TemporaryDirectory(prefix="stable-audio-lite-", ignore_cleanup_errors=True) as folder:
+            serve_page(Studio(jobs, folder, args.keep), listening, password)
+    finally:
+        jobs.close()

@@ -62,6 +62,7 @@ _SHOWN: dict[str, tuple[Way, ...]] = {
 
 _PARTS_SHOWN = f"""way => {json.dumps(list(_SHOWN.values()))}.map(
     ways => ({{__type__: "update", visible: ways.includes(way)}}))"""
+_COLOURS = "#a78bfa", "#6d28d9"  # of the waveform, before and after it has been heard
 _ASK = 0.2  # seconds between two looks at a job
 _FILES = Path(__file__).parent
 STYLE = _FILES / "page.css"
@@ -88,7 +89,7 @@ class Page:
             self._events()
 
     def _heading(self) -> None:
-        on = f"{', '.join(self.studio.store.names)} on {self.studio.store.device}"
+        on = f"{', '.join(map(_short, self.studio.store.names))} on {self.studio.store.device}"
         gr.HTML(f"<h1>{TITLE}</h1><p>Music from words, and from sound. <small>{html.escape(on)}</small></p>")
 
     def _form(self) -> None:
@@ -135,9 +136,9 @@ class Page:
             length = _length(model)
             add("seconds", gr.Slider(0.5, length, value=min(8, length), step=0.5, label="Seconds", elem_id="seconds"))
         with gr.Row(equal_height=True):
-            seed = gr.Number(label="Seed", precision=0, minimum=0, placeholder="another one each time", min_width=100)
+            seed = gr.Number(label="Seed", precision=0, minimum=0, placeholder="any", min_width=100)
             add("seed", seed)
-            self._die = gr.Button("⚄ Draw one", size="md", min_width=90, elem_id="die")
+            self._die = gr.Button("⚄ Draw", size="md", min_width=80, elem_id="die")
             with gr.Column(min_width=100) as column:
                 part("count", column)
                 add("count", gr.Number(label="Sounds", value=1, precision=0, minimum=1, maximum=MOST_SOUNDS))
@@ -159,8 +160,9 @@ class Page:
 
     def _models(self) -> None:
         store, add = self.studio.store, self.fields.__setitem__
-        add("model", gr.Dropdown(list(store.names), value=store.default, label="Model", visible=len(store.names) > 1))
-        loras = [("none", ""), *((Path(name).name or name, name) for name in store.loras)]
+        models = [(_short(name), name) for name in store.names]
+        loras = [("none", ""), *((_short(name), name) for name in store.loras)]
+        add("model", gr.Dropdown(models, value=store.default, label="Model", visible=len(models) > 1))
         with gr.Row(visible=bool(store.loras)):
             add("lora", gr.Dropdown(loras, value="", label="LoRA", min_width=120))
             add("lora_strength", gr.Slider(-2, 2, value=1, step=0.05, label="Its strength", min_width=120))
@@ -176,7 +178,7 @@ class Page:
         label = "Made in this session" + (f", and kept in {self.studio.keep}" if self.studio.keep else "")
         self._gallery = gr.Gallery(
             label=label,
-            columns=3,
+            columns=2,
             height="auto",
             object_fit="cover",
             allow_preview=False,
@@ -189,7 +191,14 @@ class Page:
     def _card(self, sound: Made) -> None:
         with gr.Column(elem_classes="card"):
             gr.HTML(f"<h3>{html.escape(sound.settings.get('prompt') or 'unprompted')}</h3>")
-            gr.Audio(str(sound.path), type="filepath", interactive=False, show_label=False, buttons=[])
+            gr.Audio(
+                str(sound.path),
+                type="filepath",
+                interactive=False,
+                show_label=False,
+                buttons=[],
+                waveform_options=gr.WaveformOptions(waveform_color=_COLOURS[0], waveform_progress_color=_COLOURS[1]),
+            )
             gr.HTML(_picture(sound) + _settings(sound))
             with gr.Row():
                 gr.DownloadButton("Download", str(sound.path), size="sm", min_width=90, elem_classes="download")
@@ -227,6 +236,8 @@ class Page:
             concurrency_limit=None,
             **quiet,
         )
+        # Gradio shows a number that it has none for as 0.
+        self.blocks.load(None, None, [fields["seed"], *ends], js="() => [null, null, null]")
         self._stop.click(self._cancel, None, None, queue=False, **quiet)
         self._gallery.select(self._choose, self._made, self._shown, **quiet)
         self.blocks.unload(self._leave)
@@ -294,6 +305,11 @@ class Page:
         return {"peaks": tops, "seconds": seconds, "first": first, "last": last}, ""
 
 
+def _short(name: str) -> str:
+    """Name to show: a folder's without its place, which is nobody's business."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def _length(model: StableAudio) -> float:
     """Longest sound to offer."""
     if model.conditioner is None:
@@ -307,7 +323,8 @@ def _progress(job: Job, before: int | None) -> str:
     elif (left := job.left_seconds) is None:
         text = "Starting"
     else:
-        text = f"{job.progress:.0%}" + (f", {left:.0f} s left" if job.progress < 1 else ", decoding")
+        time = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+        text = f"{job.progress:.0%}, " + (f"{time} left" if job.progress < 1 else "decoding")
     share = f"{100 * job.progress:.0f}"
     bar = f'role="progressbar" aria-valuenow="{share}" aria-valuemin="0" aria-valuemax="100"'
     return f'<div class="bar" {bar}><div style="width:{share}%"></div></div><p>{text}</p>'

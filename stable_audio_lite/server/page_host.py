@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
-import ipaddress
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.server.addresses import is_loopback
 from stable_audio_lite.server.page import STYLE, TITLE, Page
 from stable_audio_lite.server.studio import Studio
 
@@ -28,29 +30,40 @@ _GUESS_SECONDS = 1.0  # that a wrong password costs
 _FONT, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
 
 
-def serve_page(studio: Studio, host: str, port: int, password: str | None = None) -> None:
-    """Serve the page until the process is asked to stop.
+def listen(host: str, port: int) -> socket.socket:
+    """Bind an address; port 0 is any that is free.
+
+    Raises:
+        UserError: it can't be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{host}:{port}: can't be listened at ({reason}); choose another --host or --port") from error
+    return listening
+
+
+def serve_page(studio: Studio, listening: socket.socket, password: str | None = None) -> None:
+    """Serve the page until the process is asked to stop, from when on it calls no other machine.
 
     Args:
         studio: makes the sounds; Gradio keeps its files in `studio.folder` too.
-        host, port: to listen at; port 0 is any that is free.
-        password: to ask everyone for.
-
-    Raises:
-        UserError: others may open it and there is no password, or the address can't be had.
+        listening: from `listen`.
+        password: to ask everyone for; None: whoever reaches the address may come in.
     """
-    if not _is_loopback(host) and not password:
-        raise UserError(
-            f"--host {host}: opens the page to other machines; give it a --password, or in STABLE_AUDIO_LITE_PASSWORD"
-        )
-    listening = _listening(host, port)
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder)
-    _stay_local()
+    stay_local()
     app = page_app(studio, password)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
-    name, own_port = listening.getsockname()[:2]
-    print(f"http://{f'[{name}]' if ':' in name else name}:{own_port}  (Ctrl-C ends it)", flush=True)
-    server.run(sockets=[listening])
+    name, port = listening.getsockname()[:2]
+    print(f"http://{f'[{name}]' if ':' in name else name}:{port}  (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises either again when it has stopped
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
 
 
 def page_app(studio: Studio, password: str | None = None) -> ASGIApp:
@@ -112,7 +125,7 @@ def _asker(password: str) -> Callable[[str, str], Coroutine[Any, Any, bool]]:
     return check
 
 
-def _stay_local() -> None:
+def stay_local() -> None:
     """Refuse connections to other machines for the rest of the process, whatever a library or a request asks for."""
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
@@ -123,30 +136,7 @@ def _stay_local() -> None:
             host = arguments[0]
         else:
             return
-        if host is not None and not _is_loopback(host):
+        if host is not None and not is_loopback(host):
             raise PermissionError(f"{host}: the page calls no other machine")
 
     sys.addaudithook(refuse)
-
-
-def _is_loopback(host: object) -> bool:
-    text = host.decode() if isinstance(host, bytes) else str(host)
-    if text == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(text).is_loopback
-    except ValueError:
-        return False
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    """Bind before anything is loaded."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{host}:{port}: can't be listened at ({reason}); choose another --host or --port") from error
-    return listening
