@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import re
 import shutil
@@ -45,10 +46,15 @@ _OGG_ORDER |= {8: (0, 2, 1, 7, 5, 6, 3, 4)}
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Audio inside something larger: `open` returns its bytes as a seekable file, `name` says where they are."""
+    """Audio inside something larger: `open` returns its bytes as a seekable file, `name` says where they are.
+
+    `longest` is for what strangers send: a sound of more seconds is refused, however little it takes to say so, and
+    ffmpeg, which would decode all of it to disk, is not asked.
+    """
 
     name: str
     open: Callable[[], BinaryIO] = dataclasses.field(compare=False, repr=False)
+    longest: float | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -128,9 +134,12 @@ class AudioFile:
             self._shares = _shares(file)
             if self._shares is None:
                 raise UserError(f"{path}: has {self.channels} channels whose places are unknown; mix it to stereo")
+            self._most = math.inf if (longest := _longest(path)) is None else longest * self.sample_rate
             self.frames = self._count() if _unknown_length(file) else file.frames
             if self.frames <= 0:
                 raise UserError(f"{path}: holds no samples")
+            if self.frames > self._most:
+                raise UserError(f"{path}: lasts longer than {_longest(path):g} s; give less of it")
         except BaseException:
             self._file.close()
             raise
@@ -200,12 +209,19 @@ class AudioFile:
     def _count(self) -> int:
         """The number of frames that decoding gives; the file is as if just opened then."""
         key = _identity(self.path)
-        if key not in _counted:
+        if key not in _counted or math.isfinite(self._most):  # a stranger's name and size identify nothing
             with self._file:
-                while len(self._next(_BLOCK)):
+                while self._at <= self._most and len(self._next(_BLOCK)):
                     pass
-            _counted[key], self._at, self._file = self._at, 0, _opened(self.path)
+            frames, self._at, self._file = self._at, 0, _opened(self.path)
+            if math.isfinite(self._most):
+                return frames
+            _counted[key] = frames
         return _counted[key]
+
+
+def _longest(path: AudioSource) -> float | None:
+    return path.longest if isinstance(path, Stored) else None
 
 
 _counted: dict[tuple[str, int, int], int] = {}
@@ -364,6 +380,8 @@ def _converted(path: AudioSource, what: str) -> soundfile.SoundFile:
     """Open what ffmpeg makes of a file that libsndfile doesn't read since it is `what`."""
     import soundfile
 
+    if _longest(path) is not None:
+        raise UserError(f"{path}: can't be read as audio ({what}); convert it")
     if shutil.which("ffmpeg") is None:
         raise UserError(f"{path}: can't be read as audio ({what}); convert it, or install ffmpeg for more kinds")
     try:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 WRITABLE = (".wav", ".flac")
 SOFTWARE = "Stable Audio Lite"
+OPUS_RATE = 48000
+"""Hz of sound in Opus, which knows no 44.1 kHz."""
 
 # Seconds read on each side of a crop, so that its edges are resampled as they would be inside the whole file.
 _MARGIN = 0.05
@@ -181,14 +183,20 @@ def write_audio(path: str | Path, samples: Any, sample_rate: int, metadata: dict
     check_writable(path)
     values = _finite(path, samples)
     gain = 1.0 / max(float(np.abs(values).max(initial=0.0)), 1.0)
-    if path.suffix.lower() == ".wav":
-        encoded = _encode(values * gain, sample_rate, "WAV", {})
-        encoded = _with_wav_tags(encoded, _tags(metadata))
-    else:
-        encoded = _encode(values * gain, sample_rate, "FLAC", _tags(metadata))
+    encoded = encode_audio(values * gain, sample_rate, path.suffix.lower(), metadata)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded)
     return gain
+
+
+def encode_audio(samples: np.ndarray, sample_rate: int, suffix: str, metadata: dict[str, Any] | None = None) -> bytes:
+    """Encode (C, T) samples within -1..1 as a 24-bit ".wav" or ".flac", or as ".opus", as `write_audio` does."""
+    tags = _tags(metadata)
+    if suffix == ".wav":
+        return _with_wav_tags(_encode(samples, sample_rate, "WAV", "PCM_24", {}), tags)
+    if suffix == ".flac":
+        return _encode(samples, sample_rate, "FLAC", "PCM_24", tags)
+    return _encode(resample(samples, sample_rate, OPUS_RATE), OPUS_RATE, "OGG", "OPUS", tags)
 
 
 def write_audio_blocks(
@@ -240,14 +248,14 @@ def _finite(path: Path, samples: Any) -> np.ndarray:
     return values
 
 
-def read_metadata(path: str | Path) -> Metadata:
+def read_metadata(path: AudioSource) -> Metadata:
     """Read back what `write_audio` stored; settings are empty where the file holds none of ours.
 
     Raises:
         UserError: the file is missing or not audio.
     """
     with AudioFile(path) as file:
-        tags = _read_wav_tags(Path(path)) if file.format == "WAV" else file.tags
+        tags = _read_wav_tags(path) if file.format == "WAV" else file.tags
     try:
         settings = json.loads(tags.get("comment") or "{}")
     except (ValueError, RecursionError):  # a comment that somebody else wrote
@@ -263,13 +271,13 @@ def _tags(metadata: dict[str, Any] | None) -> dict[str, str]:
     return tags
 
 
-def _encode(samples: np.ndarray, sample_rate: int, container: str, tags: dict[str, str]) -> bytes:
+def _encode(samples: np.ndarray, sample_rate: int, container: str, subtype: str, tags: dict[str, str]) -> bytes:
     """Encode in memory: a full disk is then an ordinary error of one write."""
     import soundfile
 
     buffer = io.BytesIO()
     channels = len(samples)
-    with soundfile.SoundFile(buffer, "w", sample_rate, channels, format=container, subtype="PCM_24") as file:
+    with soundfile.SoundFile(buffer, "w", sample_rate, channels, format=container, subtype=subtype) as file:
         for name, text in tags.items():
             if text:
                 setattr(file, name, text)
@@ -303,9 +311,9 @@ def _append_wav_tags(path: Path, tags: dict[str, str]) -> None:
         file.write(struct.pack("<I", size - 8))
 
 
-def _read_wav_tags(path: Path) -> dict[str, str]:
+def _read_wav_tags(path: AudioSource) -> dict[str, str]:
     names = {identity: name for name, identity in _WAV_IDS.items()}
-    with path.open("rb") as file:
+    with path.open() if isinstance(path, Stored) else open(path, "rb") as file:
         if file.read(12)[:4] != b"RIFF":  # read by ffmpeg
             return {}
         while len(header := file.read(8)) == 8:

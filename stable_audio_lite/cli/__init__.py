@@ -22,6 +22,7 @@ from stable_audio_lite.cli import (
     info,
     interchange,
     restore,
+    serve,
     ui,
     validate_dataset,
 )
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
     continuation.add_command(commands)
     restore.add_command(commands)
     ui.add_command(commands)
+    serve.add_command(commands)
     codec.add_encode(commands)
     codec.add_decode(commands)
     info.add_command(commands)

@@ -16,8 +16,22 @@ def add_model(parser: Parser, default: str) -> None:
     """Declare --model, --device and --dtype."""
     add = parser.add_argument
     add("--model", default=default, help=f"a shipped model, a bundle's folder or a hub id (default: {default})")
+    _add_device(parser)
+
+
+def _add_device(parser: Parser) -> None:
+    add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", default="auto", choices=_DTYPES, help="number type of the weights (default: auto)")
+
+
+def add_models(parser: Parser) -> None:
+    """Declare --model and --lora, of which a server takes several, --device and --dtype."""
+    add = parser.add_argument
+    models = "shipped models, bundles' folders or hub ids; the first is the default (default: starter)"
+    add("--model", nargs="+", default=["starter"], metavar="MODEL", help=models)
+    add("--lora", nargs="+", default=[], type=file_path, metavar="FOLDER", help="LoRAs that can be asked for")
+    _add_device(parser)
 
 
 def add_sampling(parser: Parser) -> None:

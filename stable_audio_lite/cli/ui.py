@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
+from stable_audio_lite.cli.options import add_models
 from stable_audio_lite.command import Commands, file_path
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place
@@ -20,12 +21,7 @@ def add_command(commands: Commands) -> None:
     parser = commands.add_parser("ui", help="a page in the browser to make sound on", description=_ABOUT)
     parser.set_defaults(run=_run)
     add = parser.add_argument
-    models = (
-        "models to choose from: shipped ones, bundles' folders or hub ids; the first is the default (default: starter)"
-    )
-    add("--model", nargs="+", default=["starter"], metavar="MODEL", help=models)
-    add("--lora", nargs="+", default=[], type=file_path, metavar="FOLDER", help="LoRAs to choose from")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+    add_models(parser)
     add("--keep", metavar="FOLDER", type=file_path, help="keep each sound here too (default: only until the page ends)")
     add(
         "--host",
@@ -45,21 +41,18 @@ def _run(args: argparse.Namespace) -> None:
     if args.keep is not None:
         check_place(args.keep / "sound.wav")
     try:
-        from stable_audio_lite.server.page_host import listen, serve_page
+        from stable_audio_lite.server.host import open_socket
+        from stable_audio_lite.server.page_host import serve_page
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("the page needs Gradio; pip install 'stable-audio-lite[ui]'") from error
-    listening = listen(args.host, args.port)
+    listening = open_socket(args.host, args.port)
     from stable_audio_lite.server.jobs import Jobs
     from stable_audio_lite.server.models import ModelStore
     from stable_audio_lite.server.studio import Studio
 
-    store = ModelStore(args.model, args.lora, args.device)
+    store = ModelStore(args.model, args.lora, args.device, args.dtype)
     store.load(store.choose())  # what is wrong with the default model shows before anyone comes
-    jobs = Jobs(store)
-    try:
-        with tempfile.TemporaryDirectory(prefix="stable-audio-lite-", ignore_cleanup_errors=True) as folder:
-            serve_page(Studio(jobs, folder, args.keep), listening, password)
-    finally:
-        jobs.close()
+    with tempfile.TemporaryDirectory(prefix="stable-audio-lite-", ignore_cleanup_errors=True) as folder:
+        serve_page(Studio(Jobs(store), folder, args.keep), listening, password)

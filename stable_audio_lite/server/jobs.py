@@ -262,6 +262,10 @@ class Jobs:
         with self._changed:
             return self._queue.index(job) if job in self._queue else None
 
+    def expires_seconds(self, job: Job) -> float | None:
+        """Time until a job that has ended is forgotten, at the latest."""
+        return max(job.finished + self.bounds.keep_seconds - time.monotonic(), 0.0) if job.ended else None
+
     @property
     def waiting(self) -> int:
         """Number of jobs that wait."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import os
-import signal
 import socket
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_lite.errors import UserError
 from stable_audio_lite.server.addresses import is_loopback
+from stable_audio_lite.server.host import serve_app
 from stable_audio_lite.server.page import STYLE, TITLE, Page
 from stable_audio_lite.server.studio import Studio
 
@@ -26,25 +23,9 @@ UPLOAD_BYTES = 256 << 20
 """Size of the largest sound that is taken."""
 
 _POLICY = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
+_GRACE_SECONDS = 10.0  # that a sound which is being made has after Ctrl-C
 _GUESS_SECONDS = 1.0  # that a wrong password costs
 _FONT, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Bind an address; port 0 is any that is free.
-
-    Raises:
-        UserError: it can't be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{host}:{port}: can't be listened at ({reason}); choose another --host or --port") from error
-    return listening
 
 
 def serve_page(studio: Studio, listening: socket.socket, password: str | None = None) -> None:
@@ -52,21 +33,18 @@ def serve_page(studio: Studio, listening: socket.socket, password: str | None = 
 
     Args:
         studio: makes the sounds; Gradio keeps its files in `studio.folder` too.
-        listening: from `listen`.
+        listening: from `stable_audio_lite.server.host.open_socket`.
         password: to ask everyone for; None: whoever reaches the address may come in.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(studio.folder)
     stay_local()
     app = page_app(studio, password)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
     name, port = listening.getsockname()[:2]
     print(f"http://{f'[{name}]' if ':' in name else name}:{port}  (Ctrl-C ends it)", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises either again when it has stopped
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
+    serve_app(app, studio.jobs, listening, _GRACE_SECONDS)
 
 
-def page_app(studio: Studio, password: str | None = None) -> ASGIApp:
+def page_app(studio: Studio, password: str | None = None) -> FastAPI:
     """Build the page's application: that of Gradio, whose pages may load from nowhere else."""
     page = Page(studio)
     page.blocks.queue(default_concurrency_limit=None)
@@ -87,7 +65,8 @@ def page_app(studio: Studio, password: str | None = None) -> ASGIApp:
         theme=_theme(),
         css_paths=STYLE,
     )
-    return _Policy(app)
+    app.add_middleware(_Policy)
+    return app
 
 
 def _theme() -> gr.themes.Base:
