@@ -11,7 +11,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_place
 from stable_audio_lite.server.addresses import is_loopback
 
-PASSWORD = "STABLE_AUDIO_LITEPASSWORD"
+PASSWORD = "STABLE_AUDIO_LITE_PASSWORD"
 _ABOUT = """Serve a page to make sound on: words, sounds to start from, players, spectrograms and a gallery.
 It is for this machine alone, unless --host says otherwise; it calls no other machine."""
 
@@ -23,12 +23,8 @@ def add_command(commands: Commands) -> None:
     add = parser.add_argument
     add_models(parser)
     add("--keep", metavar="FOLDER", type=file_path, help="keep each sound here too (default: only until the page ends)")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen at; 0.0.0.0 opens the page to others (default: 127.0.0.1)",
-    )
-    add("--port", type=int, default=7860, help="port to listen at; 0 takes a free one (default: 7860)")
+    add("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    add("--port", type=int, default=7860, help="port to listen at, 0 for a free one (default: 7860)")
     add("--password", help=f"ask everyone for it (default: that of {PASSWORD}, or none; needed with another --host)")
 
 

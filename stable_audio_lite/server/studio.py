@@ -18,14 +18,16 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from stable_audio_lite.audio.io import audio_info, write_audio
+from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.audio.plot import spectrogram_webp
 from stable_audio_lite.edits import Edit, Inpainting, Loop, Sound, Variation
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import file_stem, replacing
 from stable_audio_lite.pipeline import Plan, StableAudio
+from stable_audio_lite.request import milliseconds
 from stable_audio_lite.server.jobs import Job, Jobs
 from stable_audio_lite.server.models import ModelChoice
+from stable_audio_lite.server.sounds import read_sound
 from stable_audio_lite.wording import beats_of, tempo_of
 
 Way = Literal["new", "loop", "variation", "stretch", "continuation"]
@@ -34,7 +36,7 @@ Way = Literal["new", "loop", "variation", "stretch", "continuation"]
 FROM_SOUND: tuple[Way, ...] = ("variation", "stretch", "continuation")
 """Ways that start from a sound."""
 
-MOST_SOUNDS, MOST_STEPS, MOST_SECONDS, MOST_SOURCE_SECONDS = 8, 200, 60.0, 600.0
+MOST_SOUNDS, MOST_STEPS, MOST_SECONDS, MOST_SOURCE_SECONDS = 8, 200, 60.0, 300.0
 """Limits of one wish: sounds, sampling steps, and seconds of what is made and of a sound to start from."""
 
 
@@ -164,7 +166,11 @@ class Studio:
             edit, prompt = _loop(wish, prompt or "")
             seconds = wish.seconds if edit.bpm is None else None
         elif source is not None:
-            edit, seconds = Variation(source, wish.strength), None
+            longest = model.window_seconds
+            edit, seconds = (
+                Variation(source, wish.strength),
+                milliseconds(longest) if source.seconds > longest else None,
+            )
             if wish.way == "stretch":
                 if wish.first is None or wish.last is None:
                     raise UserError("stretch: choose it on the waveform, or give its first and last second")
@@ -199,13 +205,8 @@ def read_source(path: str | None, sample_rate: int = 44100) -> Sound:
     """
     if not path:
         raise UserError("sound: give the one to start from")
-    name = Path(path).name
-    try:
-        if (seconds := audio_info(path).seconds) > MOST_SOURCE_SECONDS:
-            raise UserError(f"{name}: lasts {seconds:.0f} s; give at most {MOST_SOURCE_SECONDS:g} s of it")
-        return replace(Sound.read(path, sample_rate), name=name)
-    except UserError as error:
-        raise UserError(str(error).replace(path, name)) from error
+    sound = read_sound(Path(path).read_bytes(), sample_rate, MOST_SOURCE_SECONDS)
+    return replace(sound, name=Path(path).name)
 
 
 def peaks(path: str, columns: int = 400) -> tuple[list[float], float]:
