@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 
 from stable_audio_lite.audio.plot import time_ticks
+from stable_audio_lite.command import explained
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.server.jobs import Job
@@ -38,10 +39,8 @@ EXAMPLES: tuple[tuple[str, float, int], ...] = (
     ("A slow classical piece for solo piano in A minor", 8, 11),
     ("solo violin, folk, sad", 8, 16),
     ("house with synth lead and drums, 124 bpm", 8, 17),
-    ("church organ, classical, slow", 8, 3),
-    ("acoustic guitar and flute, folk", 8, 5),
 )
-"""Prompts that the starter obeys, with the length and the seed of a good answer."""
+"""Prompts that the starter obeys, with length and seed of the answers that docs/sounds.md has."""
 
 _LABELS: dict[Way, str] = {
     "new": "From words",
@@ -126,11 +125,8 @@ class Page:
         with gr.Row(visible=False) as row:
             part("loop", row)
             add("bars", gr.Number(label="Bars", value=4, precision=0, minimum=1, min_width=100))
-            about = "beats per minute; empty: as the prompt says"
-            add(
-                "bpm",
-                gr.Number(label="Beats per minute", value=120, minimum=20, maximum=400, min_width=100, info=about),
-            )
+            about = "bpm, where the prompt says none"
+            add("bpm", gr.Number(label="Tempo", value=120, minimum=20, maximum=400, min_width=100, info=about))
         with gr.Column() as column:
             part("seconds", column)
             length = _length(model)
@@ -175,7 +171,7 @@ class Page:
             for sound in shown:
                 self._card(sound)
 
-        label = "Made in this session" + (f", and kept in {self.studio.keep}" if self.studio.keep else "")
+        label = "Made in this session" + (f", and kept in {self.studio.keep.name}" if self.studio.keep else "")
         self._gallery = gr.Gallery(
             label=label,
             columns=2,
@@ -212,7 +208,7 @@ class Page:
 
     def _events(self) -> None:
         fields, quiet = self.fields, {"show_progress": "hidden"}
-        # What needs no look at files happens in the browser, at once: nobody is faster than their own form.
+        # What needs no files happens in the browser, at once: Make may be pressed before the server answers.
         fields["way"].change(None, fields["way"], [self._parts[name] for name in _SHOWN], js=_PARTS_SHOWN)
         filled = [fields[name] for name in ("prompt", "seconds", "seed")]
         self._examples.click(None, self._examples, filled, js=f"index => {json.dumps(EXAMPLES)}[index]")
@@ -265,8 +261,11 @@ class Page:
         job.collected = True
         try:
             new = await asyncio.to_thread(self.studio.collect, job, wish)
-        except UserError as error:
-            yield {self._status: _trouble(str(error)), **free}
+        except Exception as error:
+            line = explained(error)
+            yield {self._status: _trouble(line or "an error inside; the log says more"), **free}
+            if line is None:
+                raise
             return
         made = [*reversed(new), *values[self._made]]
         yield {

@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import os
 import socket
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -14,7 +13,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_audio_lite.server.addresses import is_loopback
+from stable_audio_lite.server.addresses import stay_local
 from stable_audio_lite.server.host import serve_app
 from stable_audio_lite.server.page import STYLE, TITLE, Page
 from stable_audio_lite.server.studio import Studio
@@ -55,7 +54,7 @@ def page_app(studio: Studio, password: str | None = None) -> FastAPI:
         auth=_asker(password) if password else None,
         auth_message=f"{TITLE}: any name, and the password that its owner gave you",
         max_file_size=UPLOAD_BYTES,
-        show_error=True,
+        show_error=False,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
@@ -102,20 +101,3 @@ def _asker(password: str) -> Callable[[str, str], Coroutine[Any, Any, bool]]:
         return False
 
     return check
-
-
-def stay_local() -> None:
-    """Refuse connections to other machines for the rest of the process, whatever a library or a request asks for."""
-
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("socket.connect", "socket.sendto"):
-            address = arguments[1]
-            host = address[0] if isinstance(address, tuple) else None  # a Unix socket has a path
-        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
-            host = arguments[0]
-        else:
-            return
-        if host is not None and not is_loopback(host):
-            raise PermissionError(f"{host}: the page calls no other machine")
-
-    sys.addaudithook(refuse)

@@ -54,7 +54,7 @@ class Wish:
         source: file of the sound to start from.
         strength: of a variation.
         first, last: seconds between which a sound is made anew.
-        bars, bpm: length and tempo of a loop.
+        bars, bpm: length of a loop, and its tempo where the prompt states none.
         model, lora: by the names of the store; "" is no LoRA.
         lora_strength: 1 is as trained.
     """
@@ -163,8 +163,7 @@ class Studio:
             return model.plan_extension(prompt, after=source, seconds=wish.seconds, **about)
         edit, seconds = Edit(), wish.seconds
         if wish.way == "loop":
-            edit, prompt = _loop(wish, prompt or "")
-            seconds = wish.seconds if edit.bpm is None else None
+            (edit, prompt), seconds = _loop(wish, prompt or ""), None
         elif source is not None:
             longest = model.window_seconds
             edit, seconds = (
@@ -237,12 +236,8 @@ def _check(wish: Wish) -> None:
 def _loop(wish: Wish, prompt: str) -> tuple[Loop, str]:
     """The loop, and its prompt, which states its tempo."""
     said = tempo_of(prompt)
-    if wish.bpm is None:
-        return Loop(wish.bars if said else None, said, beats_of(prompt)), prompt
-    if said not in (None, wish.bpm):
-        raise UserError(f"tempo: {wish.bpm:g} bpm, and the prompt says {said:g}; leave out one")
-    worded = prompt if said else f"{prompt}, {wish.bpm:g} bpm"
-    return Loop(wish.bars, wish.bpm, beats_of(prompt)), worded
+    bpm = said or wish.bpm
+    return Loop(wish.bars, bpm, beats_of(prompt)), prompt if said or not bpm else f"{prompt}, {bpm:g} bpm"
 
 
 def _free(path: Path) -> Path:
