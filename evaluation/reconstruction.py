@@ -179,6 +179,8 @@ def main() -> int:
 def _run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("auraloss") is None:
         raise UserError("the distances need auraloss; install it with: pip install 'stable-audio-lite[evaluate]'")
+    if args.items < 1 or not args.seconds > 0:
+        raise UserError(f"--items must be at least 1 and --seconds above 0, got {args.items} and {args.seconds:g}")
     check_outputs([args.html] if args.html else [], overwrite=args.overwrite)
     codec = Codec.from_pretrained(args.bundle, device="cpu", dtype="float32")
     systems = {name: ffmpeg_codec(name, codec.sample_rate) for name in args.codecs.split(",") if name}

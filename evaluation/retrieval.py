@@ -48,7 +48,7 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> None:
     clap = load_clap(args.bundle)
-    items = [item for item in read_items(args.data) if item.captions][: args.items]
+    items = [item for item in read_items(args.data) if item.captions][: max(args.items, 0)]
     if len(items) < 2:
         raise UserError(f"{args.data}: {len(items)} items with captions; two are needed at least")
     recalls = clap_recall(clap, items)

@@ -25,8 +25,8 @@ PARTS = ("vae", "text_encoder", "audio_encoder", "conditioner", "unet", "transfo
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "README.md"
-FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png")
-"""Patterns of the files that make up a bundle on the hub, the card's pictures included."""
+FILES = (CONFIG_FILE, TOKENIZER_FILE, "*.safetensors", "*.md", "*.png", "lora/*.json")
+"""Patterns of the files that make up a bundle on the hub, the card's pictures and a LoRA included."""
 SHIPPED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("starter", "starter-vae", "restorer")}
 """Bundles that come with the package."""
 

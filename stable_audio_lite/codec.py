@@ -7,6 +7,8 @@ codec.decode_file("song.safetensors", "again.wav")
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +99,8 @@ class Codec:
     def _read(self, path: str | Path) -> tuple[Tensor, int]:
         tensors, about = read_safetensors(path)
         latent = tensors.get("latent")
-        if latent is None or not about.get("samples", "").isdigit():
+        samples = int(text) if re.fullmatch(r"[0-9]{1,15}", text := about.get("samples", "")) else 0
+        if latent is None or not latent.is_floating_point() or not samples:
             raise UserError(f"{path}: no latents of stable-audio-lite encode; encode the sound again")
         channels = self.vae.config.latent_channels
         if (
@@ -107,7 +110,9 @@ class Codec:
             or latent.shape[1] == 0
         ):
             raise UserError(f"{path}: latents of another VAE; give the model that encoded them")
-        return latent, int(about["samples"])
+        if latent.shape[1] != math.ceil(samples / self.vae.hop):
+            raise UserError(f"{path}: damaged, its {latent.shape[1]} frames don't make {samples} samples; encode again")
+        return latent.float(), samples
 
     @property
     def _device(self) -> torch.device:

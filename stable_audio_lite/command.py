@@ -1,7 +1,7 @@
 """The argument parser and the runner that all commands share: user errors are one line, and all commands end alike.
 
 The exit status is 0, or the one that the command returns; 2 after a mistake that the user can fix, which is reported in
-one line on stderr, or after several in single files; 130 after Ctrl-C.
+one line on stderr, or after several in single files; 130 after Ctrl-C and 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeAlias
 
 from stable_audio_lite.errors import UserError
@@ -56,9 +59,11 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path] = (), *, overw
     """Check, before any work, that all outputs can be written.
 
     Raises:
-        UserError: one is an input, can't be written, or is there already and may not be replaced.
+        UserError: one is an input, or another output, can't be written, or is there already and may not be replaced.
     """
     check_apart(inputs, outputs)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise UserError(f"{outputs[-1]}: is to be written twice; give each file a name of its own")
     for path in outputs:
         check_place(path)
         if path.resolve().exists() and not overwrite:
@@ -99,9 +104,32 @@ def tolerate_encodings() -> None:
 def guarded(action: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run a command's `action`; returns its exit status.
 
-    A `UserError` or an `OSError` becomes one line; anything else is a bug and shows its traceback.
+    A `UserError` or an `OSError` becomes one line; anything else is a bug and shows its traceback. SIGTERM ends it with
+    status 143 and leaves nothing half-written, unless the caller has set another way.
     """
     tolerate_encodings()
+    with _terminable():
+        return _guarded(action, interrupted)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that temporary files are removed on the way out."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _guarded(action: Callable[[], int | None], interrupted: str) -> int:
     try:
         return action() or 0
     except KeyboardInterrupt:

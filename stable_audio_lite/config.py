@@ -7,9 +7,11 @@ home folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -63,17 +65,18 @@ def _with_bases(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'base' must be the name of a YAML file, got {base!r}")
     if path.resolve() in seen:
         raise UserError(f"{path}: key 'base' goes round in a circle; let one of the files stand alone")
-    return _merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
+    return merged(_with_bases(path.parent / expand_home(base), (*seen, path.resolve())), data)
 
 
-def _merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Merge a mapping into another as `read_yaml` does a file into its base."""
+    result = dict(base)
     for key, value in data.items():
         below = base.get(key)
         if isinstance(value, dict) and isinstance(below, dict) and value.get("kind", kind := below.get("kind")) == kind:
-            value = _merged(below, value)
-        merged[key] = value
-    return merged
+            value = merged(below, value)
+        result[key] = value
+    return result
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
@@ -90,7 +93,18 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a YAML mapping at top level, got {type(data).__name__}")
+    _check_finite(data, str(path), "", set())
     return data
+
+
+def _check_finite(value: Any, where: str, key: str, seen: set[int]) -> None:
+    """Look for infinite numbers in plain values, each list and mapping `seen` once: aliases may make circles."""
+    if isinstance(value, (dict, list)) and id(value) not in seen:
+        seen.add(id(value))
+        for name, below in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(below, where, f"{key}.{name}" if key else str(name), seen)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: key '{key}' must be a finite number, got {value}")
 
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str) -> T:
@@ -187,10 +201,9 @@ def _of_kind(choices: list[Any], value: Any, where: str, key: str) -> Any:
 def _scalar(hint: Any, value: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, str):
         # YAML 1.1 reads 1e-4 (no dot) as a string; people write it all the time.
-        try:
-            return float(value)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):

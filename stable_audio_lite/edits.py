@@ -19,7 +19,7 @@ from stable_audio_lite.diffusion.editing import Circular, KnownRegion, resampled
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, Sampler, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.representation import Representation
-from stable_audio_lite.request import check_number, milliseconds
+from stable_audio_lite.request import check_number, merge_stretches, milliseconds
 from stable_audio_lite.systems import GenerationDefaults
 
 CROSSFADE_SECONDS = 0.02
@@ -252,8 +252,13 @@ class Variation(_FromSound):
         known = self._known(representation, sampling)
         if self.strength == 0:
             return known.expand(len(sampling.noise.generators), *known.shape[1:])
-        sigma = strength_to_sigma(self.strength, sampling.defaults.sigma_min, sampling.defaults.sigma_max)
-        sigmas = sampling.sigmas(self.steps(sampling.steps), sigma)
+        steps = self.steps(sampling.steps)
+        if sampling.defaults.distilled is None:
+            sigma = strength_to_sigma(self.strength, sampling.defaults.sigma_min, sampling.defaults.sigma_max)
+            sigmas = sampling.sigmas(steps, sigma)
+        else:  # a student knows the levels of a whole run and no others
+            sigmas = sampling.sigmas()[-steps - 1 :]
+            sigma = float(sigmas[0])
         return sampling.run(sampling.denoiser, known + sigma * sampling.noise(), sigmas)
 
     @property
@@ -267,7 +272,7 @@ class Inpainting(_FromSound):
 
     Attributes:
         source: the sound.
-        gaps: the first and last second of each stretch.
+        gaps: the first and last second of each stretch; those that overlap or touch are one.
     """
 
     gaps: Sequence[tuple[float, float]] = ()
@@ -280,9 +285,8 @@ class Inpainting(_FromSound):
             if not 0 <= first < last or last > seconds + 0.5 / self.source.sample_rate:
                 within = f"stretches lie in order within 0-{milliseconds(seconds):.3f} s"
                 raise UserError(f"{name}: can't inpaint {first:g}-{last:g}; {within}")
-        frames, kept, end = math.ceil(seconds * representation.sample_rate / representation.hop), seconds, 0.0
-        for first, last in sorted(self.gaps):
-            kept, end = kept - max(last - max(first, end), 0.0), max(last, end)
+        frames = math.ceil(seconds * representation.sample_rate / representation.hop)
+        kept = seconds - sum(last - first for first, last in self._merged)
         frame = representation.hop / representation.sample_rate
         if kept < 0.99 * frame or not self._mask(representation, frames)[:frames].any():
             raise UserError(
@@ -304,21 +308,28 @@ class Inpainting(_FromSound):
         source = self.source.fitted(representation)[None, :, :samples]
         sound = torch.nn.functional.pad(source, (0, frames * hop - source.shape[2])).to(x.device)
         sound = sound.repeat(len(x), 1, 1)
-        for gap, (first, last) in zip(self._open_frames(representation), sorted(self.gaps), strict=True):
+        for gap, (first, last) in zip(self._open_frames(representation), self._merged, strict=True):
             made = representation.decode_between(x, sound, gap[0], min(gap[1], frames))
             edges = [round(second * representation.sample_rate) for second in (first, last)]
             fade = int(CROSSFADE_SECONDS * representation.sample_rate)
-            sound = torch.lerp(sound, made, _window(sound.shape[2], edges[0], edges[1], fade).to(sound))
+            shares = _window(sound.shape[2], edges[0], edges[1], fade).to(sound)
+            # Turned down where it exceeds full scale, which is no reason to attenuate the rest.
+            peaks = (made * (shares > 0)).abs().amax((1, 2), keepdim=True)
+            sound = torch.lerp(sound, made / peaks.clamp(min=1), shares)
         return sound[..., :samples].float()
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"init": self.source.name, "inpaint": " ".join(f"{a:g}-{b:g}" for a, b in self.gaps)}
+        return {"init": self.source.name, "inpaint": " ".join(f"{a:g}-{b:g}" for a, b in self._merged)}
+
+    @property
+    def _merged(self) -> list[tuple[float, float]]:
+        return merge_stretches(self.gaps)
 
     def _open_frames(self, representation: Representation) -> list[tuple[int, int]]:
         """The first and last frame of each stretch, in order: those nearest to its ends."""
         rate = representation.sample_rate / representation.hop
-        firsts = [(round(first * rate), last * rate) for first, last in sorted(self.gaps)]
+        firsts = [(round(first * rate), last * rate) for first, last in self._merged]
         return [(first, max(round(last), first + 1)) for first, last in firsts]
 
     def _mask(self, representation: Representation, frames: int) -> Tensor:

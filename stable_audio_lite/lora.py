@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing_folder, save_tensors
@@ -63,6 +63,20 @@ def save_lora(folder: str | Path, unet: nn.Module, config: LoraConfig, encoder: 
     with replacing_folder(target) as temporary:
         _peft_config(config).save_pretrained(str(temporary))
         save_tensors(temporary / _WEIGHTS_FILE, state, {"format": "pt", "encoder": encoder})
+
+
+def merged_state(unet: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
+    """State of `unet` as it would be without the LoRA that `add_lora` added, the change merged into its weights."""
+    state, merged = unet.state_dict(), dict[str, Tensor]()
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        layer, adapted, kind = key.rpartition(".base_layer.")
+        if adapted and kind == "weight":
+            down, up = (state[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            value = (value.float() + config.alpha / config.rank * (up @ down)).to(value.dtype)
+        merged[key.replace(".base_layer.", ".")] = value
+    return merged
 
 
 def merge_lora(unet: nn.Module, folder: str | Path, encoder: str, strength: float = 1.0) -> None:

@@ -137,6 +137,7 @@ def make_request(
     Raises:
         UserError: a setting is out of range.
     """
+    _check_student(defaults, steps=steps, cfg=cfg, rescale=rescale, negative=negative, sampler=sampler)
     given = {"seconds": seconds, "seconds_start": seconds_start, "seconds_total": seconds_total}
     for name, value in (given | {"steps": steps, "cfg": cfg, "rescale": rescale}).items():
         if value is not None:
@@ -155,12 +156,24 @@ def make_request(
         cfg=defaults.cfg if cfg is None else float(cfg),
         rescale=defaults.rescale if rescale is None else float(rescale),
         negative=negative,
-        sampler=sampler or defaults.sampler,
+        sampler=defaults.sampler if sampler is None else sampler,
     )
     _check(request, limits)
     if request.cfg == 1 and (idle := "negative" if negative is not None else "rescale" if rescale else None):
         raise UserError(f"{idle} changes guidance, and there is none at cfg 1; leave it out, or give a higher cfg")
     return request
+
+
+def _check_student(defaults: GenerationDefaults, **settings: Any) -> None:
+    """Refuse `settings` that a distilled student can't follow."""
+    if defaults.distilled is None:
+        return
+    for name, value in settings.items():
+        if value is not None and value != getattr(defaults, name, None):
+            raise UserError(
+                f"{name}: this model is a student that samples in {defaults.steps} steps, with guidance of scale "
+                f"{defaults.distilled:g} built in; leave {name} out, or give the model that it was distilled from"
+            )
 
 
 def _check(request: Request, limits: Limits) -> None:
@@ -184,6 +197,17 @@ def _check(request: Request, limits: Limits) -> None:
 def milliseconds(seconds: float) -> float:
     """Round a length down to whole milliseconds, so that it can be asked for as it is told."""
     return math.floor(seconds * 1000) / 1000
+
+
+def merge_stretches(stretches: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Sort stretches of a sound, (start, stop) in seconds, and make one of those that overlap or touch."""
+    merged: list[tuple[float, float]] = []
+    for first, last in sorted(stretches):
+        if merged and first <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], last)
+        else:
+            merged.append((first, last))
+    return merged
 
 
 def check_number(name: str, value: object, whole: bool = False) -> None:

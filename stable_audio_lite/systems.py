@@ -35,6 +35,9 @@ TIMING_TOKENS = 2
 MAX_CFG = 100.0
 """Largest guidance scale; far below it sound is noise."""
 
+STUDENT_SAMPLER = "ddim"
+"""Sampler of the students that training.distill makes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
@@ -48,6 +51,8 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
+        distilled: for a student that training.distill made, the scale of its teacher's guidance, which its weights
+            contain; it samples in `steps` steps and no other number, by ddim, and takes no guidance. None: no student.
         windows: further lengths in frames, shorter than the window, that the network is trained on and sampled with,
             each sound in the shortest that holds it.
     """
@@ -59,6 +64,7 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
+    distilled: float | None = None
     windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -71,6 +77,8 @@ class GenerationDefaults:
             raise ValueError(f"windows must be at least 1 frame each, got {self.windows}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
+        if self.distilled is not None and (self.cfg, self.rescale, self.sampler) != (1, 0, STUDENT_SAMPLER):
+            raise ValueError(f"with distilled, cfg must be 1, rescale 0 and sampler {STUDENT_SAMPLER}")
 
 
 @dataclass(frozen=True, kw_only=True)

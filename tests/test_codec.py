@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.benchmarks.streaming import codec_peaks, noise
+from evaluation.benchmarks.processes import codec_peaks, noise
 from stable_audio_lite.audio.io import audio_info, read_audio, stereo_blocks, write_audio, write_audio_blocks
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.cli import main
@@ -138,11 +138,19 @@ def test_mistakes_are_named(bundle: Path, sound: Path, tmp_path: Path, capsys: p
     save_bundle(tmp_path / "other", config, {"vae": build_vae(config.vae).state_dict()})
     Codec.from_pretrained(tmp_path / "other").encode_file(sound, tmp_path / "foreign.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "no_latent.safetensors")
+    codec = Codec.from_pretrained(bundle)
+    about = {"encoder": codec.encoder, "samples": "1024"}
+    latent = torch.zeros(codec.vae.config.latent_channels, 2)
+    for name, tensor, samples in (("short", latent, "1024"), ("whole", latent.int(), "2048"), ("lie", latent, "²")):
+        save_file({"latent": tensor}, tmp_path / f"{name}.safetensors", about | {"samples": samples})
     (tmp_path / "twin").mkdir()
     shutil.copy(sound, tmp_path / "twin/sound.wav")
     cases = [
         (["decode", str(tmp_path / "foreign.safetensors")], "another VAE"),
         (["decode", str(tmp_path / "no_latent.safetensors")], "no latents"),
+        (["decode", str(tmp_path / "short.safetensors")], "damaged, its 2 frames don't make 1024 samples"),
+        (["decode", str(tmp_path / "whole.safetensors")], "no latents"),
+        (["decode", str(tmp_path / "lie.safetensors")], "no latents"),
         (["decode", str(sound)], "no safetensors"),
         (["encode", str(tmp_path / "none.wav")], "no such file"),
         (["encode", str(tmp_path / "twin")], "twin: is a folder; give the files in it"),

@@ -37,6 +37,8 @@ def test_paths_know_the_home_folder_and_no_pipes(monkeypatch: pytest.MonkeyPatch
         ["evaluate", "made", "real", "-o"],
         ["evaluate", "made", "real", "--cache"],
         ["plan"],
+        ["caption"],
+        ["train", "music", "-o"],
     ],
     ids=" ".join,
 )
@@ -64,6 +66,8 @@ def test_nothing_is_replaced_unasked_and_no_input_ever(tmp_path: Path) -> None:
     for same in (source, link, hard, tmp_path / "new" / ".." / "a.wav"):
         with pytest.raises(UserError, match="is the file that is read"):
             check_outputs([free, same], [source], overwrite=True)
+    with pytest.raises(UserError, match="b.wav: is to be written twice"):
+        check_outputs([free, tmp_path / "new" / "." / "b.wav"], overwrite=True)
     with pytest.raises(UserError, match="is a folder"):
         check_outputs([tmp_path], overwrite=True)
     assert source.read_text() == "original" and not free.parent.exists()

@@ -57,6 +57,9 @@ def test_bases_are_found_beside_their_file_and_have_bases(tmp_path: Path) -> Non
     [
         ("base: none.yaml", "none.yaml: can't be read"),
         ("base: 3", "child.yaml: key 'base' must be the name of a YAML file, got 3"),
+        ("lr: .nan", "child.yaml: key 'lr' must be a finite number, got nan"),
+        ("a: [1, {b: -.inf}]", r"child.yaml: key 'a\.1\.b' must be a finite number, got -inf"),
+        ("a: &a [*a, .inf]", "child.yaml: key 'a.1' must be a finite number, got inf"),
         ("base: child.yaml", "child.yaml: key 'base' goes round in a circle"),
     ],
 )

@@ -103,6 +103,16 @@ def test_a_corpus_of_one_instrument_has_that_alone() -> None:
     assert len({piece.style for piece in pieces}) > 3
 
 
+def test_tempos_in_steps() -> None:
+    """Multiples of ten alone, in every style, and still many of them; a style that has none plays its fastest."""
+    pieces = [piece_of(index, tempo_step=10) for index in range(300)]
+    assert {piece.bpm % 10 for piece in pieces} == {0} and len({piece.bpm for piece in pieces}) > 8
+    assert {piece.style for piece in pieces} == set(STYLES)
+    for step, tempo in ((25, 125), (27, STYLES["house"].tempo[1])):
+        house = [piece_of(index, tempo_step=step, styles=("house",), min_seconds=8) for index in range(9)]
+        assert {piece.bpm for piece in house} == {tempo}
+
+
 def test_a_smaller_world_has_what_was_chosen_alone() -> None:
     """All chosen instruments and styles are heard, and no more parts than there are instruments for the roles."""
     instruments, styles = ("flute", "piano", "electric bass"), ("jazz", "waltz")
@@ -315,6 +325,7 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
         ({"instruments": ["piano", "piano"]}, "instruments"),
         ({"styles": ["polka"]}, "styles: 'polka'"),
         ({"max_parts": 5}, "max_parts"),
+        ({"tempo_step": 0}, "tempo_step"),
         ({"workers": 0}, "workers"),
         ({"audio_format": "mp3"}, "mp3"),
     ],

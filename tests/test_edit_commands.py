@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +31,7 @@ def run(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     time = np.arange(RATE) / RATE
     chord = 0.1 * np.stack([np.sin(2 * np.pi * f * time) + np.sin(2 * np.pi * 330 * time) for f in (220, 277)])
     write_audio("chord.wav", chord, RATE, {"prompt": "warm piano"})
+    write_audio("fast.wav", chord, RATE, {"prompt": "piano, 90 bpm, C major"})
     write_audio("bare.wav", chord[:1, :20000], RATE)
     write_audio("instant.wav", chord[:, 20000:20001] + 0.1, RATE)
     write_audio("silent.wav", np.zeros((2, RATE)), RATE)
@@ -60,6 +63,13 @@ def test_inpainting_keeps_the_rest(run) -> None:
         assert changed[round(first * RATE) : round(last * RATE)].float().mean() > 0.9
     assert not changed[~near].any()
     assert read_metadata("a.wav").settings["inpaint"] == "0.3-0.5 0.7-0.75"
+
+
+def test_a_prompt_takes_the_place_of_the_one_inside_whose_tempo_is_another(run) -> None:
+    assert run("continue", "fast.wav", "piano", "--bpm", 120, "--seconds", 0.3, "-o", "a.wav") == 0
+    assert read_metadata("a.wav").settings["prompt"] == "piano, 120 bpm"
+    assert run("continue", "fast.wav", "--bpm", 90, "--seconds", 0.3, "-o", "b.wav") == 0
+    assert read_metadata("b.wav").settings["prompt"] == "piano, 90 bpm, C major"
 
 
 def test_a_loop_lasts_its_bars_to_the_sample(run, capsys) -> None:
@@ -119,6 +129,18 @@ def test_what_is_too_loud_is_turned_down_and_the_source_stays(run, monkeypatch, 
     assert float((later.abs() > 0.999).float().mean()) < 0.05
 
 
+def test_a_stretch_that_is_too_loud_is_turned_down_alone(run, monkeypatch, capsys) -> None:
+    from stable_audio_lite.representation import LatentRepresentation
+
+    decode = LatentRepresentation.decode_between
+    monkeypatch.setattr(LatentRepresentation, "decode_between", lambda *args: 1000 * decode(*args))
+    assert run("generate", "--init", "chord.wav", "--inpaint", "0.3-0.5", "--count", 2, "-o", "a.wav") == 0
+    assert "attenuated" not in capsys.readouterr().out
+    for made in (read_audio("a-1.wav"), read_audio("a-2.wav")):
+        assert torch.equal(made[:, 23000:], read_audio("chord.wav")[:, 23000:])
+        assert 0.3 < float(made.abs().max()) <= 1
+
+
 def test_a_sound_beyond_full_scale_is_attenuated_and_that_is_said(run, capsys) -> None:
     loud = 4 * read_audio("chord.wav").numpy() / read_audio("chord.wav").abs().max().item()
     soundfile.write("loud.wav", loud.T, RATE, subtype="FLOAT")
@@ -127,16 +149,24 @@ def test_a_sound_beyond_full_scale_is_attenuated_and_that_is_said(run, capsys) -
     assert "all of it attenuated to 0.250" in capsys.readouterr().out
 
 
-def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_continuation_leaves_nothing(
+    run, tmp_path: Path, monkeypatch, capsys, number: signal.Signals, status: int
+) -> None:
     before = sorted(tmp_path.iterdir())
     extended = StableAudio._extended
 
     def interrupted(*args: object):  # type: ignore[no-untyped-def]
         yield next(extended(*args))
-        raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # a process in the background ignores the signal itself
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(StableAudio, "_extended", interrupted)
-    assert run("continue", "chord.wav", "--seconds", 3, "-o", "a.wav") == 130
+    try:
+        assert run("continue", "chord.wav", "--seconds", 3, "-o", "a.wav") == status
+    except SystemExit as error:
+        assert error.code == status
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -169,19 +199,28 @@ def test_an_interrupted_continuation_leaves_nothing(run, tmp_path: Path, monkeyp
         (["generate", "x", "--loop", "--bars", 4, "--bpm", 120], "lasts at most 0.743 s, not 8; give 324 bpm or more"),
         (["generate", "x", "--loop", "--bpm", 340, "--seconds", 0.6], "no whole number of bars"),
         (["generate", "x", "--loop", "--bpm", 340, "--seconds", "inf"], "seconds must lie above 0 and be finite"),
-        (["generate", "x, 90 bpm", "--bpm", 120], "the prompt says another tempo"),
+        (["generate", "x, 90 bpm", "--bpm", 120], "--bpm 120: 'x, 90 bpm' says 90 bpm; leave out one"),
+        (["generate", "x, 90 bpm or 120 bpm", "--bpm", 120], "says several tempos; leave out one"),
         (["generate", "x", "--bpm", 5], "--bpm must lie in 20..400"),
-        (["generate", "x in C major", "--key", "A minor"], "the prompt says C major"),
+        (["generate", "x in C major", "--key", "A minor"], "'x in C major' says C major; leave out one"),
         (["generate", "x", "--key", "H minor"], "--key: 'H minor' is not one of C, C#"),
         (["continue", "none.wav", "x", "--seconds", 1], "none.wav: no such"),
         (["continue", "silent.wav", "x", "--seconds", 1], "silent.wav: is silent"),
         (["continue", "bare.wav", "--seconds", 1], "give a PROMPT; bare.wav has none inside"),
+        (
+            ["continue", "fast.wav", "--seconds", 1, "--bpm", 120],
+            "--bpm 120: the prompt inside fast.wav says 90 bpm; leave it out, or give a PROMPT",
+        ),
+        (
+            ["generate", "--init", "fast.wav", "--key", "A minor"],
+            "--key A minor: the prompt inside fast.wav says C major; leave it out, or give a PROMPT",
+        ),
         (["continue", "chord.wav", "--seconds", 0], "seconds must lie above 0"),
         (["continue", "chord.wav", "--seconds", 99], "seconds must lie above 0 and at most"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "chord.wav", "--overwrite"], "is the file that is read"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "long.wav"], "long.wav: is there already"),
         (["continue", "chord.wav", "--seconds", 1, "-o", "a.mp3"], "allowed: .wav, .flac"),
-        (["continue", "chord.wav", "--seconds", 1, "--count", 0], "--count must be at least 1"),
+        (["continue", "chord.wav", "--seconds", 1, "--count", 0], "--count must lie in 1..10000"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -99,6 +99,14 @@ def test_outside_an_inpainted_stretch_no_sample_differs_beyond_the_fade(model: S
     assert not torch.allclose(made[0], made[1], atol=1e-3)
 
 
+def test_stretches_that_overlap_or_touch_are_one(model: StableAudio) -> None:
+    several = Inpainting(source(), [(0.6, 0.7), (0.3, 0.5), (0.4, 0.6), (0.45, 0.5), (0.9, 1.0)])
+    one = Inpainting(source(), [(0.3, 0.7), (0.9, 1.0)])
+    made = [model.generate("piano", seed=1, steps=4, edit=edit) for edit in (several, one)]
+    assert torch.equal(made[0].audio, made[1].audio)
+    assert made[0].settings[0]["inpaint"] == "0.3-0.7 0.9-1"
+
+
 def test_a_continuation_is_in_windows_that_go_on_from_one_another(model: StableAudio) -> None:
     """Any length, to the sample; the same taken in pieces or whole; each window is told where it is."""
     told: list[tuple[float, float]] = []

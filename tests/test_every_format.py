@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import soundfile
 
 from stable_audio_lite.audio.decoding import AudioFile, Stored
 from stable_audio_lite.audio.io import audio_blocks, audio_info
+from stable_audio_lite.cli import main
 from stable_audio_lite.errors import UserError
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
@@ -273,89 +275,176 @@ def test_five_channels_and_one_are_mixed_alike_in_every_container(tmp_path: Path
         audio_info(tmp_path / "many.wav")
 
 
-KINDS = {**EXACT, **LOSSY}
-REPRESENTATIVE = ("u8.wav", "float.wav", "extensible.wav", "short.aif", "core.caf", "free.flac", *LOSSY)
+MP3_MODES = {"constant.mp3": "CONSTANT", "variable.mp3": "VARIABLE"}
+About = tuple[int, int, int]
+"""Frames, rate and channels of a file."""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, About]]:
+    """A folder of captioned files of every kind, and what is in each by its name."""
+    folder, found = tmp_path_factory.mktemp("music"), dict[str, About]()
+
+    def add(name: str, kind: tuple[str, str], about: About, **more: object) -> Path:
+        found[name] = about
+        return write(folder / name, kind, *about, **more)
+
+    for number, (name, kind) in enumerate(EXACT.items()):
+        add(name, kind, (30_001 + 1001 * number, RATES[number % len(RATES)], (1, 2, 6)[number % 3]))
+    add("single.wav", EXACT["16.wav"], (1, 8000, 2))
+    add("vorbis.ogg", LOSSY["vorbis.ogg"], (30_001, 22050, 1))
+    add("opus.opus", LOSSY["opus.opus"], (60_007, 24000, 2))
+    for number, (name, mode) in enumerate(MP3_MODES.items()):
+        about, more = (60_000 + number, (48000, 16000)[number], 2 - number), {"bitrate_mode": mode}
+        add(name, LOSSY["mpeg.mp3"], about, compression_level=0.4, **more)
+        plain = add(f"plain-{name}", LOSSY["mpeg.mp3"], about, compression_level=0.4, **more)
+        without_mp3_header(plain)
+        found[plain.name] = (audio_info(plain).frames, *about[1:])
+    unknown_flac(add("piped.flac", EXACT["free.flac"], (50_001, 44100, 2)))
+    patched(add("piped-wave.wav", EXACT["16.wav"], (50_002, 44100, 2)), 40, struct.pack("<I", 0xFFFFFFFF))
+    core = add("piped-core.caf", EXACT["core.caf"], (50_003, 44100, 2))
+    patched(core, core.read_bytes().index(b"data") + 4, struct.pack(">q", -1))
+    for name, options in BY_FFMPEG.items() if shutil.which("ffmpeg") else ():
+        by_ffmpeg(folder / "piped.flac", folder / name, *options)
+        found[name] = (decoded_by_ffmpeg(folder / name, 2), 44100, 2)
+    rows = [{"file_name": name, "text": f"a sound called {name}"} for name in found]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder, found
 
 
 @pytest.fixture
-def library(tmp_path: Path) -> dict[str, tuple[int, int]]:
-    """A folder `music` of captioned files of many kinds; (frames, rate) by name."""
-    folder, found = tmp_path / "music", {}
-    folder.mkdir()
-    for number, name in enumerate(REPRESENTATIVE):
-        rate, channels = (48000, 2) if name in LOSSY else (RATES[number], (1, 2, 6)[number % 3])
-        write(folder / name, KINDS[name], rate + 1001 * number + 1, rate, channels)
-        found[name] = (rate + 1001 * number + 1, rate)
-    write(folder / "plain.mp3", LOSSY["mpeg.mp3"], 60_000, bitrate_mode="VARIABLE", compression_level=0.4)
-    without_mp3_header(folder / "plain.mp3")
-    unknown_flac(write(folder / "piped.flac", EXACT["free.flac"], 50_001))
-    patched(write(folder / "piped.wav", EXACT["16.wav"], 50_002), 40, struct.pack("<I", 0xFFFFFFFF))
-    for name in ("plain.mp3", "piped.flac", "piped.wav"):
-        found[name] = (audio_info(folder / name).frames, 44100)
-    if shutil.which("ffmpeg"):
-        by_ffmpeg(folder / "piped.flac", folder / "aac.m4a")
-        found["aac.m4a"] = (decoded_by_ffmpeg(folder / "aac.m4a", 2), 44100)
-    rows = [{"file_name": name, "text": f"a sound called {name}"} for name in found]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return found
+def spectral(tmp_path: Path) -> Path:
+    """A bundle of configs/complex_stft/tiny.yaml with random weights."""
+    import torch
+
+    from stable_audio_lite.bundle import save_bundle
+    from stable_audio_lite.systems import load_system
+
+    config = load_system("complex_stft/tiny")
+    torch.manual_seed(0)
+    save_bundle(tmp_path / "spectral", config, {config.part: config.network().state_dict()})
+    return tmp_path / "spectral"
+
+
+@pytest.fixture
+def evaluate(
+    declared_commands: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., int]:
+    """The command with a tiny CLAP; it writes result.json."""
+    from stable_audio_lite.clap.checkpoints import save_transformers
+    from stable_audio_lite.clap.model import Clap
+    from stable_audio_lite.clap.tokenizer import train_tokenizer
+    from stable_audio_lite.systems import load_model_config
+
+    clap = tmp_path_factory.mktemp("clap") / "clap"
+    save_transformers(Clap(load_model_config("stable_audio/tiny").clap, train_tokenizer(["a sound"], 280)), clap)
+    fixed = ["--clap", str(clap), "--metrics", "clap_score", "--device", "cpu", "--weights", str(tmp_path)]
+    fixed += ["--cache", str(tmp_path / "cache"), "-o", str(tmp_path / "result.json")]
+    return lambda *args: main(["evaluate", *map(str, args), *fixed])
 
 
 @pytest.mark.long
-def test_all_commands_read_the_same_lengths(
-    library: dict[str, tuple[int, int]], tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`encode`, `validate-dataset` and pre-encoding; each file that lies about its rate is refused by its name."""
+def test_every_kind_is_encoded_whole(library: tuple[Path, dict[str, About]], tiny_bundle: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    from stable_audio_lite.cli import main
+    folder, found = library
+    files = [str(folder / name) for name in found]
+    assert main(["encode", *files, "-o", str(tmp_path / "out"), "--model", str(tiny_bundle)]) == 0
+    for name, (frames, rate, _) in found.items():
+        with safe_open((tmp_path / "out" / name).with_suffix(".safetensors"), "pt") as file:
+            assert abs(int(file.metadata()["samples"]) - frames * 44100 / rate) <= 1, name
+
+
+@pytest.mark.long
+def test_every_kind_is_counted_whole(library: tuple[Path, dict[str, About]], tiny_bundle: Path, capsys) -> None:
+    folder, found = library
+    assert main(["validate-dataset", str(folder), "--model", str(tiny_bundle), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    seconds = sum(frames / rate for frames, rate, _ in found.values())
+    assert report["files"] == len(found) and report["hours"] == pytest.approx(seconds / 3600, abs=1e-9)
+
+
+@pytest.mark.long
+def test_every_kind_is_pre_encoded_whole(
+    library: tuple[Path, dict[str, About]], tiny_bundle: Path, tmp_path: Path
+) -> None:
     from stable_audio_lite.data.latents import read_shard
     from training import pre_encode
 
-    folder = tmp_path / "music"
-    for name, (frames, rate) in library.items():
-        status = main(["encode", str(folder / name), "-o", str(tmp_path / name), "--model", str(tiny_bundle)])
-        assert status == 0, capsys.readouterr().err
-        with safe_open(next((tmp_path / name).glob("*.safetensors")), "pt") as file:
-            assert abs(int(file.metadata()["samples"]) - frames * 44100 / rate) <= 1, name
-    capsys.readouterr()
-    assert main(["validate-dataset", str(folder), "--model", str(tiny_bundle), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    seconds = [frames / rate for frames, rate in library.values()]
-    assert report["files"] == len(library) and report["hours"] == pytest.approx(sum(seconds) / 3600, abs=1e-9)
-    output = tmp_path / "latents"
-    pre_encode.run(pre_encode.PreEncodeConfig(vae=str(tiny_bundle), data=str(folder), output=str(output)))
-    found = {entry.about.name: entry.about.seconds for entry in read_shard(output / "000000.tar")}
-    assert found == pytest.approx({name: f / r for name, (f, r) in library.items()}, abs=1 / 44100)
-
-    (tmp_path / "lie").mkdir()
-    lie = patched(write(tmp_path / "lie" / "lie.wav", EXACT["16.wav"], 1000), 24, struct.pack("<I", 1))
-    assert main(["encode", str(lie), "-o", str(tmp_path / "out"), "--model", str(tiny_bundle)]) == 2
-    assert "lie.wav: has a rate of 1 Hz" in capsys.readouterr().err
-    assert main(["validate-dataset", str(lie.parent), "--model", str(tiny_bundle)]) == 1
-    assert "lie.wav: has a rate of 1 Hz" in capsys.readouterr().out
+    folder, found = library
+    config = pre_encode.PreEncodeConfig(vae=str(tiny_bundle), data=str(folder), output=str(tmp_path))
+    pre_encode.run(config)
+    encoded = {entry.about.name: entry.about.seconds for entry in read_shard(tmp_path / "000000.tar")}
+    assert encoded == pytest.approx({name: f / r for name, (f, r, _) in found.items()}, abs=1 / 44100)
 
 
 @pytest.mark.long
-def test_evaluation_and_restoration_read_the_same_lengths(
-    library: dict[str, tuple[int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_every_kind_is_evaluated_whole(
+    library: tuple[Path, dict[str, About]], evaluate: Callable[..., int], tmp_path: Path
 ) -> None:
-    import torch
+    from evaluation.result import load_result
 
-    from evaluation.sounds import read_clip
-    from stable_audio_lite.bundle import save_bundle
-    from stable_audio_lite.cli import main
-    from stable_audio_lite.data.manifest import read_items
-    from stable_audio_lite.systems import load_system
+    folder, found = library
+    assert evaluate(folder, folder) == 0
+    result = load_result(tmp_path / "result.json")
+    for records in (result.generated, result.reference):
+        told = {r.name: (r.seconds, r.sample_rate, r.channels) for r in records}
+        assert told == {name: (frames / rate, rate, channels) for name, (frames, rate, channels) in found.items()}
+    assert not result.left_out and result.metric("clap_score").n == len(found)
 
-    for item in read_items(tmp_path / "music"):
-        record = read_clip(item).record
-        frames, rate = library[item.name]
-        assert (record.seconds, record.sample_rate) == (frames / rate, rate), item.name
-    config = load_system(Path(__file__).parents[1] / "configs" / "complex_stft" / "tiny.yaml")
-    torch.manual_seed(0)
-    save_bundle(tmp_path / "spectral", config, {config.part: config.network().state_dict()})
-    for name in ("extensible.wav", "vorbis.ogg", "plain.mp3", "piped.flac"):
+
+@pytest.mark.long
+def test_every_kind_is_restored_whole(
+    library: tuple[Path, dict[str, About]], spectral: Path, tmp_path: Path, capsys
+) -> None:
+    """What is no gap stays as the reader gives it, channels included."""
+    folder, found = library
+    for name, (frames, rate, channels) in found.items():
         out = tmp_path / f"{name}.wav"
-        command = ["restore", str(tmp_path / "music" / name), "-o", str(out), "--model", str(tmp_path / "spectral")]
-        assert main([*command, "--task", "inpaint", "--gap", "0.1-0.2", "--steps", "2"]) == 0, capsys.readouterr().err
-        assert (audio_info(out).frames, audio_info(out).sample_rate) == library[name]
+        task = ["inpaint", "--gap", "0.02-0.05"] if frames > 1 else ["denoise", "--noise-db", "-90"]
+        command = ["restore", str(folder / name), "-o", str(out), "--model", str(spectral), "--steps", "2"]
+        assert main([*command, "--task", *task]) == 0, capsys.readouterr().err
+        info = audio_info(out)
+        assert (info.frames, info.sample_rate, info.channels) == (frames, rate, channels), name
+        before, after = (np.concatenate(list(audio_blocks(path)), 1) for path in (folder / name, out))
+        kept = slice(round(0.06 * rate), None)
+        assert np.abs(before - after)[:, kept].max(initial=0) <= max(np.abs(before).max() - 1, 0) + 2e-7, name
+
+
+@pytest.mark.parametrize(("lie", "reason"), [(False, "holds no samples"), (True, "has a rate of 1 Hz")])
+def test_every_command_refuses_what_it_can_not_read(
+    lie: bool,
+    reason: str,
+    tiny_bundle: Path,
+    spectral: Path,
+    evaluate: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A file of no samples and one that lies about its rate, by name, and nothing is left of it."""
+    from training import pre_encode
+
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "metadata.jsonl").write_text('{"file_name": "bad.wav", "text": "a sound"}')
+    bad = write(tmp_path / "bad" / "bad.wav", EXACT["16.wav"], 1000 * lie)
+    patched(bad, 24, struct.pack("<I", 1 if lie else 44100))
+    before, model = sorted(tmp_path.rglob("*")), ["--model", str(tiny_bundle)]
+
+    def told() -> str:
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    assert main(["encode", str(bad), "-o", str(tmp_path / "out"), *model]) == 2
+    assert f"bad.wav: {reason}" in told()
+    assert main(["validate-dataset", str(bad.parent), *model]) == 1
+    assert f"bad.wav: {reason}" in told()
+    command = ["restore", str(bad), "-o", str(tmp_path / "out.wav"), "--model", str(spectral)]
+    assert main([*command, "--task", "inpaint", "--gap", "0-0.1"]) == 2
+    assert f"bad.wav: {reason}" in told()
+    assert evaluate(bad.parent) == 2
+    assert f"bad.wav: {reason}" in told()
+    assert sorted(tmp_path.rglob("*")) == before
+    config = pre_encode.PreEncodeConfig(vae=str(tiny_bundle), data=str(bad.parent), output=str(tmp_path / "latents"))
+    with pytest.raises(UserError, match=rf"bad\.wav: {reason}"):
+        pre_encode.run(config)
+    assert not list((tmp_path / "latents").glob("*.tar"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -709,4 +710,12 @@ def test_nothing_is_written_over_unasked(run, whole: dict[str, Tensor], capsys) 
     before = Path("ours/config.yaml").stat().st_mtime_ns
     assert "--overwrite" in refusal(run, capsys, "import", *FILES, "ours")
     assert "--overwrite" in refusal(run, capsys, "export", "ours", "-o", "model.ckpt", "--config", "new.json")
+    assert "written twice" in refusal(run, capsys, "export", "ours", "-o", "new.ckpt", "--config", "new.ckpt")
+    own = ("export", "ours", "-o", "ours/vae.safetensors", "--config", "new.json", "--overwrite")
+    assert "vae.safetensors: is the file that is read" in refusal(run, capsys, *own)
+    for name in FILES:
+        if Path(name).is_file():
+            shutil.copy(name, "ours")
+    within = [f"ours/{name}" if Path(name).is_file() else name for name in FILES]
+    assert "which is read; write to another place" in refusal(run, capsys, "import", *within, "ours", "--overwrite")
     assert Path("ours/config.yaml").stat().st_mtime_ns == before and not Path("new.json").exists()

@@ -41,7 +41,7 @@ def lora(base: Path, bundles: dict[str, Path], tmp_path_factory: pytest.TempPath
     """Trained from `base` for ten steps."""
     folder = tmp_path_factory.mktemp("lora")
     config = config_of(bundles, folder / "run", folder, 10, initial=str(base), lora={"rank": 4, "alpha": 8})
-    return train_diffusion.run(config)
+    return train_diffusion.run(config) / "lora"
 
 
 def unet_of(bundle: Path) -> UNet:
@@ -72,12 +72,15 @@ def test_the_change_alone_is_trained(base: Path, lora: Path, bundles: dict[str, 
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all(".lora_" in name for name in trained)
     assert any("cross_attention" in n for n in trained) and any("feed_forward" in n for n in trained)
-    newest = load_file(lora.parent / "checkpoints/step_00000010/model.safetensors")
+    newest = load_file(lora.parents[1] / "checkpoints/step_00000010/model.safetensors")
     for part, prefix in (("unet", "network."), ("conditioner", "conditioner.")):
         for key, value in load_file(base / f"{part}.safetensors").items():
             layer, _, kind = key.rpartition(".")
             name = prefix + key if prefix + key in newest else f"{prefix}{layer}.base_layer.{kind}"
             assert torch.equal(newest[name], value), key
+    merge_lora(unet := unet_of(base), lora, stored_encoder(lora))
+    for key, value in load_file(lora.parent / "unet.safetensors").items():  # the bundle has it merged
+        torch.testing.assert_close(value, unet.state_dict()[key], rtol=0, atol=0)
     changes = load_file(lora / "adapter_model.safetensors")
     assert all(bool(value.any()) for key, value in changes.items())
 
@@ -104,7 +107,7 @@ def test_a_stopped_run_goes_on(base: Path, lora: Path, bundles: dict[str, Path],
     settings = {"initial": str(base), "lora": {"rank": 4, "alpha": 8}}
     config = config_of(bundles, tmp_path / "run", tmp_path, 10, **settings)
     stop_after(config, train_diffusion, 6)
-    assert_same_weights(lora, train_diffusion.run(config))
+    assert_same_weights(lora, train_diffusion.run(config) / "lora")
 
 
 def test_the_pipeline_merges_records_and_saves(

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from training.losses import MultiResolutionSTFTLoss, a_weighting_fir, filter_fir, mel_bands
+from stable_audio_lite.models.spectrogram_vae import SpectralFeatures, SpectrogramEncoder, SpectrogramVAEConfig
+from training.losses import MultiResolutionSTFTLoss, SpectralFeatureLoss, a_weighting_fir, filter_fir, mel_bands
 
 
 def test_stft_loss_is_zero_for_equals_and_finite_for_silence() -> None:
@@ -47,3 +48,18 @@ def test_a_weighting_is_flat_at_1_khz_and_deaf_below() -> None:
     assert gains[1000] == pytest.approx(0, abs=0.6)
     assert gains[3000] == pytest.approx(1.2, abs=0.6)  # IEC 61672-1, table 2: +1.2 dB at 3.15 kHz
     assert gains[50] < -8  # 101 taps level off there; the curve itself goes on to -30 dB
+
+
+def test_spread_hears_that_noise_was_smoothed_and_not_when_each_level_was() -> None:
+    torch.manual_seed(0)
+    encoder = SpectrogramEncoder(SpectrogramVAEConfig(kind="spectrogram", width=16))
+    loss, stereo = SpectralFeatureLoss(encoder), torch.zeros(2, 3, 32, 24)
+    levels = torch.randn(2, 320, 48) - 6
+
+    def distances(other: torch.Tensor) -> dict[str, torch.Tensor]:
+        return loss(encoder.pack(SpectralFeatures(other, stereo)), encoder.pack(SpectralFeatures(levels, stereo)))
+
+    smooth, later = distances(levels.mean(2, keepdim=True).expand_as(levels)), distances(levels.roll(7, 2))
+    assert later["features/spread"] < 1e-5 < 1 < later["features/log"]
+    assert smooth["features/spread"] > 0.9 * smooth["features/log"] > 0.5
+    assert smooth["features/log"] < 0.8 * later["features/log"]  # which asks for the smooth one

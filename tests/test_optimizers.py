@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 
 from training.ema import EMA
 from training.muon import Muon, orthogonalize
-from training.task import OptimizerConfig
+from training.task import OptimizerConfig, RunConfig
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"muon_lr": -1.0}, "muon_lr must be above 0"),
+        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"betas": (0.9, 1.0)}, "betas must be two numbers"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm must be at least 0"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_named(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        if wrong.keys() <= {field.name for field in fields(OptimizerConfig)}:
+            OptimizerConfig(**{"lr": 1e-3} | wrong)
+        else:
+            RunConfig(**{"output": "run", "steps": 1} | wrong)
 
 
 def test_muon_moves_every_direction_alike() -> None:

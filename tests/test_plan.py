@@ -82,6 +82,8 @@ def test_the_command_prints_and_refuses(
     assert cli.main(["plan", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "c.yaml" in error and "learning" in error
+    assert cli.main(["plan", "stable_audio/pre_encode"]) == 2
+    assert "pre_encode: has no key 'run', so it trains nothing" in capsys.readouterr().err
 
 
 def test_a_profile_names_what_takes_the_time() -> None:

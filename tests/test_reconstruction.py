@@ -13,7 +13,7 @@ import torch
 
 from evaluation.codecs import align, dac_codec, ffmpeg_codec
 from evaluation.metrics.fidelity import OCTAVES, clicks, fidelity, octave_errors, phase_error, si_sdr
-from evaluation.reconstruction import posterior_statistics
+from evaluation.reconstruction import main, posterior_statistics
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.errors import UserError
@@ -128,6 +128,15 @@ def test_dac_is_read_and_others_are_refused(music: torch.Tensor, tmp_path: Path)
 def test_unknown_codecs_are_named() -> None:
     with pytest.raises(UserError, match="flac:9"):
         ffmpeg_codec("flac:9", RATE)
+
+
+@pytest.mark.parametrize("given", [("--items", "0"), ("--items", "-1"), ("--seconds", "0"), ("--seconds", "nan")])
+def test_amounts_out_of_range_are_named(
+    given: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reconstruction", "nowhere", "nowhere", *given])
+    assert main() == 2
+    assert "--items must be at least 1 and --seconds above 0" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -257,7 +257,7 @@ def test_the_time_it_takes_is_that_of_denoising_all_windows(monkeypatch: pytest.
         restorer.estimate_seconds(0, 1, Denoise(), settings)
 
 
-@pytest.mark.parametrize("rate", [4000, RATE, 16000])
+@pytest.mark.parametrize("rate", [4000, RATE, 16000, 96000])
 @pytest.mark.parametrize(
     "degradation", [Inpaint(((0.0, 1e-5),)), Bandwidth(1500), Denoise(), Dereverb(torch.ones(1)), Dereverb()]
 )
@@ -337,6 +337,7 @@ MISTAKES = {
     "must end after it starts": ("in.wav", "--task", "inpaint", "--gap", "0.5-0.4"),
     "say what is missing": ("in.wav", "--task", "inpaint"),
     "which ends at 1.0 s": ("in.wav", "--task", "inpaint", "--gap", "0.5-1.4"),
+    "gaps: cover the whole sound": ("in.wav", "--task", "inpaint", "--gap", "0.4-1", "0-0.5"),
     "give --cutoff": ("in.wav", "--task", "bandwidth"),
     "cutoff must lie from": ("in.wav", "--task", "bandwidth", "--cutoff", 20),
     "cutoff must be above 0 Hz": ("in.wav", "--task", "bandwidth", "--cutoff", "nan"),
@@ -345,6 +346,10 @@ MISTAKES = {
     "give --room FILE": ("in.wav", "--task", "dereverb"),
     "taken.wav: is there already": ("in.wav", "--task", "denoise", "-o", "taken.wav"),
     "in.wav: is the file that is read": ("in.wav", "--task", "denoise", "-o", "in.wav", "--overwrite"),
+    "taken.wav: is the file that is read": (
+        *("in.wav", "--task", "dereverb", "--room", "taken.wav"),
+        *("-o", "taken.wav", "--overwrite"),
+    ),
     "'-' names no file": ("in.wav", "--task", "denoise", "--room", "-"),
     "room.wav: no such audio file": ("in.wav", "--task", "dereverb", "--room", "room.wav"),
     "the room's impulse response is silent": ("in.wav", "--task", "dereverb", "--room", "silence.wav"),

@@ -33,5 +33,6 @@ def test_what_can_not_be_asked(
 ) -> None:
     assert run(monkeypatch, str(bundles["vae"]), str(data)) == 2
     assert "no text_encoder" in capsys.readouterr().err
-    assert run(monkeypatch, str(bundles["clap"]), str(data), "--items", "1") == 2
-    assert "two are needed" in capsys.readouterr().err
+    for items in ("1", "-1"):
+        assert run(monkeypatch, str(bundles["clap"]), str(data), "--items", items) == 2
+        assert "two are needed" in capsys.readouterr().err

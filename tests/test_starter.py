@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -91,3 +92,8 @@ def test_the_restorer_takes_noise_away() -> None:
 def test_is_small_and_has_a_card(name: str, megabytes: int) -> None:
     assert sum(file.stat().st_size for file in SHIPPED[name].iterdir()) < megabytes * MEGABYTE
     assert f"\n# {name.split('-')[0].capitalize()}" in (SHIPPED[name] / "README.md").read_text()
+
+
+def test_the_vaes_card_says_what_it_loses_of_recordings() -> None:
+    """Which is more than of the corpus that it has heard, and that its table is of."""
+    assert re.search(r"real music .* dB of SI-SDR", (SHIPPED["starter-vae"] / "README.md").read_text())

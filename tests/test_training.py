@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import load_config, read_yaml
 from stable_audio_lite.errors import UserError
-from training import assemble, command, pre_encode, train_clap, train_diffusion, train_vae
+from training import assemble, command, distill, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
 from training.update import Update
@@ -385,6 +386,7 @@ def test_shipped_configs_are_right() -> None:
         "train_clap": train_clap.TrainClapConfig,
         "pre_encode": pre_encode.PreEncodeConfig,
         "assemble": assemble.AssembleConfig,
+        "distill": distill.DistillConfig,
     }
     folder, loaded = ROOT / "configs/stable_audio", {}
     for path in folder.glob("*.yaml"):
@@ -416,11 +418,38 @@ def test_shipped_bundles_are_not_written_over(bundles: dict[str, Path], monkeypa
             UserError, match=r"output: \S+ is the shipped starter(-vae)? with its card; choose a new folder"
         ):
             assemble.run(assemble.AssembleConfig(bundle=str(bundles["vae"]), output=str(output)))
+    for name in ("vae", "clap"):
+        with pytest.raises(UserError, match="is the bundle that is read; choose a new folder"):
+            settings = {"bundle": str(bundles["clap"]), "vae": str(bundles["vae"]), "output": str(bundles[name])}
+            assemble.run(assemble.AssembleConfig(**settings))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     for path in (ROOT / "configs").glob("*/*.yaml"):
         config = read_yaml(path)
         for output in (config.get("output"), (config.get("run") or {}).get("output")):
             assert (ROOT / "stable_audio_lite") not in Path(output or "runs").resolve().parents, path
+
+
+def test_no_other_config_is_written_over(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Of a bundle in the place of a run, or the file itself that the settings are in."""
+    shutil.copytree(bundles["vae"], bundle := tmp_path / "bundle")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(vae_settings(data, tmp_path, 1)))
+    for output in (bundle, tmp_path):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        config = load_config(tmp_path / "config.yaml", train_vae.TrainVAEConfig)
+        with pytest.raises(UserError, match="config.yaml is no run's, for there are no checkpoints"):
+            train_vae.run(replace(config, run=replace(config.run, output=str(output))))
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_what_does_not_go_together_is_not_assembled(bundles: dict[str, Path], tmp_path: Path) -> None:
+    for name, other, words in (
+        ("vae", str(bundles["vae"]), "holds no VAE that another could take the place of"),
+        ("model", "complex_stft/tiny", "complex_stft/tiny is of kind complex_stft, .* of kind stable_audio"),
+    ):
+        settings = {"bundle": str(bundles["clap"]), "output": str(tmp_path / "out"), name: other}
+        with pytest.raises(UserError, match=words):
+            assemble.run(assemble.AssembleConfig(**settings))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_stage_is_named(data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ TINY = UNetConfig(
 )
 
 
-@pytest.fixture
-def unet() -> UNet:
+@pytest.fixture(params=[False, True], ids=["plain", "pooled context and positions"])
+def unet(request: pytest.FixtureRequest) -> UNet:
     torch.manual_seed(0)
-    model = UNet(TINY, channels=6, context_width=12, context_tokens=5)
+    config = dataclasses.replace(TINY, pooled_context=request.param, positions=request.param)
+    model = UNet(config, channels=6, context_width=12, context_tokens=5)
     with torch.no_grad():
         for parameter in model.parameters():
             # Layers that start at zero would hide what is tested here.
@@ -59,6 +60,39 @@ def test_one_optimiser_step_reaches_every_parameter(unet):
     unet(x, t, unet.context(Condition(tokens, cond.mask))).square().sum().backward()
     silent = [name for name, p in unet.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert silent == []
+
+
+def test_pooled_context_and_positions_start_as_nothing_and_then_say_what_they_should():
+    """FiLM then knows the mean of the tokens that aren't masked; silence at every frame is no longer the same."""
+    torch.manual_seed(0)
+    plain = UNet(dataclasses.replace(TINY, attentions=(0, 0, 0)), channels=6, context_width=12, context_tokens=5)
+    richer = dataclasses.replace(plain.config, pooled_context=True, positions=True)
+    unet = UNet(richer, channels=6, context_width=12, context_tokens=5)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    missing = unet.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"pooled", "positions"}
+    x, t, cond = inputs(frames=64)
+    torch.testing.assert_close(unet(x, t, unet.context(cond)), plain(x, t, plain.context(cond)))
+    with torch.no_grad():
+        torch.nn.init.normal_(unet.pooled.weight)
+    swapped = Condition(cond.tokens.flip(1), cond.mask.flip(1))
+    torch.testing.assert_close(unet.context(swapped).pooled, unet.context(cond).pooled)
+    torch.testing.assert_close(unet.context(cond).pooled[0], unet.pooled(cond.tokens[0, :2].mean(0)))
+    other = Condition(cond.tokens + 1, cond.mask)
+    assert (unet(x, t, unet.context(other)) - unet(x, t, unet.context(cond))).abs().amax((1, 2)).min() > 1e-3
+    still, context = torch.zeros(3, 6, 512), unet.context(cond)
+
+    def drift() -> torch.Tensor:
+        """From frames far from the ends to those a product of the strides later."""
+        out = unet(still, t, context)
+        return (out[..., 256:264] - out[..., 248:256]).abs().amax((1, 2))
+
+    assert drift().max() < 1e-4
+    with torch.no_grad():
+        torch.nn.init.normal_(unet.positions.projection.weight)
+    assert drift().min() > 1e-2
 
 
 def test_masked_tokens_do_not_matter_and_others_do(unet):

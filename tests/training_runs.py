@@ -148,7 +148,7 @@ def stop_after(config: object, trainer: object, step: int) -> None:
 def kill(command: list[str], begun: Callable[[], bool], within: float) -> None:
     """Start a command and send it SIGKILL at a random moment of the `within` seconds after it has `begun`."""
     process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not begun() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(random.random() * within)

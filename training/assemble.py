@@ -39,19 +39,28 @@ def run(config: AssembleConfig) -> Path:
     """Write the bundle; returns its folder.
 
     Raises:
-        UserError: the two VAEs have different encoders, a part is missing, or `output` is a shipped bundle.
+        UserError: the two VAEs have different encoders, a part is missing, the model is of another kind, or `output` is
+            a shipped bundle or one that is read.
     """
     source, output = Path(config.bundle), Path(config.output)
     for name, folder in SHIPPED.items():
         if output.resolve() == folder.resolve():
             raise UserError(f"output: {output} is the shipped {name} with its card; choose a new folder")
+    for read in filter(None, (config.bundle, config.vae)):
+        if output.resolve() == Path(read).resolve():
+            raise UserError(f"output: {output} is the bundle that is read; choose a new folder")
     check_stage("bundle", config.bundle, "training.train_diffusion (or training.train_vae, for a VAE alone)")
     check_stage("vae", config.vae, "training.train_vae")
     system = load_system(source)
     if config.model:
-        system = replace(system, generation=load_system(config.model).generation)
+        other = load_system(config.model)
+        if other.kind != system.kind:
+            raise UserError(f"model: {config.model} is of kind {other.kind}, {source} of kind {system.kind}")
+        system = replace(system, generation=other.generation)
     parts = {name: read_part(source, name) for name in PARTS if part_path(source, name).is_file()}
     if config.vae:
+        if "vae" not in parts:
+            raise UserError(f"{source}: holds no VAE that another could take the place of; leave out 'vae'")
         vae = read_part(config.vae, "vae")
         if not isinstance(system, StableAudioConfig) or encoder_hash(vae) != encoder_hash(parts["vae"]):
             raise UserError(f"{config.vae}: has another encoder than {source}, so the U-Net does not know its latents")

@@ -65,10 +65,14 @@ class Conditioned(nn.Module):
         Seconds beyond the timing embeddings count as the last, as in stable-audio-tools.
         """
         network: Any = self.network
+        return network(x, t, network.context(self.condition(text, timing, dropped)))
+
+    def condition(self, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Condition:
+        """Join text features and timing, with the network's null in place of what is dropped; see `forward`."""
+        network: Any = self.network
         start, total = (seconds.clamp(max=self.conditioner.config.max_seconds) for seconds in timing)
         condition = self.conditioner(text, start, total)
-        condition = drop(condition, network.null_condition(len(x), condition.mask), dropped)
-        return network(x, t, network.context(condition))
+        return drop(condition, network.null_condition(len(dropped), condition.mask), dropped)
 
 
 def stratified_shares(batch: int, draws: torch.Generator, lowest: float = 0.0, shift: float = 1.0) -> Tensor:

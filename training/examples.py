@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.data.crops import Crops, epoch_index, item_numbers
-from stable_audio_lite.data.latents import read_cache, read_index
+from stable_audio_lite.data.latents import CachedLatent, read_cache, read_index
 from stable_audio_lite.edits import ENDING_FRAMES
 from stable_audio_lite.representation import LatentRepresentation, Representation
 
@@ -55,11 +55,52 @@ class Window:
     seconds_total: float
 
 
+class Buckets:
+    """Items by the length of the window that they are seen in: all of a batch are seen in one length.
+
+    Args:
+        frames: of each item.
+        lengths: of windows, the longest last.
+    """
+
+    def __init__(self, frames: Iterable[int], lengths: Sequence[int]):
+        self._items: dict[int, list[int]] = {}
+        for index, count in enumerate(frames):
+            fitting = (length for length in lengths if count + ENDING_FRAMES <= length)
+            self._items.setdefault(next(fitting, lengths[-1]), []).append(index)
+
+    def batch(self, number: int, size: int, seed: int) -> tuple[int, list[int]]:
+        """Window length and items of the `number`-th batch of `size`; every epoch visits all, each in its own order."""
+        epoch, place = divmod(number, len(self._epoch(0, size, seed)))
+        return self._epoch(epoch, size, seed)[place]
+
+    @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
+    def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
+        """Window length and items of each batch of an epoch.
+
+        What is left of a length that fills no batch goes with the next longer one; a few items of the longest are drawn
+        twice.
+        """
+        rng = random.Random(f"{seed}/epoch {epoch}")
+        groups = []
+        rest: list[int] = []
+        for frames, bucket in sorted(self._items.items()):
+            order = rest + rng.sample(bucket, len(bucket))
+            if frames == max(self._items):
+                order += [rng.choice(order) for _ in range(-len(order) % size)]
+            whole = len(order) // size * size
+            groups += [(frames, order[i : i + size]) for i in range(0, whole, size)]
+            rest = order[whole:]
+        rng.shuffle(groups)
+        return groups
+
+
 class LatentWindows:
     """Windows of cached latents held in memory, as a network sees them.
 
     Where an item is shorter than the window, the rest is the VAE's latent of digital silence. The windows of a batch
-    have one length, the shortest that its items fit into, so that little of them is silence.
+    have one length, the shortest that its items fit into, so that little of them is silence; nor is a window drawn that
+    an item's own long silences fill by more than a quarter, where there are others.
 
     Args:
         folders: what runs of `training.pre_encode` wrote; their items follow one another.
@@ -74,10 +115,7 @@ class LatentWindows:
         self.entries = [entry for folder in folders for entry in read_cache(folder, latents.hash)[1]]
         self.latents, self.lengths = latents, sorted({*lengths, latents.shape[1]})
         self.frame_seconds = latents.hop / latents.sample_rate
-        self._buckets: dict[int, list[int]] = {}
-        for index, entry in enumerate(self.entries):
-            fitting = (length for length in self.lengths if entry.latent.shape[1] + ENDING_FRAMES <= length)
-            self._buckets.setdefault(next(fitting, self.lengths[-1]), []).append(index)
+        self._buckets = Buckets((entry.latent.shape[1] for entry in self.entries), self.lengths)
 
     @property
     def captions(self) -> list[str]:
@@ -90,7 +128,7 @@ class LatentWindows:
     def window(self, index: int, rng: random.Random, frames: int | None = None) -> Window:
         """Draw a uniformly placed window of item `index`, by default of the longest length, and one of its captions."""
         entry, frames = self.entries[index], frames or self.lengths[-1]
-        start = rng.randint(0, max(entry.latent.shape[1] - frames, 0))
+        start = rng.choice(self._starts(entry, frames))
         piece = self.latents.normalise(entry.latent[:, start : start + frames].float())
         if rest := frames - piece.shape[1]:
             piece = torch.cat((piece, self.latents.silence[:, -rest:]), 1)
@@ -98,11 +136,22 @@ class LatentWindows:
         total = entry.about.seconds_start + entry.about.seconds
         return Window(piece, rng.choice(entry.about.captions), begin, total)
 
+    @staticmethod
+    def _starts(entry: CachedLatent, frames: int) -> Sequence[int]:
+        """First frames of the windows of an item that may be drawn."""
+        starts = range(max(entry.latent.shape[1] - frames, 0) + 1)
+        if not entry.about.silences or len(starts) == 1:
+            return starts
+        silent = torch.zeros(entry.latent.shape[1] + 1, dtype=torch.int32)
+        for begin, end in entry.about.silences:
+            silent[begin + 1 : end + 1] = 1
+        silent = silent.cumsum(0)
+        share = (silent[frames:] - silent[:-frames]) / frames
+        return (share <= max(0.25, float(share.min()))).nonzero()[:, 0].tolist()
+
     def batch(self, number: int, rank: int, world: int, size: int, seed: int) -> dict[str, Any]:
         """As `Examples`."""
-        groups = self._epoch(0, size * world, seed)
-        epoch, place = divmod(number, len(groups))
-        frames, group = self._epoch(epoch, size * world, seed)[place]
+        frames, group = self._buckets.batch(number, size * world, seed)
         rngs = (random.Random(f"{seed}/{n}") for n in item_numbers(number, rank, world, size))
         own = group[rank * size : (rank + 1) * size]
         return _stack([self.window(index, rng, frames) for index, rng in zip(own, rngs, strict=True)])
@@ -110,18 +159,6 @@ class LatentWindows:
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
         """As `Examples`."""
         return _stack([self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers])
-
-    @lru_cache(maxsize=4)  # noqa: B019 (as long-lived as the run)
-    def _epoch(self, epoch: int, size: int, seed: int) -> list[tuple[int, list[int]]]:
-        """Window length and items of each batch of an epoch; some items are drawn twice to fill the last batches."""
-        rng = random.Random(f"{seed}/epoch {epoch}")
-        groups = []
-        for frames, bucket in sorted(self._buckets.items()):
-            order = rng.sample(bucket, len(bucket))
-            order += [rng.choice(bucket) for _ in range(-len(order) % size)]
-            groups += [(frames, order[i : i + size]) for i in range(0, len(order), size)]
-        rng.shuffle(groups)
-        return groups
 
 
 def _stack(windows: list[Window]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stable_audio_lite.config import save_config
+from stable_audio_lite.config import read_yaml, save_config, to_dict
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import locked
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, read_info, save_checkpoint, tidy
@@ -46,6 +46,7 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
         Stopped: by a signal.
     """
     output = Path(run.output)
+    _check_output(output, config)
     sharded = sharding(task.parts)
     accelerator = _accelerator(run, output, sharded)
     with ExitStack() as stack:
@@ -53,6 +54,17 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
             stack.enter_context(locked(output))
         signals = stack.enter_context(Signals(accelerator))
         return _fit(run, task, config, accelerator, sharded and accelerator.num_processes > 1, signals)
+
+
+def _check_output(output: Path, config: Any) -> None:
+    """Refuse a folder whose config.yaml isn't a run's: a bundle's, or the very file that the settings came from."""
+    file = output / "config.yaml"
+    if not file.exists() or checkpoints(output / "checkpoints"):
+        return
+    with suppress(UserError):
+        if read_yaml(file) == to_dict(config):
+            return
+    raise UserError(f"output: {file} is no run's, for there are no checkpoints; choose another folder")
 
 
 def _fit(

@@ -162,6 +162,9 @@ class SpectralFeatureLoss(nn.Module):
     the item, weight loud parts more. Frequencies count half as bins do and half as the ear does (`level_importance`).
     Stereo parameters are weighted by the square root of the level of their frame and of their band.
 
+    What can't be foreseen, such as the grain of noise, these distances would rather have smooth. `features/spread` asks
+    of each frequency that it has its levels as often as it should, whenever (1-Wasserstein distance).
+
     Args:
         encoder: the one that normalised the features.
     """
@@ -176,17 +179,19 @@ class SpectralFeatureLoss(nn.Module):
         self.register_buffer("stereo_pooling", stereo_pooling(), persistent=False)
 
     def forward(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Distances "features/log", "features/root" and "features/stereo" of packed (B, C, F) features."""
+        """Distances "features/log", "root", "stereo" and "spread" of packed (B, C, F) features."""
         got, wanted = self.encoder.unpack(output), self.encoder.unpack(target)
         root = (0.5 * wanted.levels).exp()
         errors = (((0.5 * got.levels).exp() - root).abs() * self.importance).mean((1, 2))
         pairs = root.unflatten(2, (-1, 2)).mean(3)
         loudness = (pairs.mean(1, keepdim=True) + self.stereo_pooling @ pairs)[:, None]  # B, 1, bands, F
+        spread = (got.levels.sort(2).values - wanted.levels.sort(2).values).abs() * self.importance
         stereo = (got.stereo - wanted.stereo).abs() * loudness / loudness.mean((1, 2, 3), keepdim=True)
         return {
             "features/log": ((got.levels - wanted.levels).abs() * self.importance).mean(),
             "features/root": (errors / (root * self.importance).mean((1, 2))).mean(),
             "features/stereo": stereo.mean(),
+            "features/spread": spread.mean(),
         }
 
 

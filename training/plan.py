@@ -27,7 +27,9 @@ from torch.utils.flop_counter import flop_registry
 
 from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
+from stable_audio_lite.errors import UserError
 from training.checkpoint import checkpoints
+from training.distill import DistillConfig, DistillTask
 from training.loop import one_step
 from training.profile import Profile, profile
 from training.task import RunConfig, TrainingTask
@@ -40,6 +42,7 @@ TRAINERS: dict[str, tuple[type, type[TrainingTask]]] = {
     "train_clap": (TrainClapConfig, ClapTask),
     "train_vae": (TrainVAEConfig, VAETask),
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
+    "distill": (DistillConfig, DistillTask),
 }
 _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 
@@ -159,9 +162,13 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
     Raises:
         UserError: as the trainer itself: a key is wrong, or data or a bundle is missing.
     """
-    trainer, config_class, task_class = _trainer(path)
-    config = load_config(path, config_class)
-    run: RunConfig = config.run
+    trainer, config_class, _ = _trainer(path)
+    return measure(trainer, load_config(path, config_class), steps=steps, processes=processes, profiled=profiled)
+
+
+def measure(trainer: str, config: Any, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
+    """Measure the run with the `config` of a trainer in `TRAINERS`, as `plan` does."""
+    task_class, run = TRAINERS[trainer][1], config.run
     with tempfile.TemporaryDirectory() as nowhere:
         task = task_class(dataclasses.replace(config, run=dataclasses.replace(run, output=nowhere)))  # type: ignore[call-arg]
         return _measure(trainer, task, run, steps, processes, profiled)
@@ -173,6 +180,8 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
     Of those that know as many, it is the one for the kind of the file's model and of its `data`.
     """
     data = read_yaml(path)
+    if "run" not in data:
+        raise UserError(f"{path}: has no key 'run', so it trains nothing; give the YAML file of {', '.join(TRAINERS)}")
     if isinstance(model := data.get("model"), str) and read_config(model)[1]["kind"] != "stable_audio":
         return "train_diffusion", *TRAINERS["train_diffusion"]
 

@@ -1,13 +1,15 @@
 """Encode a data set once: python -m training.pre_encode --config configs/stable_audio/pre_encode.yaml.
 
 Each item becomes one latent of its whole length, with its captions and timing, in WebDataset shards; the mean and
-standard deviation per latent channel are stored beside them. Rerunning the command adds what is missing, and renews
-what belongs to audio or captions that have changed.
+standard deviation per latent channel are stored beside them. A piece begins and ends where it sounds: the silence
+around it is left out, long silence within it is noted, and what is silent altogether counts as unreadable. Rerunning
+the command adds what is missing, and renews what belongs to audio or captions that have changed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import Accelerator
+import torch.nn.functional as F
+from accelerate.utils import reduce
+from torch import Tensor
 
 from stable_audio_lite.audio.io import audio_hash, read_audio
-from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata
+from stable_audio_lite.data.latents import CachedLatent, LatentCache, LatentMetadata, check_folder
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.unreadable import Unreadable, content_hash
 from stable_audio_lite.errors import UserError
@@ -27,11 +31,14 @@ from stable_audio_lite.files import locked
 from stable_audio_lite.models.vae import VAE
 from stable_audio_lite.representation import load_latents
 from stable_audio_lite.systems import load_model_config
-from training.command import main
+from training.command import main, shared_processes
 from training.frozen import check_stage
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+_AUDIBLE, _LOWEST = 10 ** (-60 / 20), 10 ** (-80 / 20)  # of the highest level, and of full scale
+_REST = 2.0  # seconds of silence that are no rest any more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +49,8 @@ class PreEncodeConfig:
         vae: bundle with the VAE.
         data: folder of audio with captions.
         output: folder for the latents.
-        max_unreadable: share of the data's files that may be unreadable; they are left out and listed in the output's
-            `unreadable.jsonl`.
+        max_unreadable: share of the data's files that may be unreadable or silent; they are left out and listed in the
+            output's `unreadable.jsonl`.
         shard_items: number of items in a shard.
         dtype: of the VAE's weights and activations; the posterior is float32 either way.
     """
@@ -58,6 +65,8 @@ class PreEncodeConfig:
     def __post_init__(self) -> None:
         if self.shard_items < 1:
             raise ValueError(f"shard_items must be at least 1, got {self.shard_items}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable must lie in 0..1, got {self.max_unreadable}")
 
 
 def run(config: PreEncodeConfig) -> Path:
@@ -71,34 +80,47 @@ def run(config: PreEncodeConfig) -> Path:
 
     check_stage("vae", config.vae, "training.train_vae")
     items = read_items(config.data)
-    if bare := next((item for item in items if not item.captions), None):
-        raise UserError(f"{bare.path}: has no caption; list it in metadata.jsonl with a 'text'")
-    accelerator = Accelerator()
+    check_captioned(items, config.data)
+    processes = shared_processes()
     latents = load_latents(config.vae, load_model_config(config.vae))
-    vae = latents.to(accelerator.device, getattr(torch, config.dtype)).vae
-    main_process, count = accelerator.is_main_process, accelerator.num_processes
+    vae = latents.to(processes.device, getattr(torch, config.dtype)).vae
+    check_folder(Path(config.output))
+    main_process, count = processes.is_main_process, processes.num_processes
     with locked(config.output) if main_process else nullcontext():
-        accelerator.wait_for_everyone()  # for the lock
+        processes.wait_for_everyone()  # for the lock
         cache = LatentCache(Path(config.output), latents.hash, len(items), config.shard_items, config.dtype)
         # Each process takes shards by number, not from those missing: another process may already be writing some.
-        mine = range(accelerator.process_index, len(cache.shards), count)
+        mine = range(processes.process_index, len(cache.shards), count)
         unreadable = Unreadable(len(items), config.max_unreadable, config.output)
         total = sum(len(cache.shards[shard]) for shard in mine)
         with tqdm(total=total, unit="item", disable=not main_process) as bar:
             encoder = _Encoder(vae, items, latents.sample_rate, unreadable, bar)
             for shard in mine:
                 encoder.renew(cache, shard)
-        figures = torch.tensor([encoder.kept, encoder.captioned, encoder.encoded], device=accelerator.device)
-        kept, captioned, encoded = accelerator.reduce(figures).tolist()
+        figures = torch.tensor([encoder.kept, encoder.captioned, encoder.encoded], device=processes.device)
+        kept, captioned, encoded = reduce(figures, "sum").tolist()
         if main_process:
             cache.finish()
             print(
-                f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {config.dtype}, "
+                f"{count} process{'es' if count > 1 else ''} on {processes.device.type}, {config.dtype}, "
                 f"{config.output}: {encoded} encoded, {kept} kept, {captioned} kept with new captions or metadata, "
-                f"{len(items) - kept - captioned - encoded} left out as unreadable",
+                f"{len(items) - kept - captioned - encoded} left out as unreadable or silent",
                 file=sys.stderr,
             )
     return cache.folder
+
+
+def check_captioned(items: Sequence[Item], data: str) -> None:
+    """Refuse items without captions.
+
+    Raises:
+        UserError: says how many there are, and what to do.
+    """
+    if bare := [item for item in items if not item.captions]:
+        raise UserError(
+            f"{bare[0].path}: has no caption ({len(bare)} of {len(items)} files of {data} have none); put one in a "
+            ".txt beside it, or in metadata.jsonl, or let 'stable-audio-lite caption' write it from tags and names"
+        )
 
 
 class _Encoder:
@@ -148,12 +170,19 @@ def _described(entry: CachedLatent, item: Item) -> CachedLatent:
 
 @torch.inference_mode()
 def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLatent:
-    """Encode an item's whole audio: the posterior mean (latent_channels, F), float32 on the CPU, and facts about it.
+    """Encode an item, from where it begins to sound to where it ends.
+
+    The latent is the posterior mean (latent_channels, F), float32 on the CPU.
 
     Raises:
-        UserError: the audio can't be read.
+        UserError: the audio can't be read, or is silent.
     """
     audio = read_audio(item.path, sample_rate)
+    sounding = sounding_frames(audio, vae.hop)
+    if not len(places := sounding.nonzero()):
+        raise UserError(f"{item.path}: is silent throughout; leave it out")
+    first, last = int(places[0]), int(places[-1]) + 1
+    audio = audio[:, first * vae.hop : last * vae.hop]
     latent = vae.encode_chunked(audio[None].to(next(vae.parameters()).device)).mean[0].float().cpu()
     about = LatentMetadata(
         name=item.name,
@@ -162,8 +191,22 @@ def encode_item(vae: VAE, number: int, item: Item, sample_rate: int) -> CachedLa
         seconds_start=0.0,
         seconds=audio.shape[1] / sample_rate,
         audio=audio_hash(item.path),
+        silences=silent_stretches(sounding[first:last], math.ceil(_REST * sample_rate / vae.hop)),
     )
     return CachedLatent(number, latent, about)
+
+
+def sounding_frames(audio: Tensor, hop: int) -> Tensor:
+    """Find which frames (F,) of (C, T) audio reach 60 dB below its highest level and -80 dB of full scale."""
+    levels = F.pad(audio.abs().amax(0), (0, -audio.shape[1] % hop)).unflatten(0, (-1, hop)).amax(1)
+    return levels >= max(_AUDIBLE * float(levels.max()), _LOWEST)
+
+
+def silent_stretches(sounding: Tensor, least: int) -> tuple[tuple[int, int], ...]:
+    """First frame and last, plus one, of each stretch of at least `least` frames that don't sound."""
+    edges = F.pad((~sounding).int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    return tuple((begin, end) for begin, end in pairs if end - begin >= least)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,9 @@ class RunConfig:
         for name in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "max_grad_norm", "max_returns", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
 
@@ -84,8 +87,14 @@ class OptimizerConfig:
     muon_lr: float | None = None
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or len(self.betas) != 2:
-            raise ValueError(f"lr must be positive and betas two numbers, got {self.lr}, {self.betas}")
+        for name in ("lr", "muon_lr", "gamma"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        for name in ("weight_decay", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
 
     def build(self, module: nn.Module) -> Optimizer:
         """Build the optimizer of the module's trainable parameters."""

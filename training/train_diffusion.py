@@ -23,7 +23,7 @@ from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.lora import LoraConfig, add_lora, save_lora
+from stable_audio_lite.lora import LoraConfig, add_lora, merged_state, save_lora
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
 from stable_audio_lite.pipeline import StableAudio
@@ -58,8 +58,8 @@ class TrainDiffusionConfig:
             hub id or LAION `.pt`.
         initial: bundle whose network and timing embeddings to continue from, or null; it has to have the same
             representation and text encoder.
-        lora: for the latent system, size of a LoRA to train instead of all weights, or null; the run then exports the
-            LoRA.
+        lora: for the latent system, size of a LoRA to train instead of all weights, or null; the exported bundle has it
+            merged, and holds it alone in its folder `lora`.
         condition_dropout: share of items trained without their condition.
         lowest_time: smallest share of the noise levels that is trained. A generator that ends above that level
             (generation.sigma_min of the model) has no use for those below, where most of the loss is. None: all levels,
@@ -213,11 +213,11 @@ class DiffusionTask(TrainingTask):
         return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}
 
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
-        model = modules["model"]
-        if self.config.lora:
-            save_lora(folder, network_of(model), self.config.lora, self.representation.hash)
-            return
-        parts: dict[str, Mapping[str, Tensor]] = {self.model.part: network_of(model).state_dict()}
+        model, lora = modules["model"], self.config.lora
+        network = network_of(model)
+        parts: dict[str, Mapping[str, Tensor]] = {
+            self.model.part: merged_state(network, lora) if lora else network.state_dict()
+        }
         if self.config.vae:
             parts["vae"] = read_part(self.config.vae, "vae")
         if self.clap is None:
@@ -226,6 +226,8 @@ class DiffusionTask(TrainingTask):
         assert isinstance(model, Conditioned)
         parts |= {**self.clap.parts, "conditioner": model.conditioner.state_dict()}
         save_bundle(folder, self.model, parts, self.clap.text.tokenizer.to_str())
+        if lora:
+            save_lora(folder / "lora", network, lora, self.representation.hash)
 
     def demonstrate(self, modules: dict[str, nn.Module]) -> list[Demo]:
         """Generate each prompt at each guidance scale, with the bundle that the run would export now."""
@@ -233,11 +235,7 @@ class DiffusionTask(TrainingTask):
         with tempfile.TemporaryDirectory() as folder:
             self.export(exported := Path(folder) / "bundle", modules)
             device = str(next(self.modules["model"].parameters()).device)
-            if self.config.lora:
-                model = StableAudio.from_pretrained(self.config.initial or "", device=device, lora=exported)
-            else:
-                model = StableAudio.from_pretrained(exported, device=device)
-            return self.config.demos.sounds(model)
+            return self.config.demos.sounds(StableAudio.from_pretrained(exported, device=device))
 
     def _lowest_time(self) -> float:
         config = self.config
@@ -309,6 +307,8 @@ class DiffusionTask(TrainingTask):
     def _go_on_from(self, initial: str, model: nn.Module) -> None:
         """Load the network and timing embeddings of a bundle."""
         theirs = load_system(initial)
+        if theirs.generation.distilled is not None:
+            raise UserError(f"initial: {initial} is a student; give the model that it was distilled from")
         if theirs.kind != self.model.kind or load_representation(initial, theirs).hash != self.representation.hash:
             raise UserError(f"initial: {initial} is of kind {theirs.kind} with other data than {self.config.model}")
         if isinstance(model, Conditioned):

@@ -48,7 +48,7 @@ WEIGHTS = _SIGNALS | _COMMON
 """The weights of the paper's losses."""
 LOSSES = {
     "waveform": (*WEIGHTS, "stft/mel", "waveform/relative"),
-    "spectrogram": ("features/log", "features/root", "features/stereo", *_COMMON),
+    "spectrogram": ("features/log", "features/root", "features/stereo", "features/spread", *_COMMON),
 }
 """The losses of each kind of VAE."""
 

@@ -1,1 +1,1 @@
-"""Speed and memory, each a command: `python -m evaluation.benchmarks.NAME`."""
+"""Speed and memory of a model on this machine, in one table: `python -m evaluation.benchmarks`."""

@@ -12,6 +12,23 @@ import torch
 
 
 @dataclass(frozen=True)
+class Spread:
+    """Median and range of a figure measured several times."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise `values`, one or more."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.least:.3g} to {self.most:.3g})"
+
+
+@dataclass(frozen=True)
 class Timing:
     """Wall times in seconds of the runs of one function, and what the last run returned."""
 
@@ -19,13 +36,17 @@ class Timing:
     output: Any
 
     @property
-    def minimum(self) -> float:
-        """The least time, which other work on the machine disturbs least."""
-        return min(self.seconds)
+    def spread(self) -> Spread:
+        """Median and range of the times."""
+        return Spread.of(self.seconds)
 
-    def __str__(self) -> str:
-        median = statistics.median(self.seconds)
-        return f"{self.minimum:.3f} s (median {median:.3f}, most {max(self.seconds):.3f})"
+    def rates(self, amount: float) -> tuple[float, ...]:
+        """`amount` per second in each run."""
+        return tuple(amount / seconds for seconds in self.seconds)
+
+    def ratio(self, other: Timing) -> Spread:
+        """Speed as a multiple of that of another function, turn by turn."""
+        return Spread.of([theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)])
 
 
 def time_in_turns(runs: Sequence[Callable[[], Any]], repeats: int, warmups: int = 1) -> list[Timing]:

@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 
 from stable_audio_lite import __version__
 from stable_audio_lite.cli import (
+    caption,
     codec,
     continuation,
     corpus,
@@ -58,6 +59,7 @@ def build_parser() -> Parser:
     interchange.add_import(commands)
     interchange.add_export(commands)
     corpus.add_command(commands)
+    caption.add_command(commands)
     validate_dataset.add_command(commands)
     for entry_point in entry_points(group=ENTRY_POINTS):
         entry_point.load()(commands)

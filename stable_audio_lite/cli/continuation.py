@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stable_audio_lite.cli.generate import numbered, texts_of, told
-from stable_audio_lite.cli.options import add_sampling, sampling_of
+from stable_audio_lite.cli.options import add_sampling, check_count, sampling_of
 from stable_audio_lite.cli.progress import ProgressBar
 from stable_audio_lite.cli.prompts import prompts_of
 from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
-from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +38,7 @@ def add_command(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.count < 1:
-        raise UserError(f"--count must be at least 1, got {args.count}")
+    check_count(args.count)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
     outputs = numbered(args.output or Path(f"{args.file.stem}-{seed}.wav"), args.count)
     from stable_audio_lite.audio.io import check_writable, write_audio_blocks

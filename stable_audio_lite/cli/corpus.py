@@ -21,6 +21,7 @@ def add_command(commands: Commands) -> None:
     add("--min-seconds", type=float, default=4.0, help="shortest piece (default: 4)")
     add("--max-seconds", type=float, default=30.0, help="longest piece (default: 30)")
     add("--max-parts", type=int, default=4, help="most instruments in a piece, drums apart: 1 for solos (default: 4)")
+    add("--tempo-step", type=int, default=1, help="tempos are multiples of it, in bpm (default: 1)")
     add("--instruments", metavar="A,B", type=_names, help="who may play, for instance 'piano, flute' (default: all)")
     add("--styles", metavar="A,B", type=_names, help="what may be played, for instance 'jazz, waltz' (default: all)")
     add("--no-drums", action="store_true", help="no piece has drums")
@@ -44,6 +45,7 @@ def _run(args: argparse.Namespace) -> None:
         min_seconds=args.min_seconds,
         max_seconds=args.max_seconds,
         max_parts=args.max_parts,
+        tempo_step=args.tempo_step,
         instruments=args.instruments,
         styles=args.styles,
         drums=not args.no_drums,

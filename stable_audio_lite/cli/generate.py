@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_audio_lite.cli.options import add_sampling, sampling_of, stretch
+from stable_audio_lite.cli.options import add_sampling, check_count, sampling_of, stretch
 from stable_audio_lite.cli.progress import ProgressBar
 from stable_audio_lite.cli.prompts import prompts_of
 from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
@@ -99,8 +99,9 @@ def texts_of(prompts: Sequence[str], negative: str | None) -> list[str]:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    if args.count < 1 or args.batch < 1:
-        raise UserError(f"--count and --batch must be at least 1, got {args.count} and {args.batch}")
+    check_count(args.count)
+    if args.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {args.batch}")
     if args.normalize is not None and not -100 <= args.normalize <= 0:
         raise UserError(f"--normalize must lie in -100..0 dB, got {args.normalize:g}")
     if args.loop and args.init:

@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 from stable_audio_lite.command import Parser, add_overwrite, file_path
+from stable_audio_lite.errors import UserError
 
+_MOST_ITEMS = 10_000
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLING = ("seconds", "seconds_start", "seconds_total", "steps", "cfg", "rescale", "negative", "sampler")
 
@@ -52,6 +54,16 @@ def add_sampling(parser: Parser) -> None:
     add("--lora", metavar="FOLDER", type=file_path, help="a LoRA that was trained for this model")
     add("--lora-strength", type=float, help="1 is as trained (default: 1)")
     add_overwrite(parser)
+
+
+def check_count(count: int) -> None:
+    """Refuse a number of items per prompt that nobody means, such as a seed.
+
+    Raises:
+        UserError: it is below 1, or too large.
+    """
+    if not 1 <= count <= _MOST_ITEMS:
+        raise UserError(f"--count must lie in 1..{_MOST_ITEMS}, got {count}")
 
 
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:

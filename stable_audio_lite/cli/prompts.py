@@ -37,17 +37,20 @@ def prompts_of(args: argparse.Namespace, sound: Path | None) -> list[str]:
             raise UserError(f"give {'a PROMPT' if sound else 'either a PROMPT or --prompts FILE'}{inside}")
     if not found and (args.bpm is not None or args.key is not None):
         raise UserError("--bpm and --key go into a prompt; give one, to a model that reads it")
-    return [_worded(prompt, args.bpm, args.key) for prompt in found]
+    stored = f"the prompt inside {sound}" if args.prompt is None and file is None else None
+    return [_worded(prompt, args.bpm, args.key, stored) for prompt in found]
 
 
-def _worded(prompt: str, bpm: float | None, key: str | None) -> str:
-    """The prompt with a tempo and a key, in the words of captions."""
+def _worded(prompt: str, bpm: float | None, key: str | None, stored: str | None) -> str:
+    """The prompt with a tempo and a key, in the words of captions; `stored` names one that the user didn't give."""
+    where, instead = (stored, "leave it out, or give a PROMPT") if stored else (repr(prompt), "leave out one")
     said = [] if bpm is None and key is None else [prompt]
     if bpm is not None:
         if not 20 <= bpm <= 400:
             raise UserError(f"--bpm must lie in 20..400, got {bpm:g}")
         if (own := tempo_of(prompt)) not in (None, bpm) or (own is None and states_tempo(prompt)):
-            raise UserError(f"--bpm {bpm:g}: the prompt says another tempo; leave out one")
+            said_tempo = f"{own:g} bpm" if own is not None else "several tempos"
+            raise UserError(f"--bpm {bpm:g}: {where} says {said_tempo}; {instead}")
         said += [f"{bpm:g} bpm"] if own is None else []
     if key is not None:
         match = re.fullmatch(r"([A-Ga-g][#b]?) (major|minor)", key.strip())
@@ -55,7 +58,7 @@ def _worded(prompt: str, bpm: float | None, key: str | None) -> str:
             raise UserError(f"--key: {key!r} is not one of {', '.join(_TONICS)} and major or minor, as in 'A minor'")
         wanted = f"{tonic} {match[2]}"
         if (own_key := _KEY.search(prompt)) and own_key[0] != wanted:
-            raise UserError(f"--key {wanted}: the prompt says {own_key[0]}; leave out one")
+            raise UserError(f"--key {wanted}: {where} says {own_key[0]}; {instead}")
         said += [] if own_key else [wanted]
     return ", ".join(said) or prompt
 

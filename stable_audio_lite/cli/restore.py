@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> None:
     from stable_audio_lite.audio.io import audio_info, check_writable
 
     check_writable(args.output)
-    check_outputs([args.output], [args.file], overwrite=args.overwrite)
+    check_outputs([args.output], [args.file, *([args.room] if args.room else [])], overwrite=args.overwrite)
     header = audio_info(args.file)
     from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
 

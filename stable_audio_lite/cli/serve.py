@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import math
 import os
 import sys
 
@@ -39,8 +40,8 @@ def add_command(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     for name in ("batch", "queue", "max_seconds", "max_steps", "max_count", "max_upload", "max_work", "keep", "grace"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name):g}")
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(args, name):g}")
     try:
         from stable_audio_lite.server.app import create_app
         from stable_audio_lite.server.host import open_socket, serve_app

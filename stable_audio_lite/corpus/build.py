@@ -107,7 +107,8 @@ def _claim(out: Path, config: CorpusConfig) -> None:
         return
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read; choose an empty folder") from error
-    differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
+    found = {"tempo_step": 1} | found if isinstance(found, dict) else {}  # older corpora don't say
+    differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         raise UserError(f"{path}: this corpus has another {', '.join(differing)}; choose an empty folder")
 

@@ -56,6 +56,7 @@ class CorpusConfig:
         items, held_out: numbers of training pieces and of held-out ones.
         min_seconds, max_seconds: range of their lengths, within 2 to 60.
         max_parts: largest number of instruments in a piece, not counting drums.
+        tempo_step: tempos are multiples of it, in beats per minute, where the style allows one.
         instruments, styles: names to draw from.
         drums: allow drums.
 
@@ -69,6 +70,7 @@ class CorpusConfig:
     min_seconds: float = 4.0
     max_seconds: float = 30.0
     max_parts: int = MAX_PARTS
+    tempo_step: int = 1
     instruments: tuple[str, ...] = tuple(INSTRUMENTS)
     styles: tuple[str, ...] = tuple(STYLES)
     drums: bool = True
@@ -86,6 +88,8 @@ class CorpusConfig:
             raise UserError(f"min_seconds ({self.min_seconds:g}) is more than max_seconds ({self.max_seconds:g})")
         if not 1 <= self.max_parts <= MAX_PARTS:
             raise UserError(f"max_parts must lie in 1..{MAX_PARTS}, got {self.max_parts}")
+        if not 1 <= self.tempo_step <= 30:
+            raise UserError(f"tempo_step must lie in 1..30, got {self.tempo_step}")
         for name, known in (("instruments", INSTRUMENTS), ("styles", STYLES)):
             chosen = getattr(self, name)
             if not chosen or len(set(chosen)) < len(chosen):
@@ -132,7 +136,7 @@ def compose(config: CorpusConfig, split: str, index: int) -> Piece:
         config.drums and style.drums_chance > 0 and rng.random() < (style.drums_chance if count > 1 else SOLO_DRUMS)
     )
     slowing = rng.uniform(0.04, 0.12) if style.calm else rng.choice((0.0, 0.0, 0.05))
-    bpm, bars = _tempo(rng, style, seconds, slowing)
+    bpm, bars = _tempo(rng, style, seconds, slowing, config.tempo_step)
     tonic, mode = rng.randrange(12), rng.choice(("major", "minor"))
     tempo_map = _TempoMap(
         spb=60 / bpm, swing=style.swing, slow_from=(bars - 1) * style.beats, slow_beats=style.beats, slowing=slowing
@@ -183,12 +187,14 @@ def _shortest(style: Style) -> float:
     return style.beats * 60 / style.tempo[1] * 1.12 + LEAD_IN + TAIL + SHORTEST_HOLD
 
 
-def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float) -> tuple[int, int]:
+def _tempo(rng: random.Random, style: Style, seconds: float, slowing: float, step: int) -> tuple[int, int]:
     """Draw a tempo whose bars leave a last chord of agreeable length, and the number of bars before that chord."""
     room = seconds - LEAD_IN - TAIL
-    best = (math.inf, style.tempo[1], 1)
+    slowest, fastest = style.tempo
+    tempos = [bpm for bpm in range(slowest, fastest + 1) if bpm % step == 0] or [fastest]
+    best = (math.inf, tempos[-1], 1)
     for _ in range(24):
-        bpm = rng.randint(*style.tempo)
+        bpm = rng.choice(tempos)
         bar = style.beats * 60 / bpm
         bars = math.floor((room - SHORTEST_HOLD) / bar - slowing)
         hold = room - bar * (bars + slowing)

@@ -31,6 +31,8 @@ def read_hub_items(name: str) -> list[Item]:
         raise UserError(
             f"{name}: needs datasets; install it with: pip install 'stable-audio-lite[datasets]'"
         ) from error
+    if not name.removeprefix(PREFIX).partition(":")[0].strip("/ "):
+        raise UserError(f"{name}: names no data set; give {PREFIX}owner/name")
     address, _, split = name.removeprefix(PREFIX).partition(":") if name.startswith(PREFIX) else (name, "", "")
     try:
         if name.startswith(PREFIX):

@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from stable_audio_lite.audio.io import AudioSource
@@ -37,13 +37,18 @@ class Item:
         return PurePath(str(self.path)).name
 
 
+_TEXTS = ("text", "prompt", "caption", "description")
+
+
 def captions_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The texts of a metadata row: its "captions", a list, or its "text"; blank ones are none.
+
+    Where others say "prompt", "caption" or "description" for "text", that will do.
 
     Raises:
         UserError: they are something else; the message begins with `where`.
     """
-    captions = row.get("captions") or ([row["text"]] if row.get("text") else [])
+    captions = row.get("captions") or [row[key] for key in _TEXTS if row.get(key) not in (None, "")][:1]
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError(f"{where}: 'text' should be a text and 'captions' a list of texts")
     try:
@@ -51,6 +56,18 @@ def captions_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: a text is not valid Unicode ({error.reason}); write it again") from error
     return tuple(caption for caption in captions if caption.strip())
+
+
+def read_text(file: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        UserError: it can't be read, or is something else.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: can't be read as UTF-8 text ({error})") from error
 
 
 def is_hidden(name: PurePath) -> bool:

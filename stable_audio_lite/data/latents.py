@@ -1,7 +1,7 @@
 """Cached latents: WebDataset shards of a data set's items, and an index with the statistics of their channels.
 
 A shard `000000.tar` holds for each item `NUMBER.npy`, its latent (C, F) in float16, and `NUMBER.json`: the file's name
-and SHA-256, captions, metadata, and the second of the file at which the latent begins and how many it covers.
+and SHA-256, captions, metadata, the second of the piece at which the latent begins, how many it covers, and silences.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from stable_audio_lite.config import differences
+from stable_audio_lite.data.item import is_hidden
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
@@ -33,9 +34,10 @@ class LatentMetadata:
         name: of its file.
         captions: texts that describe it.
         metadata: its row of the data set.
-        seconds_start: second of the file at which the latent begins.
+        seconds_start: second of the piece at which the latent begins.
         seconds: length of the sound that the latent covers; its last frame may cover more.
         audio: SHA-256 of the file, "" if unknown.
+        silences: first frame and last frame, plus one, of each stretch of silence that is long for music.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LatentMetadata:
     seconds_start: float
     seconds: float
     audio: str = ""
+    silences: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class LatentCache:
         dtype: in which they are encoded.
 
     Raises:
-        UserError: the folder holds latents of another VAE, number of items or type, or in shards of another size.
+        UserError: the folder holds other files, or latents of another VAE, number of items or type, or in shards of
+            another size.
     """
 
     def __init__(self, folder: Path, encoder: str, items: int, shard_items: int = 256, dtype: str = "float32"):
@@ -78,6 +82,7 @@ class LatentCache:
             raise UserError(
                 f"{folder}: holds latents {other} ({'; '.join(found)}); choose a new output or remove the folder"
             )
+        check_folder(folder)
         with replacing(mark) as temporary:
             temporary.write_text(json.dumps(own))
 
@@ -143,6 +148,17 @@ class LatentCache:
             temporary.write_text(json.dumps(row))
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder of other files: shards of sound may have the names of those of latents.
+
+    Raises:
+        UserError: it holds files, and no latents.
+    """
+    if folder.is_dir() and not (folder / _MARK).exists():
+        if any(not is_hidden(PurePath(file.name)) for file in folder.iterdir()):
+            raise UserError(f"{folder}: holds other files, no latents; choose a new output")
+
+
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     header = tarfile.TarInfo(name)  # dated 1970 and without an owner, so that the same latents make the same bytes
     header.size = len(data)
@@ -188,7 +204,8 @@ def _to_row(about: LatentMetadata) -> dict[str, Any]:
 
 def _from_row(row: dict[str, Any]) -> LatentMetadata:
     facts = {"metadata" if key == "truth" else key: value for key, value in row.items()}
-    return LatentMetadata(**facts | {"captions": tuple(row["captions"])})
+    silences = tuple((int(begin), int(end)) for begin, end in row.get("silences", ()))
+    return LatentMetadata(**facts | {"captions": tuple(row["captions"]), "silences": silences})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +223,11 @@ class CacheIndex:
     frames: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Check whether all that a folder's latents are made of has been encoded."""
+    return (Path(folder) / _INDEX).is_file()
 
 
 def read_index(folder: str | Path, encoder: str) -> CacheIndex:

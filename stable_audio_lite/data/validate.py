@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from stable_audio_lite.audio.io import AudioSource, audio_blocks, audio_info
-from stable_audio_lite.bundle import TOKENIZER_FILE, read_config, resolve
+from stable_audio_lite.bundle import CONFIG_FILE, TOKENIZER_FILE, read_config, resolve
 from stable_audio_lite.clap.config import MAX_TOKENS
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.errors import UserError
@@ -103,6 +103,18 @@ class DatasetReport:
             "unread": self.unread,
         }
 
+    def in_short(self) -> str:
+        """Five lines at most: what there is, and how much has which fault, with an example."""
+        length = f", {self.shortest:.1f} to {self.longest:.1f} s each" if self.rates else ""
+        rates = ", ".join(f"{rate} Hz" for rate in sorted(self.rates))
+        lines = [f"{self.files} files, {self.seconds / 3600:.2f} h{length}{rates and f', {rates}'}"]
+        for fault in ("broken", "silent", "clipped", "caption cut"):
+            if paths := self.faults.get(fault):
+                shown = self.errors[0] if fault == "broken" else str(paths[0])
+                shown += f": not read: {self.unread[0]}" if fault == "caption cut" else ""
+                lines.append(f"{len(paths)} {fault}{', such as' if len(paths) > 1 else ':'} {shown}")
+        return "\n".join(lines)
+
     def as_text(self) -> str:
         """A summary that names the first files of each fault."""
         lines = [f"files            {self.files}", f"hours            {self.seconds / 3600:.2f}"]
@@ -128,9 +140,13 @@ def validate(path: str | Path, workers: int = 4, model: str | None = None) -> Da
     Raises:
         UserError: there is no data set at `path`, or no bundle `model`.
     """
+    return validate_items(read_items(path), workers, model)
+
+
+def validate_items(items: Sequence[Item], workers: int = 4, model: str | None = None) -> DatasetReport:
+    """Read every file of a data set, and its captions, as `validate` does."""
     from tqdm import tqdm
 
-    items = read_items(path)
     report = DatasetReport()
     with ThreadPoolExecutor(workers) as pool:
         for file in tqdm(pool.map(inspect, items), total=len(items), unit="file", leave=False):
@@ -148,8 +164,11 @@ def _reader(model: str) -> Callable[[Sequence[str]], list[str]] | None:
     clap = read_config(folder)[1].get("clap")
     if not isinstance(clap, dict) or not (folder / TOKENIZER_FILE).is_file():
         return None
+    most = clap.get("max_tokens", MAX_TOKENS)
+    if not isinstance(most, int):
+        raise UserError(f"{folder / CONFIG_FILE}: key 'clap.max_tokens' must be a whole number, got {most!r}")
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
-    return lambda texts: unread_parts(tokenizer, texts, int(clap.get("max_tokens", MAX_TOKENS)))
+    return lambda texts: unread_parts(tokenizer, texts, most)
 
 
 def inspect(item: Item) -> FileReport:

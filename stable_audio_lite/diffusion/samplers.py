@@ -149,7 +149,9 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp-2m": functools.partial(_solve, "sample_dpmpp_2m"),
     "dpmpp-2m-sde": functools.partial(_solve, "sample_dpmpp_2m_sde"),
     "dpmpp-3m-sde": functools.partial(_solve, "sample_dpmpp_3m_sde"),
+    "ddim": functools.partial(_solve, "sample_euler"),
     "ddpm": functools.partial(_solve, "sample_euler_ancestral"),
 }
-"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) by name: 2M as an ODE, 2M and 3M as SDEs; and DDPM's ancestral
-sampling (Ho et al. 2020, arXiv 2006.11239, algorithm 2, with the posterior's variance of equation 7)."""
+"""DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) by name: 2M as an ODE, 2M and 3M as SDEs; DDIM (Song et al.
+2020, arXiv 2010.02502), which takes the estimate of x0 for constant within a step; and DDPM's ancestral sampling (Ho et
+al. 2020, arXiv 2006.11239, algorithm 2, with the posterior's variance of equation 7)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from stable_audio_lite import bundle
 from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing, save_tensors
+from stable_audio_lite.files import check_apart, replacing, save_tensors
 from stable_audio_lite.interchange.model_config import (
     VAE_PREFIX,
     Described,
@@ -58,6 +58,10 @@ def import_checkpoint(
             the bundle can't be written.
     """
     bundle.check_replaceable(output)
+    sources: list[str | Path] = [path, config, *([] if clap is None else [clap])]
+    for source in sources:
+        if Path(output).resolve() in (file := Path(source).resolve(), *file.parents):
+            raise UserError(f"{output}: holds {source}, which is read; write to another place")
     described = read_model_config(config, vae_only=vae_only)
     system, whole = described.config, described.scale is not None
     if clap is not None and not whole:
@@ -100,6 +104,7 @@ def export_checkpoint(folder: str | Path, output: str | Path, config: str | Path
         UserError: a part is missing or damaged, stable-audio-tools has no such network, or a file can't be written.
     """
     source = bundle.resolve(folder)
+    check_apart(source.iterdir(), [output, config])
     system = load_model_config(source)
     whole = bundle.part_path(source, "unet").is_file()
     check_expressible(system, whole, str(source / bundle.CONFIG_FILE))

@@ -39,6 +39,8 @@ class UNetConfig:
         feed_forward: hidden width of the feed-forwards, in units of their channels.
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
+        pooled_context: the mean of the condition's tokens is added to the time embedding, so that FiLM sees it too.
+        positions: each frame's place in the window is an input, as sines and cosines; a beat can be counted from it.
         attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition has
             the prompt's mask, as in stable-audio-tools.
     """
@@ -52,6 +54,8 @@ class UNetConfig:
     feed_forward: int = 4
     groups: int = 16
     rotary: bool = False
+    pooled_context: bool = False
+    positions: bool = False
     attend_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -92,10 +96,12 @@ class UNetContext(NamedTuple):
     Attributes:
         layers: for each transformer (down, bottleneck, up), for each of its layers, keys and values.
         mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
+        pooled: (B, E), what it adds to the time embedding, or None.
     """
 
     layers: tuple[tuple[KeysValues, ...], ...]
     mask: Tensor | None
+    pooled: Tensor | None = None
 
 
 LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
@@ -188,6 +194,21 @@ class TimeFeatures(nn.Module):
         t = t.float()[:, None]
         angles = 2 * math.pi * t * self.frequencies.float()
         return torch.cat((t, angles.sin(), angles.cos()), dim=-1)
+
+
+class FramePositions(nn.Module):
+    """Number T of frames -> (T, channels): a projection, at first zero, of sines and cosines of each frame's number."""
+
+    def __init__(self, channels: int, periods: int = 32, shortest: float = 4.0, longest: float = 1024.0) -> None:
+        super().__init__()
+        self.periods, self.shortest, self.longest = periods, shortest, longest
+        self.projection = linear(2 * periods, channels, zero=True)
+
+    def forward(self, frames: int) -> Tensor:
+        weight = self.projection.weight
+        span = torch.linspace(math.log(self.shortest), math.log(self.longest), self.periods, device=weight.device)
+        angles = 2 * math.pi * torch.arange(frames, device=weight.device)[:, None] / span.exp()
+        return self.projection(torch.cat((angles.sin(), angles.cos()), -1).to(weight.dtype))
 
 
 # Blocks
@@ -335,6 +356,8 @@ class UNet(nn.Module):
         self.mapping = nn.Sequential(
             linear(time_width, time_width), nn.GELU(), linear(time_width, time_width), nn.GELU()
         )
+        self.pooled = linear(context_width, time_width, zero=True) if config.pooled_context else None
+        self.positions = FramePositions(outer) if config.positions else None
         self.block_in = ResidualBlock(channels, outer, 1, time_width)
         self.down = nn.ModuleList(Down(config, i, time_width, context_width) for i in steps)
         self.middle_in = ResidualBlock(inner, inner, config.groups, time_width)
@@ -365,11 +388,15 @@ class UNet(nn.Module):
         down, up = (cast("Iterable[UNetLevel]", levels) for levels in (self.down, self.up))
         transformers = [*(d.transformer for d in down), self.middle, *(u.transformer for u in up)]
         layers = tuple(() if t is None else t.keys_values(tokens) for t in transformers)
+        pooled = None
+        if self.pooled is not None:
+            share = cond.mask / cond.mask.sum(1, keepdim=True)  # of each token in the mean
+            pooled = self.pooled((share.to(tokens)[:, None] @ tokens)[:, 0])
         mask = attention_mask(cond.mask)
         if mask is not None and self.config.attend_padding:
             seen = mask.to(tokens).transpose(2, 3)  # B, 1, S, 1
-            return UNetContext(tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None)
-        return UNetContext(layers, mask)
+            return UNetContext(tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None, pooled)
+        return UNetContext(layers, mask, pooled)
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
         """Predict v, (B, C, T), in x's dtype whatever that of the weights.
@@ -381,7 +408,8 @@ class UNet(nn.Module):
             raise ValueError(f"latents must be (B, {self.channels}, T), got {tuple(x.shape)}")
         frames, dtype = x.shape[-1], self.null.dtype
         hidden = F.pad(x.to(dtype), (0, -frames % math.prod(self.config.factors))).transpose(1, 2)
-        embedding = self.mapping(self.time[2](self.time[1](self.time[0](t).to(dtype))))
+        embedding = self.time[2](self.time[1](self.time[0](t).to(dtype)))
+        embedding = self.mapping(embedding if context.pooled is None else embedding + context.pooled)
         out = self._levels(hidden.contiguous(), embedding, context)
         return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
 
@@ -389,7 +417,8 @@ class UNet(nn.Module):
         """Down, through the bottleneck and up again, over (B, T, C)."""
         run, middle = self._run, len(self.down)
         contexts = [(layers, context.mask) for layers in context.layers]
-        x = first = run(self.block_in, x, embedding)
+        x = run(self.block_in, x, embedding)
+        x = first = x if self.positions is None else x + self.positions(x.shape[1])
         skips = []
         for down, layers in zip(self.down, contexts[:middle], strict=True):
             x, level_skips = down(x, embedding, layers, run)

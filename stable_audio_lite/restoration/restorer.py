@@ -36,7 +36,7 @@ from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
 from stable_audio_lite.diffusion.samplers import Denoiser, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_apart
-from stable_audio_lite.request import check_number, milliseconds
+from stable_audio_lite.request import check_number, merge_stretches, milliseconds
 from stable_audio_lite.restoration.ddrm import ddrm
 from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Inpaint, encode_padded
 from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser, window_starts
@@ -115,6 +115,8 @@ class Restorer:
         config = load_system(folder)
         if isinstance(config, StableAudioConfig) or config.clap is not None:
             raise UserError(f"{name}: makes sound from text; to restore, give a model of spectrograms that reads none")
+        if config.generation.distilled is not None:
+            raise UserError(f"{name}: is a student of few noise levels; give the model that it was distilled from")
         where = choose_device(device)
         network = bundle.load_module(folder, config.part, config.network).to(where, choose_dtype(dtype, where))
         return cls(NetworkDenoiser(network, config.process), config, where, bundle.model_hash(folder))
@@ -281,6 +283,8 @@ def _check_gaps(degradation: Inpaint, seconds: float) -> None:
             raise UserError(
                 f"gaps: {start:g}-{stop:g} s reaches beyond the sound, which ends at {milliseconds(seconds)} s"
             )
+    if sum(stop - start for start, stop in merge_stretches(degradation.gaps)) > seconds - 1e-6:
+        raise UserError("gaps: cover the whole sound, so nothing tells what is missing; leave some of it")
 
 
 def _gain(audio: Tensor, hop: int) -> float:

@@ -59,6 +59,8 @@ Item = Annotated[int, Path(ge=0, le=1000, description="number of the sound, from
 Wait = Annotated[float, Query(ge=0, le=60, description="seconds to wait for its end before answering")]
 Format = Annotated[SoundFormat, Query(description="opus comes in Ogg, at 48 kHz")]
 
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
 
 def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | None = None) -> FastAPI:
     """Build the service on a queue; with a `token`, all but /health asks for it as a bearer token."""
@@ -141,8 +143,10 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         "/metrics",
         dependencies=guard,
         response_class=Response,
-        responses={200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-        | failures(),
+        responses={
+            200: {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+            **failures(),
+        },
     )
     async def show_metrics() -> Response:
         """Tell counts and times in Prometheus' text format."""
@@ -269,10 +273,10 @@ def _worded(errors: Any) -> str:
 
 
 def _bearer(token: str) -> Callable[..., None]:
-    scheme, expected = HTTPBearer(auto_error=False), token.encode()
+    expected = token.encode()  # headers are bytes, which are read as Latin-1
 
-    def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(scheme)]) -> None:
-        if given is None or not secrets.compare_digest(given.credentials.encode("utf-8", "replace"), expected):
+    def check(given: Credentials) -> None:
+        if given is None or not secrets.compare_digest(given.credentials.encode("latin-1", "replace"), expected):
             line = "the token is missing or wrong; send `Authorization: Bearer TOKEN`"
             raise HTTPException(401, line, headers={"WWW-Authenticate": "Bearer"})
 

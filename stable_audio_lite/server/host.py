@@ -16,6 +16,8 @@ from fastapi import FastAPI
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.server.jobs import Jobs
 
+_LAST_ANSWERS = 5  # seconds that answers may take once all jobs have ended
+
 
 def open_socket(host: str, port: int) -> socket.socket:
     """Listen at an address; port 0 takes a free one.
@@ -33,7 +35,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def serve_app(app: FastAPI, jobs: Jobs, listener: socket.socket, grace: float) -> None:
     """Answer requests until a signal comes; then give what runs up to `grace` seconds, and end the queue."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(grace) + 1, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_ANSWERS, server_header=False)
     try:
         _Server(config, jobs, grace).run(sockets=[listener])
     finally:
@@ -47,12 +49,14 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._asked:
+            self.force_exit = True
             super().handle_exit(sig, frame)
         self._asked = self._asked or time.monotonic()
 
     async def on_tick(self, counter: int) -> bool:
         if self._asked:
-            self._jobs.stop()
-            if self._jobs.idle or time.monotonic() > self._asked + self._grace:
+            late = time.monotonic() > self._asked + self._grace
+            self._jobs.stop(at_once=late)
+            if late or self._jobs.idle:
                 return True
         return await super().on_tick(counter)

@@ -282,21 +282,20 @@ class Jobs:
         with self._changed:
             return not self._queue and not self._running and all(job.collected for job in self._kept)
 
-    def stop(self) -> None:
-        """Take no more jobs and hand back those that wait; what runs goes on."""
+    def stop(self, at_once: bool = False) -> None:
+        """Take no more jobs and hand back those that wait; what runs goes on, or with `at_once` is handed back too."""
         with self._changed:
             self.stopping = True
             for job in self._queue:
                 self._end(job, "failed", "the server is stopping and did not begin this; send the request again")
             self._queue.clear()
+            for job in self._running if at_once else ():
+                self._end(job, "failed", "the server stopped before this was complete; send the request again")
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop, hand back what runs too, and end the worker."""
-        self.stop()
-        with self._changed:
-            for job in self._running:
-                self._end(job, "failed", "the server stopped before this was complete; send the request again")
+        """Stop at once, and wait for the worker, which ends after its present step."""
+        self.stop(at_once=True)
         self._worker.join()
 
     def _work(self) -> None:
