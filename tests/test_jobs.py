@@ -71,6 +71,8 @@ def test_a_job_makes_what_the_model_makes(started: Callable[..., Jobs], store: M
     model = store.load(store.choose())
     expected = model.generate("piano", seed=4, count=2, **SHORT)
     assert job.settings == expected.settings
+    stored = sum(piece.untyped_storage().nbytes() for item in range(2) for piece in job.pieces(item))
+    assert stored == expected.audio.nbytes  # and not what they were cut from
     for item in range(2):
         torch.testing.assert_close(job.audio(item), expected.audio[item], atol=1e-4, rtol=0)
 

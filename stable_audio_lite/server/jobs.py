@@ -171,7 +171,8 @@ class Job:
     def _add(self, item: int, piece: Tensor) -> None:
         if not piece.isfinite().all():
             raise UserError("the audio holds NaN or infinite samples (try dtype float32)")
-        self._pieces[item].append(piece if self._leveller is None else self._leveller.levelled(piece))
+        # A copy: the piece may be a small part of a decoder's chunk, which would stay with it.
+        self._pieces[item].append(piece.clone() if self._leveller is None else self._leveller.levelled(piece))
 
     def _end(self, state: State, error: str = "") -> None:
         self.state, self.error, self.finished = state, error, time.monotonic()

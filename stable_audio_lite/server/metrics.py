@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' format."""
+"""Counts of the service in Prometheus' format."""
 
 from __future__ import annotations
 
