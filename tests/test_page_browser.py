@@ -44,7 +44,7 @@ WATCHED = """if True:
 
 # Remembers what is played, which is no element of the page.
 PLAYED = """
-    const played = [], play = HTMLMediaElement.prototype.play;
+    const played = (window.played = []), play = HTMLMediaElement.prototype.play;
     HTMLMediaElement.prototype.play = function () { played.push(this); return play.call(this); };
 """
 
@@ -167,7 +167,7 @@ def test_words_become_a_sound_to_play_and_to_keep(tab: Callable[..., Tab], serve
     player = one.cards.first.get_by_test_id("waveform-Audio")
     player.get_by_role("button", name="Play", exact=True).click()
     playwright.expect(player.locator("#duration")).to_have_text("0:01")
-    one.page.wait_for_function("played.some(media => media.duration > 0.99 && media.currentTime > 0.1)")
+    one.page.wait_for_function("window.played.some(media => media.duration > 0.99 && media.currentTime > 0.1)")
     path = one.download(0, tmp_path)
     settings = read_metadata(path).settings
     assert (settings["prompt"], settings["seed"], settings["seconds"]) == ("warm slow piano", 3, 1.0)
@@ -251,7 +251,7 @@ def test_it_fits_wide_and_narrow(tab: Callable[..., Tab], width: int, tmp_path: 
     one.page.get_by_text("Loop", exact=True).click()
     one.page.get_by_label("Bars").wait_for()
     one.page.screenshot(path=folder / f"loop-{width}.png", full_page=True)
-    one.page.get_by_text("From words").click()
+    one.page.get_by_text("From words", exact=True).click()
     one.fill(prompt="a very long prompt of many words " * 5, seconds=1)
     one.make.click()
     one.status("1 sound in")
