@@ -42,6 +42,12 @@ WATCHED = """if True:
     sys.exit(main())
 """
 
+# Remembers what is played, which is no element of the page.
+PLAYED = """
+    const played = (window.played = []), play = HTMLMediaElement.prototype.play;
+    HTMLMediaElement.prototype.play = function () { played.push(this); return play.call(this); };
+"""
+
 
 class Served:
     """A page that is served by a process, and the folders that it uses."""
@@ -86,6 +92,7 @@ class Tab:
     def __init__(self, browser: Any, address: str, width: int = 1400):
         self.context = browser.new_context(viewport={"width": width, "height": 900})
         self.context.set_default_timeout(PATIENCE)
+        self.context.add_init_script(PLAYED)
         self.page = self.context.new_page()
         self.requests: list[str] = []
         self.faults: list[str] = []
@@ -160,7 +167,7 @@ def test_words_become_a_sound_to_play_and_to_keep(tab: Callable[..., Tab], serve
     player = one.cards.first.get_by_test_id("waveform-Audio")
     player.get_by_role("button", name="Play", exact=True).click()
     playwright.expect(player.locator("#duration")).to_have_text("0:01")
-    player.get_by_role("button", name="Pause", exact=True).or_(player.locator("#time:text('0:01')")).first.wait_for()
+    one.page.wait_for_function("window.played.some(media => media.duration > 0.99 && media.currentTime > 0.1)")
     path = one.download(0, tmp_path)
     settings = read_metadata(path).settings
     assert (settings["prompt"], settings["seed"], settings["seconds"]) == ("warm slow piano", 3, 1.0)
@@ -244,7 +251,7 @@ def test_it_fits_wide_and_narrow(tab: Callable[..., Tab], width: int, tmp_path: 
     one.page.get_by_text("Loop", exact=True).click()
     one.page.get_by_label("Bars").wait_for()
     one.page.screenshot(path=folder / f"loop-{width}.png", full_page=True)
-    one.page.get_by_text("From words").click()
+    one.page.get_by_text("From words", exact=True).click()
     one.fill(prompt="a very long prompt of many words " * 5, seconds=1)
     one.make.click()
     one.status("1 sound in")
@@ -264,7 +271,8 @@ def test_a_request_that_names_an_address_is_refused(tab: Callable[..., Tab], ser
 def test_it_stops_and_leaves_nothing_and_called_nobody(served: Served) -> None:
     """The last one here: files are gone but for those that are kept, and every address was this machine's."""
     assert served.stop() == 0
-    assert list(served.temporary.iterdir()) == [] and list(served.kept.glob("*.wav"))
+    left = [path for path in served.temporary.rglob("*") if path.is_file()]
+    assert left == [] and list(served.kept.glob("*.wav"))
     served.log.seek(0)
     assert "Traceback" not in served.log.read()
     calls = served.calls.read_text().splitlines() if served.calls.exists() else []

@@ -110,7 +110,7 @@ class Page:
             with gr.Column(visible=False) as column:
                 part("stretch", column)
                 self._picker = gr.HTML(
-                    value={},  # type: ignore[arg-type]
+                    value={},
                     html_template=(_FILES / "stretch.html").read_text(encoding="utf-8"),
                     js_on_load=(_FILES / "stretch.js").read_text(encoding="utf-8"),
                     elem_id="stretch",
@@ -207,7 +207,8 @@ class Page:
         onward.click(lambda: [start.way, start.source], None, wanted, show_progress="hidden")
 
     def _events(self) -> None:
-        fields, quiet = self.fields, {"show_progress": "hidden"}
+        fields = self.fields
+        quiet: dict[str, Any] = {"show_progress": "hidden"}
         # What needs no files happens in the browser, at once: Make may be pressed before the server answers.
         fields["way"].change(None, fields["way"], [self._parts[name] for name in _SHOWN], js=_PARTS_SHOWN)
         filled = [fields[name] for name in ("prompt", "seconds", "seed")]
