@@ -43,13 +43,15 @@ def likeness(sounds: Tensor, recordings: Tensor, *, same: bool = False) -> Tenso
     return cosines.mean(1)
 
 
-def embed_generated(model: StableAudio, clap: Clap, captions: Sequence[str], seconds: float, seed: int) -> Tensor:
+def embed_generated(
+    model: StableAudio, clap: Clap, captions: Sequence[str], seconds: float, seed: int, steps: int | None = None
+) -> Tensor:
     """Generate a sound for each caption, the seeds counted from `seed`, and embed them (N, D)."""
     from tqdm import tqdm
 
     rows = []
     for number, caption in enumerate(tqdm(captions, unit="sound", leave=False)):
-        made = model.generate(caption, seconds=seconds, seed=seed + number)
+        made = model.generate(caption, seconds=seconds, seed=seed + number, steps=steps)
         rows.append(clap.embed_audio(made.audio, model.sample_rate))
     return torch.cat(rows).cpu()
 
@@ -78,6 +80,7 @@ def main() -> int:
     add("--untrained", metavar="BUNDLE", default="starter", help="what it was trained from (default: starter)")
     add("--items", type=int, default=20, help="sounds of each model; captions are taken in turn (default: 20)")
     add("--seconds", type=float, help="length of the sounds, and of what is heard of recordings (default: the window)")
+    add("--steps", type=int, help="sampling steps (default: the model's own)")
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--json", action="store_true", help="print the likeness of each sound as JSON instead of a table")
@@ -98,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
     clap = load_clap(args.model).to(trained.device)
     recordings = embed_recordings(items, clap, trained.sample_rate, seconds)
     found = {
-        name: likeness(embed_generated(model, clap, prompts, seconds, args.seed), recordings).tolist()
+        name: likeness(embed_generated(model, clap, prompts, seconds, args.seed, args.steps), recordings).tolist()
         for name, model in models.items()
     }
     more = [one - other for one, other in zip(found[args.model], found[args.untrained], strict=True)]

@@ -6,7 +6,7 @@ For the captions of held-out pieces, in turn: a stretch in the middle of the rec
 window is continued to three windows; a loop is made and played twice. Where pieces meet, the spectral distance
 (`evaluation.metrics.seams`) stands beside those at all other places of the same sounds. It should be no larger than
 their 75th percentile. Tempo and key of a continuation are compared with those of what it continues, and, as the measure
-of that, those of both halves of the sound that is continued.
+of that, those of both halves of the sound that is continued. In brackets: 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from evaluation.adherence import held_out_prompts
+from evaluation.metrics.bootstrap import interval
 from evaluation.metrics.music import TEMPO_TOLERANCE, key, tempo
 from evaluation.metrics.seams import seam_distances
 from evaluation.output import print_result
@@ -115,18 +116,24 @@ def measure_seams(
 
 def seams_table(kinds: dict[str, Seams], agreements: dict[str, Agreement]) -> str:
     """A line for each kind of edit, and one for each agreement."""
-    lines = [f"{'':14}{'seams':>6}{'median':>9}{'elsewhere: median':>19}{'75th percentile':>17}"]
+    lines = [f"{'':14}{'seams':>6}{'median':>9}{'elsewhere: median':>34}{'75th percentile':>17}"]
     for name, found in kinds.items():
+        low, high = interval(found.at, statistic=np.median)
         middle, third = np.percentile(found.elsewhere, (50, 75))
-        lines.append(f"{name:14}{len(found.at):6}{np.median(found.at):6.2f} dB{middle:16.2f} dB{third:14.2f} dB")
+        at = f"{np.median(found.at):6.2f} dB ({low:.2f} to {high:.2f})"
+        lines.append(f"{name:14}{len(found.at):6}{at}{middle:16.2f} dB{third:14.2f} dB")
     for name, words in (("continuation", "continuation and its source"), ("halves", "two halves of the source")):
         shares = ", ".join(
-            f"{fact} in {np.mean(right):.0%} of {len(right)}"
-            for fact, right in asdict(agreements[name]).items()
-            if right
+            f"{fact} in {_share(right)} of {len(right)}" for fact, right in asdict(agreements[name]).items() if right
         )
         lines.append(f"{words} have the same {shares}")
     return "\n".join(lines)
+
+
+def _share(right: list[bool]) -> str:
+    """Share of right answers, with its interval."""
+    low, high = interval(right)
+    return f"{np.mean(right):.0%} ({low:.0%} to {high:.0%})"
 
 
 def main() -> int:

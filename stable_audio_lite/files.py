@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,9 @@ from stable_audio_lite.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+UNPROMPTED = "sound"
+"""Stands for the prompt in names of files of sounds that have none."""
 
 
 @contextlib.contextmanager
@@ -175,6 +179,11 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 def expand_home(path: str) -> str:
     """Replace a leading `~` in a path or an address by the home folder, as a shell would."""
     return str(expanded(path)) if path.startswith("~") else path
+
+
+def file_stem(prompt: str) -> str:
+    """Letters and digits of a prompt as the beginning of a file's name."""
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or UNPROMPTED
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from evaluation.benchmarks import __main__, generation, networks, processes
 from evaluation.benchmarks.peers import PeerVAE, VAEPeer, peer_discriminator, unet_peer, vae_peers
 from evaluation.benchmarks.processes import Ran
-from evaluation.benchmarks.table import Peer, Row, Table
+from evaluation.benchmarks.table import CostTable, Peer, Row
 from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
@@ -192,7 +192,7 @@ def test_a_table_has_a_line_for_each_row_and_peer() -> None:
     figure, machine = Spread(2.0, 1.0, 3.0), {"features": ["avx2"], "processor": "P", "threads": 1, "cores": 2}
     peer = Peer(name="other", figure=figure, ratio=Spread(1.5, 1.2, 1.8), difference=2e-6)
     row = Row(part="vae", what="VAE decode", how="float32", unit="s", figure=figure, share=figure, peers=(peer,))
-    table = Table(model="m", machine=machine | {"device": "cpu", "torch": "2"}, repeats=3, rows=[row])
+    table = CostTable(model="m", machine=machine | {"device": "cpu", "torch": "2"}, repeats=3, rows=[row])
     assert table.as_text().splitlines()[-2:] == [
         "| VAE decode | float32 | 2 (1 to 3) s | 2.00 |",
         "| | other | 2 (1 to 3) s: ours is 1.5 (1.2 to 1.8) times as fast, outputs differ by 2e-06 of the peak | |",

@@ -118,7 +118,7 @@ def test_without_guidance_a_teacher_of_as_many_steps_has_nothing_to_teach(
 
     def errors(**changes: Any) -> list[float]:
         task, losses = task_of(settings | changes, tmp_path), []
-        figures = task.step(task.batch(0, 0, 1), 0, lambda name, loss: losses.append(float(loss)))
+        figures = task.step(task.batch(0, 0, 1), 0, lambda name, loss: losses.append(float(loss.detach())))
         assert set(figures) == {"loss/v", "loss/step1", "loss/step2", "loss/step3"} and len(losses) == 3
         return [float(figures[f"loss/step{i}"]) for i in (1, 2, 3)]
 

@@ -23,7 +23,7 @@ from stable_audio_lite.files import locked
 from stable_audio_lite.pipeline import StableAudio
 from training import fine_tune, pre_encode, train_diffusion
 from training.fine_tune import FineTuning
-from training.plan import Plan
+from training.plan import RunPlan
 
 pytestmark = pytest.mark.usefixtures("declared_commands")
 
@@ -198,13 +198,13 @@ def test_a_run_stays_with_its_music_and_its_model(
     assert {file: file.read_bytes() for file in name.glob("*.yaml")} == written
 
 
-def plan_of(**more: object) -> Plan:
+def plan_of(**more: object) -> RunPlan:
     sizes = dict.fromkeys(
         ("weights", "frozen_weights", "gradients", "optimizers", "averages", "checkpoint", "bundle", "disk_free"), 1
     )
     rest = {"trainer": "train_diffusion", "trained": {}, "frozen": {}, "activations": 2, "per_item": 1.0, "free": 100}
     rest |= {"items": 6, "processes": 1, "batch_size": 2, "accumulate": 1, "seconds": 1.0, "flops": 1}
-    return Plan(**sizes | rest | {"steps": 1, "done": 0, "keep_last": 2} | more)  # type: ignore[arg-type]
+    return RunPlan(**sizes | rest | {"steps": 1, "done": 0, "keep_last": 2} | more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_the_machine_decides_what_the_request_leaves_open(
 def test_little_memory_costs_time_before_it_is_refused(
     music: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tight(trainer: str, config: train_diffusion.TrainDiffusionConfig, **more: int) -> Plan:
+    def tight(trainer: str, config: train_diffusion.TrainDiffusionConfig, **more: int) -> RunPlan:
         return plan_of(free=3 if config.gradient_checkpointing else 0)
 
     monkeypatch.setattr(fine_tune, "measure", tight)

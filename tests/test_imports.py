@@ -52,7 +52,7 @@ def places() -> dict[str, int]:
     found: dict[str, int] = {}
     package = ""
     for number, line in enumerate(tree.splitlines()):
-        names = re.split(r"\s{2,}|\s\*", line.strip())[0].split()
+        names = re.split(r"\s{2,}", line.strip())[0].split()
         if line[:1].strip():
             package = names[0].rstrip("/")
         else:

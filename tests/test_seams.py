@@ -43,5 +43,5 @@ def test_the_table_tells_medians_and_shares() -> None:
     agreement = Agreement(tempo=[True, False], key=[True, True])
     kinds = {"loop": Seams(at=[1.0, 2.0, 9.0], elsewhere=[1.0, 2.0, 3.0, 4.0, 5.0])}
     table = seams_table(kinds, {"continuation": agreement, "halves": agreement})
-    assert "2.00 dB" in table and "3.00 dB" in table and "4.00 dB" in table
-    assert "same tempo in 50% of 2, key in 100% of 2" in table
+    assert "2.00 dB (1.00 to 9.00)" in table and "3.00 dB" in table and "4.00 dB" in table
+    assert "same tempo in 50% (0% to 100%) of 2, key in 100% (100% to 100%) of 2" in table

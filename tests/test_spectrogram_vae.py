@@ -247,3 +247,25 @@ def test_phases_between_known_sound_fit_it_on_both_sides() -> None:
     for ends in ((0, 30), (frames - 30, frames)):
         open_ended = vae.decode_between(torch.zeros(1, 64, frames), sound, *ends)
         assert open_ended.isfinite().all() and float(spectral_error(sound[0], open_ended[0]).mean()) < 0.15
+
+
+def test_what_the_decoder_gets_wrong_beside_a_stretch_is_corrected_at_its_edges() -> None:
+    """Levels that are wrong all along are right at the edges, and as decoded in the middle; open ends are no other."""
+    vae = lively()
+    sound = (0.05 * torch.randn(3 * RATE // 1024 * 1024)).expand(1, 2, -1)
+    frames = sound.shape[2] // 1024
+    features = vae.transform.features(sound)
+    wrong = torch.tensor(2.0).log() * torch.randn(320, 1).sign()  # by 6 dB
+    vae._features = lambda latents, first, last: SpectralFeatures(
+        features.levels[:, :, 2 * first : 2 * last] + wrong, features.stereo[..., first:last]
+    )
+
+    def errors(first: int, last: int) -> Tensor:
+        """Mean of the levels' errors in each spectrum, by the sign that the decoder gives them."""
+        made = vae.decode_between(torch.zeros(1, 64, frames), sound, first, last)
+        return ((vae.transform.features(made).levels - features.levels) * wrong).mean((0, 1)) / wrong.square().mean()
+
+    found = errors(4, frames - 4)
+    assert float(found[6:16].abs().max()) < 0.4 and float(found[-16:-6].abs().max()) < 0.4
+    assert float(found[frames - 20 : frames + 20].mean()) > 0.6
+    assert float(errors(4, frames)[6:16].abs().max()) < 0.4 and float(errors(0, frames - 4)[-16:-6].abs().max()) < 0.4

@@ -36,7 +36,7 @@ from stable_audio_lite.files import locked, replacing
 from stable_audio_lite.systems import load_model_config
 from training import pre_encode, train_diffusion
 from training.command import shared_processes
-from training.plan import Plan, measure
+from training.plan import RunPlan, measure
 from training.pre_encode import PreEncodeConfig, check_captioned
 from training.train_diffusion import TrainDiffusionConfig
 
@@ -236,13 +236,13 @@ class _Run:
             self._say(settings, found)
         return settings
 
-    def _measured(self, settings: dict[str, Any], batch: int, count: int, steps: int = 1) -> Plan:
+    def _measured(self, settings: dict[str, Any], batch: int, count: int, steps: int = 1) -> RunPlan:
         probe = merged({"run": {"steps": 1}}, settings) | {"batch_size": batch, "demos": None}
         config = from_dict(TrainDiffusionConfig, probe, str(self.request.config or self.training))
         with contextlib.redirect_stderr(io.StringIO()):  # the trainer will say it all itself
             return measure("train_diffusion", config, steps=steps, processes=count)
 
-    def _say(self, settings: Mapping[str, Any], found: Plan) -> None:
+    def _say(self, settings: Mapping[str, Any], found: RunPlan) -> None:
         run, demos, place = settings["run"], settings["demos"], self.request.output
         memory = found.weights + found.gradients + found.optimizers + found.averages + found.activations
         what = "a LoRA" if settings.get("lora") else "all weights"

@@ -48,7 +48,7 @@ _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """Cost of a run; sizes are in bytes.
 
     Attributes:
@@ -153,7 +153,7 @@ class Plan:
         )
 
 
-def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
+def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> RunPlan:
     """Measure the run that a trainer's config describes.
 
     The file is that of any trainer. `steps` steps are timed after two others, and one more is `profiled`. Each of the
@@ -166,7 +166,7 @@ def plan(path: str | Path, *, steps: int = 3, processes: int = 1, profiled: bool
     return measure(trainer, load_config(path, config_class), steps=steps, processes=processes, profiled=profiled)
 
 
-def measure(trainer: str, config: Any, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> Plan:
+def measure(trainer: str, config: Any, *, steps: int = 3, processes: int = 1, profiled: bool = False) -> RunPlan:
     """Measure the run with the `config` of a trainer in `TRAINERS`, as `plan` does."""
     task_class, run = TRAINERS[trainer][1], config.run
     with tempfile.TemporaryDirectory() as nowhere:
@@ -193,7 +193,7 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
     return best, *TRAINERS[best]
 
 
-def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> Plan:
+def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> RunPlan:
     accelerator = Accelerator(mixed_precision=run.precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
@@ -226,7 +226,7 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
     output = Path(run.output).absolute()
     done = checkpoints(output / "checkpoints")
     fixed = sum(weights.values()) + frozen_weights + gradients * (2 if processes > 1 else 1) + states + averages
-    return Plan(
+    return RunPlan(
         trainer=trainer,
         trained=trained,
         frozen={n: sum(p.numel() for p in m.parameters()) for n, m in task.frozen.items()}

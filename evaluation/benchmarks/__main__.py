@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from evaluation.benchmarks.table import Row
 
-PARTS = ("load", "generate", "unet", "vae", "train", "memory")
+_PARTS = ("load", "generate", "unet", "vae", "train", "memory")
 _WHOLE = ("load", "generate", "memory")  # need a bundle
 
 
@@ -37,7 +37,7 @@ def main() -> int:
     add = parser.add_argument
     about = "a bundle, or a model's YAML, whose networks get random weights (default: starter)"
     add("model", nargs="?", default="starter", help=about)
-    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all that can be)")
+    add("--only", nargs="+", choices=_PARTS, metavar="PART", help=f"of {', '.join(_PARTS)} (default: all that can be)")
     add("--seconds", type=float, default=10.0, help="of sound that is made and coded (default: 10)")
     add("--frames", type=int, help="of latents in a step of the U-Net (default: the model's window)")
     add("--steps", type=int, nargs="+", default=[], help="of generation (default: the model's)")
@@ -53,7 +53,7 @@ def main() -> int:
 
 def _run(args: argparse.Namespace) -> None:
     from evaluation.benchmarks.machine import describe_machine
-    from evaluation.benchmarks.table import Table
+    from evaluation.benchmarks.table import CostTable
     from evaluation.output import without_nan
     from stable_audio_lite.devices import choose_device, choose_dtype
     from stable_audio_lite.files import replacing
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     names = args.dtypes or ["auto", "float32"]
     dtypes = list(dict.fromkeys(choose_dtype(name, device) for name in names))
-    table = Table(model=args.model, machine=describe_machine(device), repeats=args.repeats)
+    table = CostTable(model=args.model, machine=describe_machine(device), repeats=args.repeats)
     for row in _rows(args, device, dtypes):
         table.rows.append(row)
         print(f"{row.what}, {row.how}: {row.figure} {row.unit}", file=sys.stderr, flush=True)
@@ -86,7 +86,7 @@ def _rows(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dty
 
     folder = None if Path(args.model).suffix in (".yaml", ".yml") else bundle.resolve(args.model)
     config = load_model_config(args.model if folder is None else folder)
-    parts = args.only or [part for part in PARTS if folder is not None or part not in _WHOLE]
+    parts = args.only or [part for part in _PARTS if folder is not None or part not in _WHOLE]
     if folder is None and (whole := [part for part in parts if part in _WHOLE]):
         raise UserError(f"--only {whole[0]}: {args.model} has no weights; give a bundle")
     if args.seconds > config.window_seconds and {"load", "generate"} & set(parts):

@@ -49,7 +49,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class CostTable:
     """All rows of a run.
 
     Attributes:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from evaluation.result import Result, SoundRecord, format_value, partners
+from stable_audio_lite.audio.plot import time_ticks
 from stable_audio_lite.errors import UserError
 
 PICTURED_SECONDS = 600.0
@@ -21,7 +22,6 @@ PICTURED_SECONDS = 600.0
 _FACTS = {"end": ("ends", "s"), "width": ("width", "dB"), "level": ("loudness", "LUFS")}
 _FACTS |= {name: (f"{name} novelty", "dB") for name in ("intro", "development", "outro")}
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
-_TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +121,10 @@ def card(label: str, sound: SoundRecord, places: Places) -> Card:
         picture=picture,
         trouble=trouble,
         heights=heights,
-        times=_times(span),
+        times=time_ticks(span),
         marks=tuple((second / span, name) for name, second in seconds.items() if second and 0 < second <= span),
         facts=_facts(sound),
     )
-
-
-def _times(span: float) -> tuple[tuple[float, str], ...]:
-    if not span > 0:
-        return ()
-    step = next((tick for tick in _TICKS if span / tick <= 6), span / 6)
-    return tuple((n * step / span, f"{n * step:.3g} s") for n in range(int(0.94 * span / step) + 1))
 
 
 def _facts(sound: SoundRecord) -> tuple[tuple[str, str], ...]:

@@ -17,6 +17,7 @@ BANDS = 320
 _LOWEST_HZ = 30.0
 _COLUMNS = 1600
 _RANGE_DB = 90.0
+_TICKS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0)  # seconds
 
 
 def spectrogram_db(samples: Any, sample_rate: int, columns: int = _COLUMNS) -> tuple[np.ndarray, np.ndarray]:
@@ -89,6 +90,14 @@ def spectrogram_webp(samples: Any, sample_rate: int, columns: int = 600) -> tupl
     octaves = np.log(frequencies / frequencies[0])
     heights = {hertz: float(np.log(hertz / frequencies[0]) / octaves[-1]) for hertz in (100, 1000, 10000)}
     return buffer.getvalue(), {hertz: height for hertz, height in heights.items() if height < 1}
+
+
+def time_ticks(span: float) -> tuple[tuple[float, str], ...]:
+    """Places along a picture of `span` seconds, as shares of its width, and what to write there."""
+    if not span > 0:
+        return ()
+    step = next((tick for tick in _TICKS if span / tick <= 6), span / 6)
+    return tuple((n * step / span, f"{n * step:.3g} s") for n in range(int(0.94 * span / step) + 1))
 
 
 def _audible(samples: Any, sample_rate: int) -> tuple[np.ndarray, int]:

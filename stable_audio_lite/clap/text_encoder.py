@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
         found = [f"not read, for prompts end after {self.max_tokens} tokens: {unread!r}"] if unread else []
         known = ran_out(self.tokenizer, self.config.vocab_size)
         if known and (unlearned := unlearned_words(self.tokenizer, prompt.removesuffix(unread))):
-            found.append(f"in no text that the model learned from: {', '.join(unlearned)}")
+            found.append(f"in no text that the text encoder learned from: {', '.join(unlearned)}")
         return found
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ from stable_audio_lite.cli import (
     interchange,
     restore,
     serve,
+    ui,
     validate_dataset,
 )
 from stable_audio_lite.command import Parser, guarded
@@ -50,6 +51,7 @@ def build_parser() -> Parser:
     generate.add_command(commands)
     continuation.add_command(commands)
     restore.add_command(commands)
+    ui.add_command(commands)
     serve.add_command(commands)
     codec.add_encode(commands)
     codec.add_decode(commands)

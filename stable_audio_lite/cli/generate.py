@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,13 @@ from stable_audio_lite.cli.progress import ProgressBar
 from stable_audio_lite.cli.prompts import prompts_of
 from stable_audio_lite.command import Commands, Failures, check_outputs, file_path
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import UNPROMPTED, file_stem
 from stable_audio_lite.wording import beats_of, tempo_of
 
 if TYPE_CHECKING:
     from stable_audio_lite.edits import Edit
     from stable_audio_lite.pipeline import Generated, StableAudio
 
-_UNPROMPTED = "sound"  # stands for the prompt in names of files
 _ABOUT = """Make sound from text, or from sound and text:
 
 --init FILE --strength 0.6              a variation of FILE
@@ -62,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_options(args)
     prompts = prompts_of(args, args.init)
     seed = secrets.randbelow(2**31) if args.seed is None else args.seed
-    items = [prompt for prompt in prompts or [_UNPROMPTED] for _ in range(args.count)]
+    items = [prompt for prompt in prompts or [UNPROMPTED] for _ in range(args.count)]
     outputs = _outputs(args.output, items, seed)
     _check_outputs(args, outputs)
 
@@ -142,7 +141,7 @@ def _outputs(output: Path | None, items: list[str], seed: int) -> list[Path]:
     """One path per item: the file itself, numbered files, or files in a folder."""
     if output is None or output.is_dir() or not output.suffix:
         folder = output or Path()
-        return [folder / f"{_slug(prompt)}-{seed + i}.wav" for i, prompt in enumerate(items)]
+        return [folder / f"{file_stem(prompt)}-{seed + i}.wav" for i, prompt in enumerate(items)]
     return numbered(output, len(items))
 
 
@@ -151,10 +150,6 @@ def numbered(output: Path, items: int) -> list[Path]:
     digits = len(str(items))
     several = [output.with_stem(f"{output.stem}-{i + 1:0{digits}d}") for i in range(items)]
     return several if items > 1 else [output]
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or _UNPROMPTED
 
 
 def _check_outputs(args: argparse.Namespace, outputs: list[Path]) -> None:

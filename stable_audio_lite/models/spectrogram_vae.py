@@ -30,6 +30,8 @@ _PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their h
 FLOOR = 1e-4
 """Magnitude, where a full-scale sine has 1, below which everything counts as silence: -80 dB."""
 _PATIENCE = 2  # times as many iterations where phases have to fit on both sides
+_LATEST, _ERRORS_LAST = 3, 21  # spectra that count as the latest, and for which a decoder's errors last
+_GOING_OVER = 4  # spectra that lie between known levels and decoded ones
 _PIECE, _CONTEXT = 128, 8  # latent frames decoded at once; spectra of context on each side for finding phases
 
 
@@ -113,15 +115,18 @@ class FeatureTransform(nn.Module):
         """Compute the features of (B, 2, F * 1024) audio, in float32."""
         spectra = self.spectra(audio)
         power = spectra.real.square() + spectra.imag.square()
-        mean = power.mean(1) * self.scale**2
-        high = mean @ self.bands.T
-        levels = (torch.cat((mean[..., :_SINGLE], high), -1).sqrt() + FLOOR).log()
         left, right = spectra.unbind(1)
         cross = left * right.conj()
         stokes = torch.stack((power.sum(1), power[:, 0] - power[:, 1], 2 * cross.real, 2 * cross.imag), 1)
         pooled = stokes.unflatten(2, (-1, PAIR)).sum(3) @ self.stereo_bands.T  # B, 4, F, bands
         stereo = pooled[:, 1:] / (pooled[:, :1] + self.least)
-        return SpectralFeatures(levels.transpose(1, 2), stereo.transpose(2, 3))
+        return SpectralFeatures(self.levels(spectra), stereo.transpose(2, 3))
+
+    def levels(self, spectra: Tensor) -> Tensor:
+        """Levels (B, 320, 2F) of spectra (B, 2, 2F, bins)."""
+        mean = (spectra.real.square() + spectra.imag.square()).mean(1) * self.scale**2
+        high = mean @ self.bands.T
+        return (torch.cat((mean[..., :_SINGLE], high), -1).sqrt() + FLOOR).log().transpose(1, 2)
 
     def spectra(self, audio: Tensor) -> Tensor:
         """Spectra (B, 2, 2F, bins) of (B, 2, F * 1024) audio, with silence around it."""
@@ -292,10 +297,10 @@ class SpectrogramVAE(VAE):
         spectra = self.transform.spectra(source)[:, :, PAIR * low : PAIR * high]
         stream = SpectrumStream(self.transform, _PATIENCE * self.config.iterations)
         edges = open_first - PAIR * low, PAIR * high - open_last
+        features = self._features(latents, low, high)
+        levels = _joined(features.levels, self.transform.levels(spectra), *edges)
         sound = source.clone()
-        sound[..., low * self.hop : high * self.hop] = stream.between(
-            self._features(latents, low, high), spectra, *edges
-        )
+        sound[..., low * self.hop : high * self.hop] = stream.between(features._replace(levels=levels), spectra, *edges)
         return sound
 
     def _features(self, latents: Tensor, first: int, last: int) -> SpectralFeatures:
@@ -395,6 +400,28 @@ class SpectrumStream:
         """Sum of the squared windows over the first three hops."""
         squared = self.window.square().unflatten(0, (4, HOP_SAMPLES)).cumsum(0)[:3].flatten()
         return squared.clamp_min(1e-3)
+
+
+def _joined(levels: Tensor, true: Tensor, before: int, after: int) -> Tensor:
+    """Levels (B, 320, F) that join those of known sound: the first `before` and the last `after` of the `true` ones."""
+    joined = _continued(levels, true, before)
+    return _continued(joined.flip(-1), true.flip(-1), after).flip(-1)
+
+
+def _continued(levels: Tensor, true: Tensor, known: int) -> Tensor:
+    """Levels (B, 320, F) that go on from the first `known` of the `true` ones.
+
+    What a decoder gets wrong it gets wrong for a while, so its latest errors are taken off what follows, less with
+    distance; and the first levels that follow go over from the latest true ones.
+    """
+    if not known:
+        return levels
+    past, away = true[..., :known], torch.arange(levels.shape[2] - known, device=levels.device)
+    weights = (torch.arange(1 - known, 1, device=levels.device) / _LATEST).exp()
+    latest = past @ weights[:, None] / weights.sum()
+    error = latest - levels[..., :known] @ weights[:, None] / weights.sum()
+    after = levels[..., known:] + error * (-away / _ERRORS_LAST).exp()
+    return torch.cat((past, torch.lerp(after, latest, (1 - (away + 1) / (_GOING_OVER + 1)).clamp_min(0))), -1)
 
 
 _PACKED = PAIR * _LEVELS + 3 * _STEREO

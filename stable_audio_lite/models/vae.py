@@ -115,8 +115,8 @@ class VAE(nn.Module, ABC):
     def decode_between(self, latents: Tensor, source: Tensor, first: int, last: int) -> Tensor:
         """Decode (B, latent_channels, F) latents whose frames but first..last are of `source` (B, 2, F * hop).
 
-        A VAE whose latents leave phases open chooses those of the frames in between to fit the source. Frames far from
-        them may be anything.
+        A VAE whose latents leave phases open chooses those of the frames in between to fit the source, and lets their
+        levels go over from those of the source. Frames far from them may be anything.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0.

@@ -56,7 +56,7 @@ _POLL_SECONDS = 0.02  # between two looks at a job that somebody waits for
 _RETRY_SECONDS = 5  # after which another process may have taken a stopping one's place
 
 Identity = Annotated[str, Path(max_length=100, description="of the job")]
-Item = Annotated[int, Path(ge=0, le=1000, description="number of the sound, from 0 on")]
+ItemNumber = Annotated[int, Path(ge=0, le=1000, description="number of the sound, from 0 on")]
 Wait = Annotated[float, Query(ge=0, le=60, description="seconds to wait for its end before answering")]
 Format = Annotated[SoundFormat, Query(description="opus comes in Ogg, at 48 kHz")]
 
@@ -103,7 +103,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         response_class=Response,
         responses={**_sounds("The sound."), **failures(404, 409, 410, 422)},
     )
-    async def sound(identity: Identity, item: Item, format: Format = "wav") -> Response:
+    async def sound(identity: Identity, item: ItemNumber, format: Format = "wav") -> Response:
         """Fetch a sound of a job that is done, its settings inside."""
         job = _job_with(jobs, identity, item)
         if job.state != "done":
@@ -118,7 +118,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         response_class=StreamingResponse,
         responses={**_sounds("The sound, in pieces."), **failures(404, 409, 410, 422)},
     )
-    async def stream(identity: Identity, item: Item, format: Format = "wav") -> StreamingResponse:
+    async def stream(identity: Identity, item: ItemNumber, format: Format = "wav") -> StreamingResponse:
         """Fetch a sound from its beginning while it is made; what is too loud is turned down from there on."""
         job = _job_with(jobs, identity, item)
         while not job.pieces(item) and not job.ended:

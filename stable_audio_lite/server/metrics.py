@@ -1,4 +1,4 @@
-"""Counts and times of the service, in Prometheus' format."""
+"""Counts of the service in Prometheus' format."""
 
 from __future__ import annotations
 
