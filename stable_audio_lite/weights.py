@@ -125,10 +125,11 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], where: str, what:
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
-    """Hexadecimal SHA-256 of weights by name, whatever file they came from."""
+    """Hexadecimal SHA-256 of weights by name, whatever file they came from, and in however many bits it stored them."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
+        value = value.float() if value.is_floating_point() else value
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

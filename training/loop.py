@@ -47,6 +47,7 @@ def fit(run: RunConfig, task: TrainingTask, config: Any) -> Path:
     """
     output = Path(run.output)
     _check_output(output, config)
+    torch.set_flush_denormal(True)  # products of averages and momenta that fade away take many times as long
     sharded = sharding(task.parts)
     accelerator = _accelerator(run, output, sharded)
     with ExitStack() as stack:
