@@ -129,7 +129,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
-        value = value.float() if value.is_floating_point() else value
+        value = value.float() + 0.0 if value.is_floating_point() else value  # which makes -0.0 one with 0.0
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

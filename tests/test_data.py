@@ -110,8 +110,9 @@ def test_files_of_a_folder_are_read_or_said_to_be_left_out(
 
 
 def test_a_folder_that_can_not_be_listed_is_said_to_be_left_out(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    folder = shutil.copytree(folder, tmp_path / "disk")
     (folder / "lost+found").mkdir()
     scan = os.scandir
 
@@ -295,8 +296,9 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
         cache.held(0, ["other.wav", *names[1:]])
 
 
-def test_latents_take_no_folder_of_other_files(folder: Path, tiny_bundle: Path) -> None:
+def test_latents_take_no_folder_of_other_files(folder: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """Such as shards of sound, whose names they would take."""
+    folder = shutil.copytree(folder, tmp_path / "shards")
     write_shard(folder, shard := folder / "000000.tar", {f"{number}.txt": "a sound" for number in range(3)})
     before = shard.read_bytes()
     with pytest.raises(UserError, match="holds other files, no latents"):

@@ -30,7 +30,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"can't listen at {host}:{port} ({reason}); choose another --host or --port") from error
+        raise UserError(f"can't listen at {host}:{port} ({reason}); choose another host or port") from error
 
 
 def serve_app(app: FastAPI, jobs: Jobs, listener: socket.socket, grace: float) -> None:
