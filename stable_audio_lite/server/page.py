@@ -38,7 +38,7 @@ EXAMPLES: tuple[tuple[str, float, int], ...] = (
     ("solo trumpet, jazz", 8, 19),
     ("A slow classical piece for solo piano in A minor", 8, 11),
     ("solo violin, folk, sad", 8, 16),
-    ("house with synth lead and drums, 124 bpm", 8, 17),
+    ("house with synth lead and drums, 120 bpm", 8, 17),
 )
 """Prompts that the starter obeys, with length and seed of the answers that docs/sounds.md has."""
 
