@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -86,3 +87,12 @@ def bundles(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     clap = train_clap.run(load(train_clap.TrainClapConfig, clap_settings(data, folder / "clap", 2), folder))
     latents = pre_encode.run(pre_encode.PreEncodeConfig(vae=str(vae), data=str(data), output=str(folder / "latents")))
     return {"vae": vae, "clap": clap, "latents": latents}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Round as a process with `training_runs.ONE_THREAD` does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

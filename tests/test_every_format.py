@@ -375,7 +375,11 @@ def test_every_kind_is_pre_encoded_whole(
     config = pre_encode.PreEncodeConfig(vae=str(tiny_bundle), data=str(folder), output=str(tmp_path))
     pre_encode.run(config)
     encoded = {entry.about.name: entry.about.seconds for entry in read_shard(tmp_path / "000000.tar")}
-    assert encoded == pytest.approx({name: f / r for name, (f, r, _) in found.items()}, abs=1 / 44100)
+    whole = {name: frames / rate for name, (frames, rate, _) in found.items()}
+    # Without a header that tells it, an MP3 encoder's delay counts as sound; it is silent, and silence is left out.
+    delayed = {name: whole.pop(name) - encoded.pop(name) for name in list(whole) if name.startswith("plain-")}
+    assert encoded == pytest.approx(whole, abs=1 / 44100)
+    assert len(delayed) == 2 and all(0.02 < seconds < 0.06 for seconds in delayed.values())
 
 
 @pytest.mark.long

@@ -248,7 +248,7 @@ def test_little_memory_costs_time_before_it_is_refused(
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.usefixtures("unmeasured", "one_thread")
 def test_killed_five_times_it_ends_with_the_same_weights(data: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """At random moments: while it encodes, measures and trains."""
     config = tmp_path / "config.yaml"

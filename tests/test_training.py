@@ -62,6 +62,7 @@ def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, 
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("name", "kills", "steps"), [("vae", 10, 150), ("clap", 1, 60), ("diffusion", 1, 60)])
 def test_killed_trainer_goes_on(
     name: str, kills: int, steps: int, data: Path, bundles: dict[str, Path], tmp_path: Path
@@ -77,12 +78,7 @@ def test_killed_trainer_goes_on(
         kill(command, lambda before=before: checkpoints(killed / "checkpoints")[-1:] != before, within=0.5)
     assert checkpoints(killed / "checkpoints") and not (killed / "bundle").exists()
     subprocess.run(command, cwd=ROOT, env=ONE_THREAD, check=True, capture_output=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        trainer.run(load(cls, settings(whole, steps), tmp_path))
-    finally:
-        torch.set_num_threads(threads)
+    trainer.run(load(cls, settings(whole, steps), tmp_path))
     assert_same_curve(whole, killed, 0, steps)
     assert_same_weights(whole / "bundle", killed / "bundle")
 
