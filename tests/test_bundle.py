@@ -43,6 +43,12 @@ def test_shipped_configs_load_and_survive_a_round_trip(name: str) -> None:
     assert from_dict(StableAudioConfig, to_dict(config), "again") == config
 
 
+def test_the_starters_config_is_that_of_the_shipped_bundle() -> None:
+    """So that `initial: starter` goes with it; only how the bundle generates may differ."""
+    ours, shipped = (to_dict(load_model_config(path)) for path in (CONFIGS / "starter.yaml", SHIPPED["starter"]))
+    assert ours | {"generation": {}} == shipped | {"generation": {}}
+
+
 def test_paper_config_has_the_papers_derived_values() -> None:
     config = load_model_config(CONFIGS / "paper.yaml")
     assert config.window_samples == 4_194_304

@@ -285,6 +285,12 @@ def test_build_renders_exact_stereo_and_resumes(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "one/train/metadata.jsonl").read_bytes() == before
     with pytest.raises(UserError, match="another seed"):
         build_corpus(tmp_path / "one", items=2, **settings | {"seed": 6})
+    said = json.loads((tmp_path / "one/corpus.json").read_text())
+    del said["tempo_step"]  # as a corpus from before there was one
+    (tmp_path / "one/corpus.json").write_text(json.dumps(said))
+    assert build("one", 2) == (0, 3)
+    with pytest.raises(UserError, match="another tempo_step"):
+        build_corpus(tmp_path / "one", items=2, tempo_step=10, **settings)
     with pytest.raises(UserError, match="another max_parts"):
         build_corpus(tmp_path / "one", items=2, max_parts=1, **settings)
 

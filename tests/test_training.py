@@ -46,6 +46,15 @@ from training.loop import _checkpoint, _resume
 from training.update import Update
 
 
+def test_what_fades_away_costs_no_time(data: Path, tmp_path: Path) -> None:
+    """Averages and momenta become denormal in long runs, and products of those are slow: they count as zero."""
+    torch.set_flush_denormal(False)
+    least = torch.full((64,), 1e-38)
+    assert (least * 0.1).abs().min() > 0
+    train_vae.run(load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path / "vae", 1), tmp_path))
+    assert (least * 0.1).abs().max() == 0
+
+
 @pytest.mark.parametrize("name", ["vae", "clap", "diffusion"])
 def test_resumed_equals_uninterrupted(name: str, data: Path, bundles: dict[str, Path], tmp_path: Path) -> None:
     """Stopped at step 10 and started again, the next 20 steps' losses and the final weights are the same."""
