@@ -27,7 +27,8 @@ from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import save_config
 from stable_audio_lite.diffusion.denoiser import Guidance
-from stable_audio_lite.interchange.model_config import read_model_config
+from stable_audio_lite.errors import UserError
+from stable_audio_lite.interchange.model_config import check_expressible, read_model_config
 from stable_audio_lite.interchange.tensors import places
 from stable_audio_lite.models.conditioner import Conditioner, drop
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
@@ -443,6 +444,18 @@ def test_the_papers_size_is_read_whole(tmp_path: Path) -> None:
     found = places(described)
     counts = {part: sum(p.like.numel() for p in found if p.part == part) for part in ("vae", "unet")}
     assert counts == {"vae": 133_431_300, "unet": 906_679_744}
+    check_expressible(ours, True, "ours")
+    student = replace(ours.generation, cfg=1, rescale=0, sampler="ddim", distilled=4.0)
+    others = {
+        "unet.rotary": replace(ours, unet=replace(ours.unet, rotary=True)),
+        "unet.pooled_context": replace(ours, unet=replace(ours.unet, pooled_context=True)),
+        "unet.positions": replace(ours, unet=replace(ours.unet, positions=True)),
+        "generation.distilled": replace(ours, generation=student),
+    }
+    for key, other in others.items():
+        with pytest.raises(UserError, match=f"ours: key '{key}'"):
+            check_expressible(other, True, "ours")
+        check_expressible(other, False, "ours")  # its VAE alone
 
 
 def test_snake_with_two_parameters_has_its_gradients() -> None:
