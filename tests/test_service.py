@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 import soundfile
@@ -243,8 +244,45 @@ def test_openapi_describes_every_answer(serve: Callable[..., TestClient]) -> Non
             for status, answer in operation["responses"].items():
                 kinds = set(answer["content"])
                 assert kinds == {"application/problem+json"} if int(status) >= 400 else kinds
+            assert "400" in operation["responses"]
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema)))
-    assert references <= set(schema["components"]["schemas"]) and "GenerationRequest" in references
+    assert references <= set(schema["components"]["schemas"])
+    assert references >= {"GenerationRequest", "EditRequest", "EditForm", "Problem"}
+
+
+def test_a_request_is_answered_by_400_only_where_its_schema_forbids_it(serve: Callable[..., TestClient]) -> None:
+    """So that what a generated client can send is met, or told by 422 what the model can't do; `{}` is no request."""
+    client = serve(waiting=100)
+    components = client.get("/openapi.json").json()["components"]
+    wanted = {"$ref": "#/components/schemas/GenerationRequest", "components": components}
+    validator = jsonschema.Draft202012Validator(wanted)
+    asked = {
+        name: sent["json"] for name, (method, _, sent) in bad_requests().items() if method == "POST" and "json" in sent
+    }
+    asked = {name: body for name, body in asked.items() if not name.endswith(" wait")}
+    asked |= {
+        "nothing": {},
+        "good": ASK | {"steps": 2.0},
+        "loop": ASK | {"seconds": None, "prompt": "drums, 400 bpm", "edit": {"kind": "loop", "bars": 1}},
+    }
+    asked |= {
+        "nulls": dict.fromkeys(components["schemas"]["GenerationRequest"]["properties"]) | {"prompt": "a", "count": 1}
+    }
+    for name, body in asked.items():
+        status = client.post("/v1/generations", json=body).status_code
+        allowed = {202, 422} if validator.is_valid(body) else {400, 422}
+        assert status in allowed, (name, status)
+        assert (status == 202) == (name in ("good", "loop", "nulls")), (name, status)
+    for name in (
+        "nothing",
+        "no prompt",
+        "too many seconds",
+        "too many steps",
+        "too many",
+        "sampler",
+        "edit without sound",
+    ):
+        assert not validator.is_valid(asked[name]), name
 
 
 def flac_bomb() -> bytes:
@@ -413,7 +451,7 @@ def test_bad_requests_are_refused_in_one_line_and_the_server_lives(serve: Callab
 def test_what_is_wrong_is_said(serve: Callable[..., TestClient]) -> None:
     client = serve()
     for name, (status, message) in {
-        "text as seconds": (422, "seconds: Input should be a valid number"),
+        "text as seconds": (400, "seconds: Input should be a valid number"),
         "too many seconds": (422, "seconds: at most 10 may be asked for here, got 11"),
         "negative without guidance": (422, "negative changes guidance, and there is none at cfg 1"),
         "path as model": (422, "model: there is no '../../../../etc/passwd' here; choose one of"),
@@ -424,7 +462,10 @@ def test_what_is_wrong_is_said(serve: Callable[..., TestClient]) -> None:
         "too large": (413, "the body is longer than"),
         "lying length": (413, "the body is longer than"),
         "compressed": (415, "Content-Encoding"),
-        "truncated upload": (422, "give a part `request`"),
+        "edit without sound": (400, "edit: starts from a sound; send one beside the request, as multipart/form-data"),
+        "sound without edit": (400, "edit: Field required"),
+        "long wait": (400, "wait: Input should be less than or equal to 60"),
+        "truncated upload": (400, "give a part `request`"),
         "path trick": (404, "not found"),
     }.items():
         method, path, arguments = bad_requests()[name]

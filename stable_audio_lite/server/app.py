@@ -19,7 +19,7 @@ import http
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -39,21 +39,26 @@ from stable_audio_lite.command import explained
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.server.jobs import Job, Jobs, NoJob, QueueFull, Stopping
 from stable_audio_lite.server.messages import (
+    EditRequest,
     GenerationAnswer,
     GenerationRequest,
     HealthAnswer,
     ModelsAnswer,
     Problem,
     ServiceLimits,
+    request_schemas,
 )
 from stable_audio_lite.server.metrics import CountAnswers, Metrics
 from stable_audio_lite.server.sounds import MEDIA_TYPES, SoundFormat, SoundStream, encode_sound, read_sound
 
+_SCHEMAS = "#/components/schemas/{model}"
 _JSON_BYTES = 64 << 10
 _BODY_SECONDS = 120.0  # that a request may take to arrive
 _DECODED_AT_ONCE = 4  # sounds in memory on their way to the queue
 _POLL_SECONDS = 0.02  # between two looks at a job that somebody waits for
 _RETRY_SECONDS = 5  # after which another process may have taken a stopping one's place
+
+_Wanted = TypeVar("_Wanted", GenerationRequest, EditRequest)
 
 Identity = Annotated[str, Path(max_length=100, description="of the job")]
 ItemNumber = Annotated[int, Path(ge=0, le=1000, description="number of the sound, from 0 on")]
@@ -66,33 +71,34 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | None = None) -> FastAPI:
     """Build the service on a queue; with a `token`, all but /health asks for it as a bearer token."""
     limits = limits or ServiceLimits()
-    app = FastAPI(title="Stable Audio Lite", version=__version__, docs_url=None, redoc_url=None)
+    about: dict[str, Any] = {"title": "Stable Audio Lite", "version": __version__, "docs_url": None, "redoc_url": None}
+    app = FastAPI(**about, generate_unique_id_function=lambda route: route.name)  # what generated clients call them
     metrics, decoding = Metrics(jobs), asyncio.Semaphore(_DECODED_AT_ONCE)
     app.add_middleware(CountAnswers, metrics=metrics)
     _add_error_handlers(app)
     guard = [Depends(_bearer(token))] if token else []
-    failures = _failures(401 if token else 400)
+    failures = _failures(400, *([401] if token else []))
 
     @app.post(
         "/v1/generations",
         status_code=202,
         dependencies=guard,
-        responses=failures(400, 408, 411, 413, 415, 422, 429, 503),
+        responses=failures(408, 413, 415, 422, 429, 503),
         openapi_extra={"requestBody": _request_body()},
     )
     async def generate(request: Request, response: Response, wait: Wait = 0) -> GenerationAnswer:
         """Queue a request for sounds."""
-        async with _received(request, limits) as (wanted, file), decoding:
-            job = await run_in_threadpool(_submit, jobs, wanted, file, limits)
+        async with _received(request, limits) as wanted, decoding:
+            job = await run_in_threadpool(_submit, jobs, wanted, limits)
         response.headers["Location"] = f"/v1/generations/{job.id}"
         return await _answer(jobs, job, wait)
 
-    @app.get("/v1/generations/{identity}", dependencies=guard, responses=failures(404, 410, 422))
+    @app.get("/v1/generations/{identity}", dependencies=guard, responses=failures(404, 410))
     async def look(identity: Identity, wait: Wait = 0) -> GenerationAnswer:
         """Tell how far a job is."""
         return await _answer(jobs, jobs.get(identity), wait)
 
-    @app.delete("/v1/generations/{identity}", dependencies=guard, responses=failures(404, 410, 422))
+    @app.delete("/v1/generations/{identity}", dependencies=guard, responses=failures(404, 410))
     async def cancel(identity: Identity) -> GenerationAnswer:
         """Cancel a job, between two sampling steps where it runs; one that has ended stays as it is."""
         return await _answer(jobs, jobs.cancel(identity), 0)
@@ -101,7 +107,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         "/v1/generations/{identity}/sounds/{item}",
         dependencies=guard,
         response_class=Response,
-        responses={**_sounds("The sound."), **failures(404, 409, 410, 422)},
+        responses={**_sounds("The sound."), **failures(404, 409, 410)},
     )
     async def sound(identity: Identity, item: ItemNumber, format: Format = "wav") -> Response:
         """Fetch a sound of a job that is done, its settings inside."""
@@ -116,7 +122,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         "/v1/generations/{identity}/sounds/{item}/stream",
         dependencies=guard,
         response_class=StreamingResponse,
-        responses={**_sounds("The sound, in pieces."), **failures(404, 409, 410, 422)},
+        responses={**_sounds("The sound, in pieces."), **failures(404, 409, 410)},
     )
     async def stream(identity: Identity, item: ItemNumber, format: Format = "wav") -> StreamingResponse:
         """Fetch a sound from its beginning while it is made; what is too loud is turned down from there on."""
@@ -153,15 +159,23 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         """Tell counts and times in Prometheus' text format."""
         return Response(metrics.text(), media_type=metrics.media_type)
 
-    _describe_errors(app)
+    _describe_requests(app, request_schemas(jobs.store, limits, _SCHEMAS))
     return app
 
 
-def _submit(jobs: Jobs, wanted: GenerationRequest, file: BinaryIO | None, limits: ServiceLimits) -> Job:
-    choice = jobs.store.choose(wanted.model, wanted.lora, wanted.lora_strength)
+def _submit(jobs: Jobs, wanted: GenerationRequest | _Upload, limits: ServiceLimits) -> Job:
+    request = wanted if isinstance(wanted, GenerationRequest) else wanted.request
+    choice = jobs.store.choose(request.model, request.lora, request.lora_strength)
     outline = jobs.store.outline(choice)
-    sound = None if file is None else read_sound(file.read(), outline.sample_rate, limits.seconds)
-    return jobs.submit(choice, wanted.plan(outline, sound, limits))
+    if isinstance(wanted, GenerationRequest):
+        return jobs.submit(choice, wanted.plan(outline, limits))
+    sound = read_sound(wanted.sound.read(), outline.sample_rate, limits.seconds)
+    return jobs.submit(choice, wanted.request.plan(outline, limits, sound))
+
+
+class _Upload(NamedTuple):
+    request: EditRequest
+    sound: BinaryIO
 
 
 async def _answer(jobs: Jobs, job: Job, wait: float) -> GenerationAnswer:
@@ -204,8 +218,8 @@ async def _streamed(job: Job, item: int, kind: SoundFormat) -> AsyncIterator[byt
 
 
 @contextlib.asynccontextmanager
-async def _received(request: Request, limits: ServiceLimits) -> AsyncIterator[tuple[GenerationRequest, Any]]:
-    """Receive what is asked for, and an open file with the sound that it starts from, None where none is sent.
+async def _received(request: Request, limits: ServiceLimits) -> AsyncIterator[GenerationRequest | _Upload]:
+    """Receive what is asked for, and where a sound is sent, that as an open file.
 
     Raises:
         HTTPException: the body is too long, too slow or of another type, or not what it says.
@@ -227,15 +241,15 @@ async def _received(request: Request, limits: ServiceLimits) -> AsyncIterator[tu
     except TimeoutError as error:
         raise HTTPException(408, f"the body took more than {_BODY_SECONDS:g} s to arrive; send it again") from error
     if not multipart:
-        yield _parsed(body), None
+        yield _parsed(GenerationRequest, body)
         return
     try:
         if unknown := sorted(set(form) - {"request", "sound"}):
-            raise HTTPException(422, f"parts are `request` and `sound`, got {unknown[0][:80]!r}")
+            raise HTTPException(400, f"parts are `request` and `sound`, got {unknown[0][:80]!r}")
         text, sound = form.get("request"), form.get("sound")
         if not isinstance(text, str) or not isinstance(sound, UploadFile):
-            raise HTTPException(422, "give a part `request`, as JSON, and a part `sound`, with a file name")
-        yield _parsed(text.encode("utf-8", "surrogatepass")), sound.file
+            raise HTTPException(400, "give a part `request`, as JSON, and a part `sound`, with a file name")
+        yield _Upload(_parsed(EditRequest, text.encode("utf-8", "surrogatepass")), sound.file)
     finally:
         await form.close()
 
@@ -259,18 +273,19 @@ def _limited(request: Request, limit: int) -> Receive:
     return receive
 
 
-def _parsed(body: bytes) -> GenerationRequest:
+def _parsed(kind: type[_Wanted], body: bytes) -> _Wanted:
     try:
-        return GenerationRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
-        raise HTTPException(422, _worded(error.errors(include_url=False, include_context=False))) from error
+        raise HTTPException(400, _worded(error.errors(include_url=False, include_context=False))) from error
 
 
 def _worded(errors: Any) -> str:
     """Word the first mistake that pydantic found."""
     first = errors[0]
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))[:80]
-    return " ".join(f"{place}: {first['msg']}".removeprefix(": ").split())[:300]
+    text = first["msg"].removeprefix("Value error, ")
+    return " ".join(f"{place}: {text}".removeprefix(": ").split())[:300]
 
 
 def _bearer(token: str) -> Callable[..., None]:
@@ -310,7 +325,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return problem(422, _worded(error.errors()))
+        return problem(400, _worded(error.errors()))
 
     @app.exception_handler(ClientDisconnect)
     async def left(request: Request, error: ClientDisconnect) -> Response:
@@ -327,10 +342,10 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
     return sorted({method for route in matching for method in getattr(route, "methods", None) or ()})
 
 
-def _failures(always: int) -> Callable[..., dict[int | str, dict[str, Any]]]:
+def _failures(*always: int) -> Callable[..., dict[int | str, dict[str, Any]]]:
     """Describe answers to requests that can't be met, by status: `always`, and those that are given."""
     return lambda *more: {
-        status: {"model": Problem, "description": http.HTTPStatus(status).phrase} for status in sorted({always, *more})
+        status: {"model": Problem, "description": http.HTTPStatus(status).phrase} for status in sorted({*always, *more})
     }
 
 
@@ -341,34 +356,44 @@ def _sounds(about: str) -> dict[int | str, dict[str, Any]]:
 
 def _request_body() -> dict[str, Any]:
     """Describe the body in both of its forms."""
-    request = {"$ref": "#/components/schemas/GenerationRequest"}
-    form = {
-        "type": "object",
-        "required": ["request", "sound"],
-        "properties": {"request": request, "sound": {"type": "string", "format": "binary"}},
-        "additionalProperties": False,
-    }
     encoding = {"request": {"contentType": "application/json"}, "sound": {"contentType": "application/octet-stream"}}
     return {
         "required": True,
         "content": {
-            "application/json": {"schema": request},
-            "multipart/form-data": {"schema": form, "encoding": encoding},
+            "application/json": {"schema": {"$ref": _SCHEMAS.format(model="GenerationRequest")}},
+            "multipart/form-data": {"schema": {"$ref": _SCHEMAS.format(model="EditForm")}, "encoding": encoding},
         },
     }
 
 
-def _describe_errors(app: FastAPI) -> None:
-    """Let OpenAPI tell the request's schema, and the type of errors."""
+_FORM = {
+    "title": "EditForm",
+    "type": "object",
+    "required": ["request", "sound"],
+    "properties": {
+        "request": {"$ref": _SCHEMAS.format(model="EditRequest")},
+        "sound": {"type": "string", "format": "binary", "title": "Sound", "description": "WAV, FLAC, MP3 or Ogg"},
+    },
+    "additionalProperties": False,
+}
+
+
+def _describe_requests(app: FastAPI, requests: dict[str, Any]) -> None:
+    """Let OpenAPI tell the schemas of requests, and the type and status of errors."""
     build = app.openapi
 
     def described() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = build()
-            request = GenerationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-            schema["components"]["schemas"] |= request.pop("$defs") | {"GenerationRequest": request}
+            schemas = schema["components"]["schemas"]
+            schemas |= requests | {"EditForm": _FORM}
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
             for operation in (operation for path in schema["paths"].values() for operation in path.values()):
-                for status, answer in operation["responses"].items():
+                answers = operation["responses"]
+                if "HTTPValidationError" in str(answers.get("422")):
+                    del answers["422"]  # the framework's own, of parameters, which are answered by 400 here
+                for status, answer in answers.items():
                     if int(status) >= 400 and "application/json" in answer.get("content", {}):
                         answer["content"]["application/problem+json"] = answer["content"].pop("application/json")
         return app.openapi_schema or build()

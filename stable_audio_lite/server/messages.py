@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stable_audio_lite import edits
+from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import Plan, StableAudio
 from stable_audio_lite.request import check_number
 from stable_audio_lite.server.jobs import Job, Jobs, State
-from stable_audio_lite.server.models import ModelChoice
-from stable_audio_lite.systems import StableAudioConfig
+from stable_audio_lite.server.models import ModelChoice, ModelStore
+from stable_audio_lite.systems import MAX_CFG, StableAudioConfig
 from stable_audio_lite.wording import beats_of, tempo_of
-
-_SECONDS = "in seconds"
 
 
 class Message(BaseModel):
-    """A message that has the keys that it says, with values of the types that it says."""
+    """A message that has the keys that it says, with values of the types that it says; 4.0 is a whole number too."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in given.items()}
 
 
 class VariationEdit(Message):
@@ -60,7 +66,8 @@ class LoopEdit(Message):
     beats: int | None = Field(None, ge=1, le=16, description="of a bar: 3 of a waltz, otherwise 4")
 
 
-AnyEdit = Annotated[VariationEdit | InpaintingEdit | ContinuationEdit | LoopEdit, Field(discriminator="kind")]
+SoundEdit = Annotated[VariationEdit | InpaintingEdit | ContinuationEdit, Field(discriminator="kind")]
+_FROM_SOUND = ("variation", "inpainting", "continuation")
 
 
 class ServiceLimits(Message):
@@ -79,10 +86,10 @@ class ServiceLimits(Message):
     upload_bytes: int = 25_000_000
 
 
-class GenerationRequest(Message):
-    """A request for sounds; what is left out is the model's own default."""
+class _Request(Message):
+    """What both requests may say; what is left out is the model's own default."""
 
-    prompt: str | None = Field(None, max_length=2000, description="that stored in the sound, where one is sent")
+    prompt: str | None = Field(None, max_length=2000, description="what to hear")
     model: str | None = Field(None, max_length=1000, description="one of /v1/models")
     lora: str | None = Field(None, max_length=1000, description="one of /v1/models")
     lora_strength: float | None = Field(None, ge=-10, le=10)
@@ -90,53 +97,102 @@ class GenerationRequest(Message):
     seconds_start: float | None = Field(None, ge=0, le=1e6, description="where in the described piece they begin")
     seconds_total: float | None = Field(None, ge=0, le=1e6, description="length of the described piece")
     steps: int | None = Field(None, ge=1, le=10**6)
-    cfg: float | None = Field(None, ge=0, le=100, description="guidance scale, 1 is none")
+    cfg: float | None = Field(None, ge=0, le=MAX_CFG, description="guidance scale, 1 is none")
     rescale: float | None = Field(None, ge=0, le=1)
     negative: str | None = Field(None, max_length=2000, description="what not to hear")
     sampler: str | None = Field(None, max_length=100)
     seed: int | None = Field(None, ge=0, le=2**53 - 1, description="of the first sound, the next one more each")
     count: int = Field(1, ge=1, le=1000)
-    edit: AnyEdit | None = Field(None, description="how to make them; all but loops start from a sound that is sent")
 
-    def plan(self, outline: StableAudio, sound: edits.Sound | None, limits: ServiceLimits) -> Plan:
-        """Check the request against a model, and the `limits`.
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return self.model_dump(include=_SETTINGS)
 
-        Raises:
-            UserError: it asks for what the model doesn't do, for too much, or for an edit without its sound.
-        """
-        if (sound is not None) != isinstance(self.edit, VariationEdit | InpaintingEdit | ContinuationEdit):
-            raise UserError(
-                "sound: is what an edit starts from; say which (variation, inpainting, continuation), or send none"
-                if sound is not None
-                else "edit: starts from a sound; send one beside the request, as multipart/form-data"
-            )
-        settings: dict[str, Any] = self.model_dump(include=_SETTINGS)
-        if isinstance(self.edit, ContinuationEdit):
-            if self.count != 1 or self.seconds is None:
-                raise UserError("edit: a continuation needs seconds, and a count of 1")
-            plan = outline.plan_extension(self.prompt, after=sound, **settings)
-        else:
-            edit = self._edit(sound)
-            plan = outline.plan(self.prompt, count=self.count, edit=edit, **settings)
-            if plan.items[0][0] is None and isinstance(outline.config, StableAudioConfig):
-                raise UserError("prompt: is missing; say what you want to hear")
+    def _within(self, plan: Plan, limits: ServiceLimits) -> Plan:
         for name, value in (("seconds", plan.request.seconds), ("steps", plan.request.steps), ("count", self.count)):
             check_number(name, value)
             if value > (most := getattr(limits, name)):
                 raise UserError(f"{name}: at most {most:g} may be asked for here, got {value:g}")
         return plan
 
-    def _edit(self, sound: edits.Sound | None) -> edits.Edit:
-        if isinstance(self.edit, LoopEdit):
+
+class GenerationRequest(_Request):
+    """A request for sounds from words; what is left out is the model's own default."""
+
+    edit: LoopEdit | None = Field(None, description="how to make them; what starts from a sound is an EditRequest")
+
+    @field_validator("edit", mode="before")
+    @classmethod
+    def _alone(cls, edit: Any) -> Any:
+        if isinstance(edit, dict) and edit.get("kind") in _FROM_SOUND:
+            raise ValueError("starts from a sound; send one beside the request, as multipart/form-data")
+        return edit
+
+    def plan(self, outline: StableAudio, limits: ServiceLimits) -> Plan:
+        """Check the request against a model, and the `limits`.
+
+        Raises:
+            UserError: it asks for what the model doesn't do, or for too much.
+        """
+        edit = edits.Edit()
+        if self.edit is not None:
             prompt = self.prompt or ""
             bpm = tempo_of(prompt) if self.edit.bpm is None else self.edit.bpm
-            return edits.Loop(self.edit.bars, bpm, self.edit.beats or beats_of(prompt))
-        if sound is None:
-            return edits.Edit()
+            edit = edits.Loop(self.edit.bars, bpm, self.edit.beats or beats_of(prompt))
+        return self._within(_prompted(outline, self.prompt, count=self.count, edit=edit, **self._settings), limits)
+
+
+class EditRequest(_Request):
+    """A request for sounds from a sound; what is left out is the model's own default, a prompt that of the sound."""
+
+    edit: SoundEdit = Field(description="how to make them")
+
+    def plan(self, outline: StableAudio, limits: ServiceLimits, sound: edits.Sound) -> Plan:
+        """Check the request against a model, the `limits` and the sound that it starts from.
+
+        Raises:
+            UserError: it asks for what the model doesn't do, for too much, or for what doesn't go with the sound.
+        """
+        if isinstance(self.edit, ContinuationEdit):
+            if self.count != 1 or self.seconds is None:
+                raise UserError("edit: a continuation needs seconds, and a count of 1")
+            return self._within(outline.plan_extension(self.prompt, after=sound, **self._settings), limits)
         if isinstance(self.edit, InpaintingEdit):
-            return edits.Inpainting(sound, [(part.start, part.end) for part in self.edit.stretches])
-        assert isinstance(self.edit, VariationEdit)
-        return edits.Variation(sound, self.edit.strength)
+            gaps = [(part.start, part.end) for part in self.edit.stretches]
+            edit: edits.Edit = edits.Inpainting(sound, gaps)
+        else:
+            edit = edits.Variation(sound, self.edit.strength)
+        return self._within(_prompted(outline, self.prompt, count=self.count, edit=edit, **self._settings), limits)
+
+
+def request_schemas(store: ModelStore, limits: ServiceLimits, place: str) -> dict[str, Any]:
+    """Describe requests as JSON schemas, by name, with what these models and limits allow; references go to `place`."""
+    found: dict[str, Any] = {}
+    for kind in (GenerationRequest, EditRequest):
+        schema = kind.model_json_schema(ref_template=place)
+        found |= schema.pop("$defs") | {kind.__name__: schema}
+        fields = schema["properties"]
+        for name in ("seconds", "steps"):
+            fields[name]["anyOf"][0]["maximum"] = getattr(limits, name)
+        fields["count"]["maximum"] = limits.count
+        fields["sampler"]["anyOf"][0]["enum"] = list(SAMPLERS)
+    words = found["GenerationRequest"]
+    if all(_needs_words(store.outline(ModelChoice(name))) for name in store.names):
+        (text, _), about = words["properties"]["prompt"]["anyOf"], words["properties"]["prompt"]["description"]
+        words["properties"]["prompt"] = {**text, "minLength": 1, "description": about, "title": "Prompt"}
+        words["required"] = ["prompt"]
+    return found
+
+
+def _needs_words(outline: StableAudio) -> bool:
+    return isinstance(outline.config, StableAudioConfig)
+
+
+def _prompted(outline: StableAudio, prompt: str | None, **settings: Any) -> Plan:
+    plan = outline.plan(prompt, **settings)
+    if plan.items[0][0] is None and _needs_words(outline):
+        raise UserError("prompt: is missing; say what you want to hear")
+    return plan
 
 
 _SETTINGS = {
