@@ -77,6 +77,27 @@ def test_a_job_makes_what_the_model_makes(started: Callable[..., Jobs], store: M
         torch.testing.assert_close(job.audio(item), expected.audio[item], atol=1e-4, rtol=0)
 
 
+def test_progress_counts_steps_and_decoding(started: Callable[..., Jobs], gate: Gate, monkeypatch) -> None:
+    """It only grows, is below 1 while there is something to decode, and 1 at the end, also where no step is taken."""
+    jobs, seen, render = started(), [], StableAudio.render
+    time = torch.arange(22050) / 44100
+    source = Sound((0.5 * (440 * time).sin()).expand(2, -1), 44100)
+
+    def watched(model: StableAudio, plan: Plan, batch: int, progress: Any) -> Any:
+        for piece in render(model, plan, batch, lambda *steps: (progress(*steps), seen.append(job.progress))):
+            seen.append(job.progress)
+            yield piece
+
+    monkeypatch.setattr(StableAudio, "render", watched)
+    for settings, events in (({"count": 2}, 4), ({"seconds": None, "edit": Variation(source, 0.0)}, 1)):
+        gate.opened.clear()
+        seen.clear()
+        job = ask(jobs, **settings)
+        gate.opened.set()
+        assert job.wait(60) and job.state == "done" and job.progress == 1
+        assert len(seen) == events and seen == sorted(seen) and seen[-1] < 1
+
+
 def test_jobs_that_fit_together_are_one_batch_and_each_gets_its_own(started: Callable[..., Jobs], gate: Gate) -> None:
     """With its own prompts and seeds; others wait, and none overtakes one that it fits."""
     jobs = started(batch=3)

@@ -268,13 +268,16 @@ def test_a_request_that_names_an_address_is_refused(tab: Callable[..., Tab], ser
     one.faults.clear()  # the browser's own note of that
 
 
-def test_it_stops_and_leaves_nothing_and_called_nobody(served: Served) -> None:
-    """The last one here: files are gone but for those that are kept, and every address was this machine's."""
+def test_it_stops_and_leaves_nothing_and_called_nobody(browser: Any, served: Served) -> None:
+    """The last one here, a tab open: files are gone but for those that are kept, every address was this machine's."""
+    last = Tab(browser, served.address)
     assert served.stop() == 0
+    last.context.close()
     left = [path for path in served.temporary.rglob("*") if path.is_file()]
     assert left == [] and list(served.kept.glob("*.wav"))
     served.log.seek(0)
-    assert "Traceback" not in served.log.read()
+    log = served.log.read()
+    assert "Traceback" not in log and "ERROR" not in log
     calls = served.calls.read_text().splitlines() if served.calls.exists() else []
     others = [line for line in calls if not re.search(r"127\.0\.0\.1|::1|localhost|AF_UNIX", line)]
     assert not [line for line in others if "192.0.2.1" not in line], others

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import io
 import json
@@ -15,7 +17,7 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ import pytest
 import soundfile
 import torch
 import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 
 from stable_audio_lite import cli
@@ -33,6 +37,7 @@ from stable_audio_lite.audio.decoding import Stored
 from stable_audio_lite.audio.io import read_audio, read_metadata
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import Plan, StableAudio
+from stable_audio_lite.server import host
 from stable_audio_lite.server.app import create_app
 from stable_audio_lite.server.host import open_socket
 from stable_audio_lite.server.jobs import Bounds, Jobs
@@ -562,6 +567,37 @@ def test_sound_is_sent_while_it_is_made(store: ModelStore, monkeypatch: pytest.M
                         assert read(body + b"".join(pieces)).shape == (2, 30000)
     finally:
         jobs.close()
+
+
+def test_a_stop_hangs_up_on_who_listens_without_end(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an open page does; nothing is logged."""
+    monkeypatch.setattr(host, "_LAST_ANSWERS", 0.1)
+    app, listener, heard = FastAPI(), open_socket("127.0.0.1", 0), []
+
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x"
+            await asyncio.sleep(0.01)
+
+    @app.get("/")
+    async def listened() -> StreamingResponse:
+        return StreamingResponse(endless())
+
+    def listen() -> None:
+        with contextlib.suppress(httpx.HTTPError), httpx.stream("GET", address, timeout=None) as answer:
+            for piece in answer.iter_raw():
+                if not heard:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                heard.append(piece)
+
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listening = threading.Thread(target=listen)
+    listening.start()
+    host.serve_app(app, Jobs(store), listener, grace=60)
+    listening.join()
+    assert heard and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ when every client has fetched its sounds, or after a while. A second signal ends
 
 from __future__ import annotations
 
+import asyncio
+import math
 import socket
 import time
 from types import FrameType
@@ -16,7 +18,8 @@ from fastapi import FastAPI
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.server.jobs import Jobs
 
-_LAST_ANSWERS = 5  # seconds that answers may take once all jobs have ended
+_LAST_ANSWERS = 5.0  # seconds that answers may take once all jobs have ended
+_HANG_UP = 5  # seconds after which those that go on when nobody listens any more are cancelled
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -35,7 +38,8 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def serve_app(app: FastAPI, jobs: Jobs, listener: socket.socket, grace: float) -> None:
     """Answer requests until a signal comes; then give what runs up to `grace` seconds, and end the queue."""
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_ANSWERS, server_header=False)
+    patience = math.ceil(_LAST_ANSWERS) + _HANG_UP
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=patience, server_header=False)
     try:
         _Server(config, jobs, grace).run(sockets=[listener])
     finally:
@@ -60,3 +64,12 @@ class _Server(uvicorn.Server):
             if late or self._jobs.idle:
                 return True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_LAST_ANSWERS, self._hang_up)
+        await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        """End answers without an end, such as those that keep an open page up to date."""
+        for connection in list(self.server_state.connections):
+            connection.transport.close()  # type: ignore[union-attr]

@@ -34,6 +34,7 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 
 _log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 5.0  # between two looks for expired results while there is nothing to do
+_DECODING = 12  # sampling steps that decoding takes as long as, about, by the starter
 _RECORD = 4096  # bytes that a job without sound counts for
 
 
@@ -108,7 +109,7 @@ class Job:
         id: of the job, which can't be guessed.
         choice: of the model.
         state: queued, running, then done, failed or cancelled.
-        progress: share of the sampling steps that are done.
+        progress: share of the work that is done, by steps and by what is decoded; 1 where it is done.
         error: one line that says why it failed.
         notes: what of the prompts the model doesn't read or know.
         settings: per item, everything needed to make it again; empty until it runs.
@@ -143,7 +144,7 @@ class Job:
 
     @property
     def left_seconds(self) -> float | None:
-        """Time that sampling still takes, by what it took so far; None before the first step."""
+        """Time that the work still takes, by what it took so far; None before the first step."""
         if self.state != "running" or not self.progress:
             return None
         return (time.monotonic() - self.started) * (1 - self.progress) / self.progress
@@ -177,7 +178,9 @@ class Job:
     def _end(self, state: State, error: str = "") -> None:
         self.state, self.error, self.finished = state, error, time.monotonic()
         self.plan = None  # and the sounds that it was made from
-        if state != "done":
+        if state == "done":
+            self.progress = 1.0
+        else:
             self._pieces = [[] for _ in self._pieces]
         self._ended.set()
 
@@ -351,18 +354,22 @@ class Jobs:
 
     def _render(self, model: StableAudio, batch: list[tuple[Job, Plan]]) -> None:
         began, longest = time.monotonic(), self.bounds.work_seconds
+        places = [(job, item) for job, plan in batch for item in range(len(plan.items))]
+        joined = replace(batch[0][1], items=[item for _, plan in batch for item in plan.items])
+        done, total, decoded = 0, 0, 0.0  # steps, and seconds of sound
 
-        def check(done: int = 0, total: int = 0) -> None:
+        def check(steps: int = 0, of: int = 0) -> None:
+            nonlocal done, total
             if all(job.ended for job, _ in batch):
                 raise _Stop("cancelled")
             if time.monotonic() - began > longest:
                 raise _Stop(f"took longer than {longest:g} s; ask for fewer steps, or for less sound")
-            if total:
-                for job, _ in batch:
-                    job.progress = done / total
+            done, total = (steps, of) if of else (done, total)
+            decoding = _DECODING * max(total / joined.request.steps, 1)
+            heard = decoded / (len(places) * joined.request.seconds)
+            for job, _ in batch:
+                job.progress = min((done + decoding * heard) / (total + decoding), 1.0)
 
-        places = [(job, item) for job, plan in batch for item in range(len(plan.items))]
-        joined = replace(batch[0][1], items=[item for _, plan in batch for item in plan.items])
         self.totals.batches += 1
         self.totals.items += len(places)
         for place, piece in model.render(joined, self.bounds.batch, check):
@@ -370,6 +377,7 @@ class Jobs:
             with self._changed:
                 if not job.ended:
                     job._add(item, piece)
+            decoded += piece.shape[1] / model.sample_rate
             self.totals.sound += piece.shape[1] / model.sample_rate
             check()
 

@@ -213,9 +213,9 @@ class GenerationAnswer(Message):
 
     id: str
     state: State
-    progress: float = Field(ge=0, le=1, description="share of the sampling steps that are done")
+    progress: float = Field(ge=0, le=1, description="share of the work that is done")
     position: int | None = Field(description="jobs that wait before it, while it waits")
-    left_seconds: float | None = Field(description="time that sampling still takes, roughly, while it runs")
+    left_seconds: float | None = Field(description="time that it still takes, roughly, while it runs")
     error: str | None = Field(description="why it failed, in one line")
     notes: list[str] = Field(description="what of the prompt the model doesn't read or know")
     sounds: list[SoundAnswer]

@@ -324,7 +324,7 @@ def _progress(job: Job, before: int | None) -> str:
         text = "Starting"
     else:
         time = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-        text = f"{job.progress:.0%}, " + (f"{time} left" if job.progress < 1 else "decoding")
+        text = f"{job.progress:.0%}, {time} left"
     share = f"{100 * job.progress:.0f}"
     bar = f'role="progressbar" aria-valuenow="{share}" aria-valuemin="0" aria-valuemax="100"'
     return f'<div class="bar" {bar}><div style="width:{share}%"></div></div><p>{text}</p>'
