@@ -19,6 +19,7 @@ from stable_audio_lite.bundle import save_bundle
 from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.clap.tokenizer import train_tokenizer
 from stable_audio_lite.models.conditioner import Conditioner
+from stable_audio_lite.server.models import ModelStore
 from stable_audio_lite.systems import build_vae, load_model_config
 from training import pre_encode, train_clap, train_vae
 
@@ -59,6 +60,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     save_bundle(folder, config, {k: m.state_dict() for k, m in parts.items()}, tokenizer_json=tokenizer.to_str())
     return folder
+
+
+@pytest.fixture(scope="session")
+def store(tiny_bundle: Path) -> ModelStore:
+    """The tiny bundle as a server has it, loaded when a test first asks for it."""
+    return ModelStore([tiny_bundle], device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")

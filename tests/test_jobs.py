@@ -20,11 +20,6 @@ from stable_audio_lite.server.models import ModelStore
 SHORT: dict[str, Any] = {"seconds": 0.2, "steps": 2}
 
 
-@pytest.fixture(scope="module")
-def store(tiny_bundle: Path) -> ModelStore:
-    return ModelStore([tiny_bundle], device="cpu", dtype="float32")
-
-
 @pytest.fixture
 def started(store: ModelStore) -> Iterator[Callable[..., Jobs]]:
     """Start queues with given bounds, which end with the test."""
@@ -143,7 +138,7 @@ def test_plans_fit_where_request_and_edit_are_the_same(store: ModelStore) -> Non
 
 def test_what_waits_and_what_runs_can_be_cancelled(started: Callable[..., Jobs], gate: Gate) -> None:
     jobs = started(batch=1)
-    running, waiting, last = (ask(jobs, steps=50) for _ in range(3))
+    running, waiting, last = (ask(jobs, steps=steps) for steps in (50, 50, 2))
     assert gate.reached.wait(60)
     for job in (running, waiting):
         assert jobs.cancel(job.id).state == "cancelled" and job.wait(0)
@@ -280,7 +275,10 @@ def test_a_plan_without_weights_is_that_of_the_model(store: ModelStore) -> None:
         assert lines[0] == lines[1]
 
 
-def test_a_second_model_unloads_the_first_only_where_memory_is_short(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_second_model_unloads_the_first_only_where_memory_is_short(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StableAudio, "from_pretrained", lambda *_, **__: object())
     free = 1 << 40
     other = shutil.copytree(tiny_bundle, tmp_path / "other")
     store = ModelStore([tiny_bundle, other], device="cpu", free_memory=lambda device: free)

@@ -31,8 +31,8 @@ TONE = "a tone.wav"
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny_bundle: Path) -> Iterator[Jobs]:
-    jobs = Jobs(ModelStore([tiny_bundle], device="cpu", dtype="float32"))
+def jobs(store: ModelStore) -> Iterator[Jobs]:
+    jobs = Jobs(store)
     yield jobs
     jobs.close()
 
@@ -225,34 +225,39 @@ def page(studio: Studio) -> Any:
     return Page(studio)
 
 
-@pytest.fixture
-def client(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TestClient]:
+@pytest.fixture(scope="module")
+def client(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A page with a password."""
     pytest.importorskip("gradio")
-    from stable_audio_lite.server.page_host import page_app
+    from stable_audio_lite.server import page_host
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(studio.folder))
-    return lambda password=None: TestClient(page_app(studio, password))
+    folder = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        patch.setattr(page_host, "_GUESS_SECONDS", 0.01)
+        with TestClient(page_host.page_app(Studio(jobs, folder), "open sesame")) as client:
+            yield client
 
 
-def test_the_page_names_no_other_host_and_forbids_them(client: Callable[..., TestClient], tmp_path: Path) -> None:
+def test_the_password_is_asked_for(client: TestClient) -> None:
+    client.cookies.clear()
+    assert client.get("/config").status_code == 401
+    assert client.post("/login", data={"username": "me", "password": "open"}).status_code == 400
+    assert client.post("/login", data={"username": "me", "password": "open sesame"}).json()["success"]
+    assert client.get("/config").status_code == 200
+
+
+def test_the_page_names_no_other_host_and_forbids_them(client: TestClient, tmp_path: Path) -> None:
     """No script, style or font from elsewhere; files outside of the session's folder are not served."""
     (tmp_path / "secret.txt").write_text("mine")
-    with client() as page:
-        answer = page.get("/")
-        assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
-        assert "<link" not in "".join(line for line in answer.text.splitlines() if 'href="http' in line)
-        assert 'src="http' not in answer.text
-        assert "@import" not in page.get("/theme.css").text and "url(http" not in page.get("/theme.css").text
-        for path in (tmp_path / "secret.txt", Path(__file__), "/etc/passwd", "../../etc/passwd"):
-            assert page.get(f"/gradio_api/file={path}").status_code in (403, 404), path
-
-
-def test_the_password_is_asked_for(client: Callable[..., TestClient]) -> None:
-    with client("open sesame") as page:
-        assert page.get("/config").status_code == 401
-        assert page.post("/login", data={"username": "me", "password": "open"}).status_code == 400
-        assert page.post("/login", data={"username": "me", "password": "open sesame"}).json()["success"]
-        assert page.get("/config").status_code == 200
+    client.post("/login", data={"username": "me", "password": "open sesame"})
+    answer = client.get("/")
+    assert answer.status_code == 200 and "default-src 'self'" in answer.headers["content-security-policy"]
+    assert "<link" not in "".join(line for line in answer.text.splitlines() if 'href="http' in line)
+    assert 'src="http' not in answer.text
+    assert "@import" not in client.get("/theme.css").text and "url(http" not in client.get("/theme.css").text
+    for path in (tmp_path / "secret.txt", Path(__file__), "/etc/passwd", "../../etc/passwd"):
+        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
 
 
 def test_the_process_calls_no_other_machine() -> None:

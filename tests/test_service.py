@@ -34,7 +34,7 @@ from fastapi.testclient import TestClient
 
 from stable_audio_lite import cli
 from stable_audio_lite.audio.decoding import Stored
-from stable_audio_lite.audio.io import read_audio, read_metadata
+from stable_audio_lite.audio.io import encode_audio, read_audio, read_metadata
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import Plan, StableAudio
 from stable_audio_lite.server import host
@@ -48,11 +48,6 @@ from stable_audio_lite.server.sounds import SoundStream, read_sound
 ROOT = Path(__file__).parents[1]
 ASK = {"prompt": "piano", "seconds": 0.2, "steps": 2, "seed": 1}
 LIMITS = ServiceLimits(seconds=10, steps=100, count=4, upload_bytes=500_000)
-
-
-@pytest.fixture(scope="module")
-def store(tiny_bundle: Path) -> ModelStore:
-    return ModelStore([tiny_bundle], device="cpu", dtype="float32")
 
 
 @pytest.fixture
@@ -174,6 +169,27 @@ def test_the_prompt_inside_a_sound_is_used_where_none_is_given(serve: Callable[.
     job = made(client, {"steps": 2, "edit": {"kind": "variation"}}, sound)
     assert job["sounds"][0]["settings"]["prompt"] == "warm piano"
     assert job["sounds"][0]["settings"]["init"] == "sound"
+
+
+def test_prompts_of_any_characters_come_back_in_each_format(serve: Callable[..., TestClient]) -> None:
+    """One inside a sound is bounded like one that is sent."""
+    client = serve()
+    for prompt in ("a\0b", "two\nlines = ; \t", "\U0001f3b9" * 50, "\u202e]]>"):
+        job = made(client, ASK | {"prompt": prompt})
+        for kind in ("wav", "flac", "opus"):
+            body = client.get(job["sounds"][0]["address"], params={"format": kind}).content
+            assert read_metadata(Stored("answer", lambda body=body: io.BytesIO(body))).settings["prompt"] == prompt
+    long = encode_audio(read(body).numpy(), 44100, ".wav", {"prompt": "a" * 2001})
+    parts = {"request": (None, json.dumps({"edit": {"kind": "variation"}})), "sound": ("a.wav", long)}
+    assert "at most 2000 characters here, got 2001" in line_of(client.post("/v1/generations", files=parts), 422)
+
+
+def test_pages_of_other_sites_can_t_ask(serve: Callable[..., TestClient]) -> None:
+    """A browser sends any page's form here, and says whose it is."""
+    client = serve()
+    refused = client.post("/v1/generations", json=ASK, headers={"Sec-Fetch-Site": "cross-site"})
+    assert "pages of other sites" in line_of(refused, 403)
+    assert client.post("/v1/generations", json=ASK, headers={"Sec-Fetch-Site": "none"}).status_code == 202
 
 
 def test_jobs_are_seen_cancelled_and_refused_when_there_are_too_many(serve, held: threading.Event) -> None:
@@ -524,7 +540,7 @@ class Running:
     def __init__(self, app: Any) -> None:
         self.listener = open_socket("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
 
@@ -536,7 +552,9 @@ class Running:
         self.thread.join()
 
 
-def test_sound_is_sent_while_it_is_made(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sound_is_sent_while_it_is_made(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The first piece arrives before the second one is there; a stream of what fails breaks off."""
     more, jobs = threading.Event(), Jobs(store)
     fails = False
@@ -565,6 +583,8 @@ def test_sound_is_sent_while_it_is_made(store: ModelStore, monkeypatch: pytest.M
                             list(pieces)
                     else:
                         assert read(body + b"".join(pieces)).shape == (2, 30000)
+            assert 'stream",status="200"} 2.0' in (text := client.get("/metrics").text) and 'status="500"' not in text
+            assert "Traceback" not in capsys.readouterr().err
     finally:
         jobs.close()
 

@@ -31,8 +31,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as ASGIMessage
-from starlette.types import Receive
 
 from stable_audio_lite import __version__
 from stable_audio_lite.command import explained
@@ -74,6 +74,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
     about: dict[str, Any] = {"title": "Stable Audio Lite", "version": __version__, "docs_url": None, "redoc_url": None}
     app = FastAPI(**about, generate_unique_id_function=lambda route: route.name)  # what generated clients call them
     metrics, decoding = Metrics(jobs), asyncio.Semaphore(_DECODED_AT_ONCE)
+    app.add_middleware(_BreakOff)
     app.add_middleware(CountAnswers, metrics=metrics)
     _add_error_handlers(app)
     guard = [Depends(_bearer(token))] if token else []
@@ -83,11 +84,13 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         "/v1/generations",
         status_code=202,
         dependencies=guard,
-        responses=failures(408, 413, 415, 422, 429, 503),
+        responses=failures(403, 408, 413, 415, 422, 429, 503),
         openapi_extra={"requestBody": _request_body()},
     )
     async def generate(request: Request, response: Response, wait: Wait = 0) -> GenerationAnswer:
         """Queue a request for sounds."""
+        if request.headers.get("sec-fetch-site") == "cross-site":  # a form of any page can be sent here by a browser
+            raise HTTPException(403, "pages of other sites may not ask this server; ask from a program")
         async with _received(request, limits) as wanted, decoding:
             job = await run_in_threadpool(_submit, jobs, wanted, limits)
         response.headers["Location"] = f"/v1/generations/{job.id}"
@@ -200,6 +203,21 @@ def _unready(job: Job) -> str:
     return f"job {job.id}: is {job.state}, so there is no sound" + ("; wait for it" if not job.ended else "")
 
 
+class _BrokenOff(Exception):
+    """Ends an answer that has begun, and that its client is to see break off."""
+
+
+class _BreakOff:
+    """ASGI middleware that ends broken answers; the server then closes the connection."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(_BrokenOff):
+            await self._app(scope, receive, send)
+
+
 async def _streamed(job: Job, item: int, kind: SoundFormat) -> AsyncIterator[bytes]:
     encoder, number = SoundStream(kind, job.sample_rate, job.pieces(item)[0].shape[0]), 0
     while True:
@@ -212,7 +230,7 @@ async def _streamed(job: Job, item: int, kind: SoundFormat) -> AsyncIterator[byt
             break
         await asyncio.sleep(_POLL_SECONDS)
     if job.state != "done":
-        raise ConnectionAbortedError(_unready(job))  # the client sees an answer that breaks off
+        raise _BrokenOff(_unready(job))
     yield await run_in_threadpool(encoder.end)
     job.collected = True
 

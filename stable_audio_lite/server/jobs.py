@@ -32,6 +32,9 @@ from stable_audio_lite.server.models import ModelChoice, ModelStore
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
+MOST_CHARACTERS = 2000
+"""Length of the longest prompt, also of one that comes inside a sound."""
+
 _log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 5.0  # between two looks for expired results while there is nothing to do
 _DECODING = 12  # sampling steps that decoding takes as long as, about, by the starter
@@ -214,9 +217,12 @@ class Jobs:
         """Queue a plan.
 
         Raises:
+            UserError: a prompt is too long, which may be that inside a sound.
             QueueFull: too many jobs wait.
             Stopping: after `stop`.
         """
+        if (length := max(map(len, _texts(plan)), default=0)) > MOST_CHARACTERS:
+            raise UserError(f"prompt: at most {MOST_CHARACTERS} characters here, got {length}; say it in fewer")
         with self._changed:
             if self.stopping:
                 raise Stopping("the server is stopping; try again in a moment")

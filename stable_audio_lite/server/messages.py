@@ -11,7 +11,7 @@ from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.pipeline import Plan, StableAudio
 from stable_audio_lite.request import check_number
-from stable_audio_lite.server.jobs import Job, Jobs, State
+from stable_audio_lite.server.jobs import MOST_CHARACTERS, Job, Jobs, State
 from stable_audio_lite.server.models import ModelChoice, ModelStore
 from stable_audio_lite.systems import MAX_CFG, StableAudioConfig
 from stable_audio_lite.wording import beats_of, tempo_of
@@ -89,7 +89,7 @@ class ServiceLimits(Message):
 class _Request(Message):
     """What both requests may say; what is left out is the model's own default."""
 
-    prompt: str | None = Field(None, max_length=2000, description="what to hear")
+    prompt: str | None = Field(None, max_length=MOST_CHARACTERS, description="what to hear")
     model: str | None = Field(None, max_length=1000, description="one of /v1/models")
     lora: str | None = Field(None, max_length=1000, description="one of /v1/models")
     lora_strength: float | None = Field(None, ge=-10, le=10)
@@ -99,7 +99,7 @@ class _Request(Message):
     steps: int | None = Field(None, ge=1, le=10**6)
     cfg: float | None = Field(None, ge=0, le=MAX_CFG, description="guidance scale, 1 is none")
     rescale: float | None = Field(None, ge=0, le=1)
-    negative: str | None = Field(None, max_length=2000, description="what not to hear")
+    negative: str | None = Field(None, max_length=MOST_CHARACTERS, description="what not to hear")
     sampler: str | None = Field(None, max_length=100)
     seed: int | None = Field(None, ge=0, le=2**53 - 1, description="of the first sound, the next one more each")
     count: int = Field(1, ge=1, le=1000)

@@ -74,18 +74,22 @@ class CountAnswers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
 
+        started = False
+
         def count(status: int) -> None:
             route = getattr(scope.get("route"), "path", None)
             self._metrics.count(scope["method"] if route else "any", route or "none", status)
 
         async def counted(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 count(message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, counted if scope["type"] == "http" else send)
         except Exception:
-            if scope["type"] == "http":
+            if scope["type"] == "http" and not started:
                 count(500)
             raise

@@ -202,9 +202,9 @@ class Page:
                 onward = gr.Button("Start from this sound", size="sm", min_width=120, elem_classes="onward")
         fields = list(self.fields.values())
         again.click(partial(self.filled, sound.wish), None, fields, show_progress="hidden")
-        start = Wish(way="variation", source=str(sound.path), model=sound.wish.model)
-        wanted = [self.fields["way"], self.fields["source"]]
-        onward.click(lambda: [start.way, start.source], None, wanted, show_progress="hidden")
+        # At once, so that whoever chooses another way before the sound is there keeps it.
+        onward.click(None, None, self.fields["way"], js="() => 'variation'")
+        onward.click(lambda: str(sound.path), None, self.fields["source"], show_progress="hidden")
 
     def _events(self) -> None:
         fields = self.fields
