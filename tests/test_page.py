@@ -133,7 +133,15 @@ def test_a_sounds_own_prompt_is_used_where_none_is_given(make: Callable[..., lis
         ({"way": "sideways"}, "way: is one of"),
         ({"way": "loop", "bars": 1}, "needs a tempo"),
         ({"way": "loop", "bars": 400, "bpm": 120}, "at most"),
-        ({"count": 9}, "count: at most 8"),
+        ({"count": 9}, "sounds: at most 8"),
+        ({"count": 0}, "sounds: say how many, 1 to 8"),
+        ({"count": None}, "sounds: say how many, 1 to 8"),
+        ({"seed": -1}, "seed must lie in 0"),
+        ({"seed": 10**20}, "seed must lie in 0"),
+        ({"way": "loop", "bars": 0}, "bars"),
+        ({"way": "loop", "bars": 1, "bpm": 0}, "bpm"),
+        ({"way": "stretch", "source": TONE, "first": -1.0, "last": 0.5}, "can't inpaint -1-0.5"),
+        ({"prompt": "a" * 2001}, "at most 2000 characters here, got 2001"),
         ({"steps": 201}, "steps: at most 200"),
         ({"seconds": 61.0}, "length: at most 60"),
         ({"cfg": 1.0, "negative": "drums"}, "there is none at cfg 1"),
@@ -205,6 +213,8 @@ def test_the_form_holds_the_wish(page: Any) -> None:
     assert sorted(page.fields) == sorted(field.name for field in fields(Wish))
     wish = replace(Wish(), prompt="piano", seed=7, way="loop", bars=2)
     assert Wish(**dict(zip(page.fields, page.filled(wish), strict=True))) == wish
+    bounds = [(field.minimum, field.maximum) for field in page.fields.values() if field.get_block_name() == "number"]
+    assert bounds == [(None, None)] * 6  # which Gradio would tell in a message that goes away
 
 
 def test_examples_are_those_that_the_docs_have() -> None:

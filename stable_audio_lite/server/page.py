@@ -24,7 +24,6 @@ from stable_audio_lite.server.jobs import Job
 from stable_audio_lite.server.studio import (
     FROM_SOUND,
     MOST_SECONDS,
-    MOST_SOUNDS,
     MOST_STEPS,
     Made,
     Studio,
@@ -92,6 +91,7 @@ class Page:
         gr.HTML(f"<h1>{TITLE}</h1><p>Music from words, and from sound. <small>{html.escape(on)}</small></p>")
 
     def _form(self) -> None:
+        # Numbers have no bounds here: what is wrong with one is told by the studio, in words and in its place.
         add, part, model = self.fields.__setitem__, self._parts.__setitem__, self.studio.outline(Wish())
         add("way", gr.Radio([(label, way) for way, label in _LABELS.items()], value="new", show_label=False))
         add("prompt", gr.Textbox(label="What to hear", lines=2, max_lines=4, placeholder="solo piano, slow, classical"))
@@ -116,28 +116,28 @@ class Page:
                     elem_id="stretch",
                 )
                 with gr.Row():
-                    add("first", gr.Number(label="From second", minimum=0, step=0.1, min_width=100))
-                    add("last", gr.Number(label="to second", minimum=0, step=0.1, min_width=100))
+                    add("first", gr.Number(label="From second", step=0.1, min_width=100))
+                    add("last", gr.Number(label="to second", step=0.1, min_width=100))
             with gr.Column(visible=False) as column:
                 part("variation", column)
                 about = "0 keeps the sound, 1 ignores it"
                 add("strength", gr.Slider(0, 1, value=0.6, step=0.05, label="Strength", info=about))
         with gr.Row(visible=False) as row:
             part("loop", row)
-            add("bars", gr.Number(label="Bars", value=4, precision=0, minimum=1, min_width=100))
+            add("bars", gr.Number(label="Bars", value=4, precision=0, min_width=100))
             about = "bpm, where the prompt says none"
-            add("bpm", gr.Number(label="Tempo", value=120, minimum=20, maximum=400, min_width=100, info=about))
+            add("bpm", gr.Number(label="Tempo", value=120, min_width=100, info=about))
         with gr.Column() as column:
             part("seconds", column)
             length = _length(model)
             add("seconds", gr.Slider(0.5, length, value=min(8, length), step=0.5, label="Seconds", elem_id="seconds"))
         with gr.Row(equal_height=True):
-            seed = gr.Number(label="Seed", precision=0, minimum=0, placeholder="any", min_width=100)
+            seed = gr.Number(label="Seed", precision=0, placeholder="any", min_width=100)
             add("seed", seed)
             self._die = gr.Button("⚄ Draw", size="md", min_width=80, elem_id="die")
             with gr.Column(min_width=100) as column:
                 part("count", column)
-                add("count", gr.Number(label="Sounds", value=1, precision=0, minimum=1, maximum=MOST_SOUNDS))
+                add("count", gr.Number(label="Sounds", value=1, precision=0))
         with gr.Accordion("More", open=False):
             defaults = model.config.generation
             add("negative", gr.Textbox(label="What not to hear", placeholder="drums"))

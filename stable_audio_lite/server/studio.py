@@ -224,8 +224,10 @@ def peaks(path: str, columns: int = 400) -> tuple[list[float], float]:
 def _check(wish: Wish) -> None:
     if wish.way not in get_args(Way):
         raise UserError(f"way: is one of {', '.join(get_args(Way))}, got {wish.way!r}")
+    if wish.count is None or wish.count < 1:
+        raise UserError(f"sounds: say how many, 1 to {MOST_SOUNDS}")
     for name, value, most in (
-        ("count", wish.count, MOST_SOUNDS),
+        ("sounds", wish.count, MOST_SOUNDS),
         ("steps", wish.steps, MOST_STEPS),
         ("length", wish.seconds, MOST_SECONDS),
     ):
