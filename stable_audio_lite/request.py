@@ -247,7 +247,7 @@ def check_texts(texts: Sequence[str | None], negative: str | None) -> None:
         try:
             (text or "").encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {text[:40]!r} is not valid UTF-8 text; type it again") from error
+            raise UserError(f"the prompt {str(text)[:40]!r} is not valid UTF-8 text; type it again") from error
 
 
 def choose_seed(seed: int | None, items: int) -> int:
