@@ -130,6 +130,7 @@ def test_a_sounds_own_prompt_is_used_where_none_is_given(make: Callable[..., lis
         ({"way": "stretch", "source": TONE, "first": 0.5, "last": 7.0}, "a tone.wav: can't inpaint 0.5-7"),
         ({"way": "continuation", "source": TONE, "seconds": None}, "how many seconds should follow"),
         ({"way": "variation", "source": "words.wav"}, "sound: "),
+        ({"way": "variation", "source": "gone.wav"}, "sound: is no longer there; give it again"),
         ({"way": "sideways"}, "way: is one of"),
         ({"way": "loop", "bars": 1}, "needs a tempo"),
         ({"way": "loop", "bars": 400, "bpm": 120}, "at most"),

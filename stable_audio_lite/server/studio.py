@@ -200,11 +200,15 @@ def read_source(path: str | None, sample_rate: int = 44100) -> Sound:
     """Read an uploaded sound; its name, not its path, is what settings and messages tell.
 
     Raises:
-        UserError: there is none, it is not audio, or too long.
+        UserError: there is none, or none any more, it is not audio, or too long.
     """
     if not path:
         raise UserError("sound: give the one to start from")
-    sound = read_sound(Path(path).read_bytes(), sample_rate, MOST_SOURCE_SECONDS)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:  # files of a page that is open for long are deleted
+        raise UserError("sound: is no longer there; give it again") from error
+    sound = read_sound(data, sample_rate, MOST_SOURCE_SECONDS)
     return replace(sound, name=Path(path).name)
 
 
