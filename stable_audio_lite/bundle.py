@@ -7,6 +7,7 @@ optional in a folder: a trainer writes the one it trained beside the same `confi
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -124,8 +125,8 @@ def check_replaceable(folder: str | Path) -> None:
         others = [file for file in path.iterdir() if file.name != CARD_FILE]
         if others and not (path / CONFIG_FILE).is_file():
             raise UserError(f"{path}: holds other files, not a bundle; choose a new folder")
-    elif path.exists():
-        raise UserError(f"{path}: is a file; a bundle is written as a folder")
+    elif os.path.lexists(path):
+        raise UserError(f"{path}: is a file, or a link to nothing; a bundle is written as a folder")
 
 
 def part_path(folder: str | Path, name: str) -> Path:

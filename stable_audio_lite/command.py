@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn, TypeAlias
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_apart, check_place, expanded
+from stable_audio_lite.files import check_apart, check_place, expanded, resolved
 
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 
@@ -62,11 +62,11 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path] = (), *, overw
         UserError: one is an input, or another output, can't be written, or is there already and may not be replaced.
     """
     check_apart(inputs, outputs)
-    if len({path.resolve() for path in outputs}) < len(outputs):
+    if len({resolved(path) for path in outputs}) < len(outputs):
         raise UserError(f"{outputs[-1]}: is to be written twice; give each file a name of its own")
     for path in outputs:
         check_place(path)
-        if path.resolve().exists() and not overwrite:
+        if (os.path.lexists(path) or resolved(path).exists()) and not overwrite:
             raise UserError(f"{path}: is there already; choose another place or give --overwrite")
 
 

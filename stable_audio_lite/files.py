@@ -121,11 +121,16 @@ def check_place(path: str | os.PathLike[str]) -> None:
     final = Path(path)
     if final.is_dir():
         raise UserError(f"{final}: is a folder; give the name of a file")
-    existing = next(parent for parent in final.absolute().parents if parent.exists())
+    existing = next(parent for parent in final.absolute().parents if os.path.lexists(parent))
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path without links, but for those that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
@@ -155,7 +160,7 @@ def check_apart(sources: Iterable[object], outputs: Iterable[str | os.PathLike[s
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.resolve().stat()  # also where a folder on the way isn't there yet
+        return resolved(path).stat()  # also where a folder on the way isn't there yet
     except OSError:
         return None
 

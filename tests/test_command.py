@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stable_audio_lite import cli
+from stable_audio_lite.bundle import check_replaceable
 from stable_audio_lite.command import Failures, check_outputs, file_path
 from stable_audio_lite.errors import UserError
 
@@ -70,6 +71,17 @@ def test_nothing_is_replaced_unasked_and_no_input_ever(tmp_path: Path) -> None:
         check_outputs([free, tmp_path / "new" / "." / "b.wav"], overwrite=True)
     with pytest.raises(UserError, match="is a folder"):
         check_outputs([tmp_path], overwrite=True)
+    loop, nothing = (tmp_path / name for name in ("loop", "nothing"))
+    loop.symlink_to(loop)
+    nothing.symlink_to(tmp_path / "none")
+    for link in (loop, nothing):
+        with pytest.raises(UserError, match=f"{link}: is there already"):
+            check_outputs([link], [loop], overwrite=False)
+        for place in (link / "a.wav", link / "more" / "a.wav"):
+            with pytest.raises(UserError, match=rf"a\.wav: can't be written \("):
+                check_outputs([place], [loop], overwrite=False)
+        with pytest.raises(UserError, match=f"{link}: is a file, or a link to nothing"):
+            check_replaceable(link)
     assert source.read_text() == "original" and not free.parent.exists()
 
 

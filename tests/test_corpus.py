@@ -314,6 +314,7 @@ def test_a_broken_soundfont_is_named(tmp_path: Path) -> None:
     font.write_bytes(b"not a soundfont")
     with pytest.raises(UserError, match="broken.sf2"):
         build_corpus(tmp_path / "corpus", items=1, held_out=0, max_seconds=4, soundfont=str(font), progress=False)
+    assert not (tmp_path / "corpus").exists()
 
 
 @pytest.mark.parametrize(

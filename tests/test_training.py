@@ -179,6 +179,20 @@ def test_endless_nan_ends_with_the_checkpoint_named(data: Path, tmp_path: Path) 
         train_vae.fit(config.run, task, config)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_run_that_ends_with_broken_weights_says_so(broken: bool, data: Path, tmp_path: Path) -> None:
+    """Though it is too short for `max_bad_steps`, or none of its steps saw what the last update did."""
+    settings = vae_settings(data, tmp_path / "run", 3, max_returns=1, ema_decay=0)
+    config = load(train_vae.TrainVAEConfig, settings, tmp_path)
+    task = vae_task_with_nans(config, lambda call: call > 0 and not broken)
+    rate = task.rate
+    task.rate = lambda name, step, steps: float("nan") if broken and step == 2 else rate(name, step, steps)
+    words = "vae ended with weights that are not finite" if broken else "not finite in the 2 steps up to 2; last good"
+    with pytest.raises(UserError, match=rf"{words}.* [Ll]ower lr \(0.001\) of vae, muon_lr \(0.02\) of vae"):
+        train_vae.fit(config.run, task, config)
+    assert not (tmp_path / "run/bundle").exists()
+
+
 def test_accumulated_gradients_equal_a_larger_batch(data: Path, tmp_path: Path) -> None:
     """Two batches of 2 for each update, discriminator included: the same curve and weights as with batches of 4."""
     few = {"discriminator_optimizer": {"lr": 1e-6}}  # Adam's first updates are signs, which rounding flips

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stable_audio_lite.bundle import CARD_FILE, PARTS, SHIPPED, TOKENIZER_FILE, part_path, read_part, save_bundle
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import resolved
 from stable_audio_lite.representation import encoder_hash
 from stable_audio_lite.systems import StableAudioConfig, load_model_config, load_system
 from training.command import main
@@ -44,10 +45,10 @@ def run(config: AssembleConfig) -> Path:
     """
     source, output = Path(config.bundle), Path(config.output)
     for name, folder in SHIPPED.items():
-        if output.resolve() == folder.resolve():
+        if resolved(output) == resolved(folder):
             raise UserError(f"output: {output} is the shipped {name} with its card; choose a new folder")
     for read in filter(None, (config.bundle, config.vae)):
-        if output.resolve() == Path(read).resolve():
+        if resolved(output) == resolved(read):
             raise UserError(f"output: {output} is the bundle that is read; choose a new folder")
     check_stage("bundle", config.bundle, "training.train_diffusion (or training.train_vae, for a VAE alone)")
     check_stage("vae", config.vae, "training.train_vae")

@@ -75,6 +75,8 @@ class FineTuning:
         for name in ("steps", "batch_size", "learning_rate"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+        if self.learning_rate is not None and self.learning_rate > 1:
+            raise UserError(f"--learning-rate must be at most 1, got {self.learning_rate:g}")
 
 
 def fine_tune(request: FineTuning) -> Path:

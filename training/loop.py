@@ -135,6 +135,7 @@ def _fit(
     bundle = output / "bundle"
     with _Averaged(plain, averages):
         if modules := gather():
+            _check_finite(modules, task, output)
             task.export(bundle, modules)
     accelerator.end_training()
     return bundle
@@ -162,14 +163,27 @@ def _return(output: Path, step: int, state: Resumable, update: Update) -> int:
     """Go back to the newest checkpoint, at half the learning rates; returns its step."""
     health = replace(update.health, in_a_row=0, returns=update.health.returns + 1)
     good = checkpoints(output / "checkpoints")[-1]
-    row = f"losses or gradients were not finite in the {update.run.max_bad_steps} steps up to {step}"
+    row = f"losses or gradients were not finite in the {update.health.in_a_row} steps up to {step}"
     if health.returns > update.run.max_returns:
-        raise UserError(f"{row}; last good checkpoint: {good}. Lower the learning rates or max_grad_norm")
+        raise UserError(f"{row}; last good checkpoint: {good}. Lower {_rates(update.task)} or run.max_grad_norm")
     start = _resume(good, state, update)
     update.health = health
     if update.accelerator.is_main_process:
         print(f"\n{row}: back to {good}, learning rates times {0.5**health.returns:g}", file=sys.stderr, flush=True)
     return start
+
+
+def _rates(task: TrainingTask) -> str:
+    """The learning rates by their keys, as in "lr (0.001) of vae"."""
+    rates = [(key, name, getattr(c, key)) for name, c in task.optimizers.items() for key in ("lr", "muon_lr")]
+    return ", ".join(f"{key} ({rate:g}) of {name}" for key, name, rate in rates if rate is not None)
+
+
+def _check_finite(modules: dict[str, nn.Module], task: TrainingTask, output: Path) -> None:
+    """Refuse to export weights that the last update broke."""
+    for name, module in modules.items():
+        if bad := next((key for key, value in module.state_dict().items() if not bool(value.isfinite().all())), None):
+            raise UserError(f"{output}: {name} ended with weights that are not finite ({bad}); lower {_rates(task)}")
 
 
 def _due(every: int, step: int, steps: int) -> bool:

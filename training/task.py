@@ -87,12 +87,13 @@ class OptimizerConfig:
     muon_lr: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("lr", "muon_lr", "gamma"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        for name in ("weight_decay", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "gamma"):  # no weight survives more
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {value:g}")
+        if not 0 <= self.weight_decay <= 1:
+            raise ValueError(f"weight_decay must lie in 0..1, got {self.weight_decay:g}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas}")
 

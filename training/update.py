@@ -80,7 +80,7 @@ class Update:
         return bool(self.accelerator.gather(torch.tensor([decision], device=self.accelerator.device))[0])
 
     def end(self) -> bool:
-        """Update each module that got a loss; returns whether too many steps in a row were bad.
+        """Update each module that got a loss; returns whether too many steps in a row were bad, a run's last two at most.
 
         Where a loss or the gradient is not finite, the update is skipped and counted. In fp16 a gradient may overflow
         now and then: that update is skipped as well and the loss scale lowered, which doesn't count as bad.
@@ -102,7 +102,8 @@ class Update:
         elif self.scaler is not None and any(self.finite.values()):
             self.scaler.update()
         self.health.in_a_row = self.health.in_a_row + 1 if self.bad else 0
-        return self.health.in_a_row >= self.run.max_bad_steps
+        last = self.step + 1 >= self.run.steps
+        return self.health.in_a_row >= (min(2, self.run.max_bad_steps) if last else self.run.max_bad_steps)
 
     def _clip(self, name: str, optimizer: Optimizer) -> bool:
         """Clip the gradient to the largest norm; returns whether it can be used."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import replacing
 
 _VERSION = 2
+_SETTINGS = "corpus.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,18 @@ def build_corpus(
         raise UserError(f"workers must be at least 1, got {workers}")
     find_synth()
     font = find_soundfont(soundfont)
-    _claim(out, config)
+    new = _claim(out, config)
     splits = {"train": config.items, "held_out": config.held_out}
-    pieces = [compose(config, split, index) for split, count in splits.items() for index in range(count)]
-    missing = [piece for piece in pieces if not _audio_path(out, config, piece).exists()]
-    _render_all(out, config, missing, len(pieces), font, workers or os.cpu_count() or 1, progress)
+    try:
+        pieces = [compose(config, split, index) for split, count in splits.items() for index in range(count)]
+        missing = [piece for piece in pieces if not _audio_path(out, config, piece).exists()]
+        _render_all(out, config, missing, len(pieces), font, workers or os.cpu_count() or 1, progress)
+    except BaseException:
+        if new and {path.name for path in out.iterdir()} == {_SETTINGS}:  # not even one piece was made
+            (out / _SETTINGS).unlink()
+            with suppress(OSError):
+                out.rmdir()
+        raise
     for split in splits:
         rows = [json.dumps(metadata_row(piece, config.audio_format)) for piece in pieces if piece.split == split]
         with replacing(out / split / "metadata.jsonl") as temporary:
@@ -92,9 +101,9 @@ def _audio_path(out: Path, config: CorpusConfig, piece: Piece) -> Path:
     return out / piece.split / f"{piece.index:06d}.{config.audio_format}"
 
 
-def _claim(out: Path, config: CorpusConfig) -> None:
-    """Record the settings in the folder, or check them against those of the corpus already there."""
-    path = out / "corpus.json"
+def _claim(out: Path, config: CorpusConfig) -> bool:
+    """Record the settings in the folder and return True, or check them against those of the corpus already there."""
+    path = out / _SETTINGS
     settings = {"version": _VERSION, **to_dict(config)}
     del settings["items"], settings["held_out"]
     try:
@@ -104,13 +113,14 @@ def _claim(out: Path, config: CorpusConfig) -> None:
             raise UserError(f"{out}: holds other files, no corpus; choose an empty folder") from None
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return
+        return True
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: can't be read; choose an empty folder") from error
     found = {"tempo_step": 1} | found if isinstance(found, dict) else {}  # older corpora don't say
     differing = [key for key in settings if found.get(key) != settings[key]]
     if differing:
         raise UserError(f"{path}: this corpus has another {', '.join(differing)}; choose an empty folder")
+    return False
 
 
 def _render_all(

@@ -19,7 +19,7 @@ from torch import Tensor
 from stable_audio_lite import bundle
 from stable_audio_lite.clap.checkpoints import read_checkpoint
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import check_apart, replacing, save_tensors
+from stable_audio_lite.files import check_apart, replacing, resolved, save_tensors
 from stable_audio_lite.interchange.model_config import (
     VAE_PREFIX,
     Described,
@@ -60,7 +60,7 @@ def import_checkpoint(
     bundle.check_replaceable(output)
     sources: list[str | Path] = [path, config, *([] if clap is None else [clap])]
     for source in sources:
-        if Path(output).resolve() in (file := Path(source).resolve(), *file.parents):
+        if resolved(output) in (file := resolved(source), *file.parents):
             raise UserError(f"{output}: holds {source}, which is read; write to another place")
     described = read_model_config(config, vae_only=vae_only)
     system, whole = described.config, described.scale is not None
