@@ -131,19 +131,41 @@ def _terminable() -> Iterator[None]:
 
 def _guarded(action: Callable[[], int | None], interrupted: str) -> int:
     try:
-        return action() or 0
+        try:
+            status = action() or 0
+        except SystemExit:  # after --help, say
+            _flush()
+            raise
+        _flush()
+        return status
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone; leave the interpreter nothing to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whose reader is gone
         return 1
     except Exception as error:
         if (line := explained(error)) is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+def _flush() -> None:
+    """Write what was printed, while it can still be told that it can't be."""
+    try:
+        if sys.stdout is not None:  # closed by who started us
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise UserError(f"standard output: can't be written ({error.strerror})") from error
+
+
+def _drop_output() -> None:
+    """Leave the interpreter nothing to flush when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explained(error: BaseException) -> str | None:

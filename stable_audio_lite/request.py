@@ -15,7 +15,7 @@ from torch import Tensor
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.diffusion.samplers import SAMPLERS
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.systems import MAX_CFG, GenerationDefaults
+from stable_audio_lite.systems import MAX_CFG, MAX_STEPS, GenerationDefaults
 
 PROMPT_SETTINGS = ("seconds_start", "seconds_total", "cfg", "rescale", "negative")
 """Settings that only make sense with a prompt."""
@@ -177,8 +177,8 @@ def _check_student(defaults: GenerationDefaults, **settings: Any) -> None:
 
 
 def _check(request: Request, limits: Limits) -> None:
-    if request.steps < 1:
-        raise UserError(f"steps must be at least 1, got {request.steps}")
+    if not 1 <= request.steps <= MAX_STEPS:
+        raise UserError(f"steps must be at least 1 and at most {MAX_STEPS}, got {request.steps}")
     if request.sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{request.sampler}'; choose one of {', '.join(SAMPLERS)}")
     if not (0 <= request.cfg <= MAX_CFG and 0 <= request.rescale <= 1):

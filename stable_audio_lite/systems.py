@@ -32,8 +32,8 @@ TIMING_TOKENS = 2
 """Number of tokens that seconds_start and seconds_total add to the text's."""
 
 
-MAX_CFG = 100.0
-"""Largest guidance scale; far below it sound is noise."""
+MAX_CFG, MAX_STEPS = 100.0, 10_000
+"""Largest guidance scale, and the most sampling steps; far below them sound is noise, or as good as it gets."""
 
 STUDENT_SAMPLER = "ddim"
 """Sampler of the students that training.distill makes."""
@@ -71,6 +71,8 @@ class GenerationDefaults:
         polyexponential_sigmas(min(self.steps, 1), self.sigma_min, self.sigma_max, self.rho)  # checks them
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {self.sampler!r}")
+        if self.steps > MAX_STEPS:
+            raise ValueError(f"steps must be at most {MAX_STEPS}, got {self.steps}")
         if not 0 <= self.cfg <= MAX_CFG:
             raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
         if self.windows and min(self.windows) < 1:

@@ -78,7 +78,7 @@ def test_nothing_is_replaced_unasked_and_no_input_ever(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"{link}: is there already"):
             check_outputs([link], [loop], overwrite=False)
         for place in (link / "a.wav", link / "more" / "a.wav"):
-            with pytest.raises(UserError, match=rf"a\.wav: can't be written \("):
+            with pytest.raises(UserError, match=r"a\.wav: can't be written \("):
                 check_outputs([place], [loop], overwrite=False)
         with pytest.raises(UserError, match=f"{link}: is a file, or a link to nothing"):
             check_replaceable(link)
@@ -109,3 +109,23 @@ def test_help_is_printed_on_any_terminal(module: str) -> None:
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+@pytest.mark.parametrize("place", ["/dev/full", "a pipe that nobody reads"])
+def test_output_that_goes_nowhere_is_told_by_the_status(place: str) -> None:
+    """In one line, or without a word where the reader had enough; never by what the interpreter says at its end."""
+    code = "import sys; from stable_audio_lite.command import guarded; sys.exit(guarded(lambda: print('a')))"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"PYTHONPATH": str(ROOT)}
+    if place == "/dev/full":
+        if not Path(place).exists():
+            pytest.skip("there is no such device")
+        output = os.open(place, os.O_WRONLY)
+    else:
+        reader, output = os.pipe()
+        os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=output, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(output)
+    full = "error: standard output: can't be written (No space left on device)\n"
+    assert (done.returncode, done.stderr) == ((2, full) if place == "/dev/full" else (1, ""))

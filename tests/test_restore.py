@@ -355,6 +355,7 @@ MISTAKES = {
     "the room's impulse response is silent": ("in.wav", "--task", "dereverb", "--room", "silence.wav"),
     "eta and eta_b must lie in 0..1": ("in.wav", "--task", "denoise", "--eta", 2),
     "steps and batch must be at least 1": ("in.wav", "--task", "denoise", "--batch", 0),
+    "steps must be at most 10000": ("in.wav", "--task", "denoise", "--steps", 10**9, "--model", "the latent system"),
     "no such bundle": ("in.wav", "--task", "denoise", "--model", "nowhere at all"),
     "makes sound from text": ("in.wav", "--task", "denoise", "--model", "the latent system"),
 }

@@ -80,7 +80,7 @@ class Update:
         return bool(self.accelerator.gather(torch.tensor([decision], device=self.accelerator.device))[0])
 
     def end(self) -> bool:
-        """Update each module that got a loss; returns whether too many steps in a row were bad, a run's last two at most.
+        """Update each module that got a loss; returns whether too many steps in a row were bad, at a run's end two.
 
         Where a loss or the gradient is not finite, the update is skipped and counted. In fp16 a gradient may overflow
         now and then: that update is skipped as well and the loss scale lowered, which doesn't count as bad.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import string
@@ -92,13 +93,13 @@ class CaptionTemplate:
         known = f"the fields are {', '.join(FIELDS)}"
         self.parts = [part.strip() for part in text.split(",") if part.strip()]
         try:
-            self.fields = [[n for _, n, *_ in string.Formatter().parse(p) if n is not None] for p in self.parts]
-            if odd := [name for names in self.fields for name in names if name not in FIELDS]:
-                raise UserError(f"template: there is no field '{odd[0]}'; {known}")
-            for part in self.parts:
-                part.format_map(dict.fromkeys(FIELDS, "some text"))
+            found = [[rest for _, *rest in string.Formatter().parse(p) if rest[0] is not None] for p in self.parts]
         except ValueError as error:
             raise UserError(f"template: {text!r} is not right ({error}); {known}") from error
+        for name, *how in itertools.chain(*found):
+            if name not in FIELDS or any(how):
+                raise UserError(f"template: {text!r} has a field {name!r} that is no name in braces alone; {known}")
+        self.fields = [[name for name, *_ in fields] for fields in found]
         if not any(self.fields):
             raise UserError(f"template: {text!r} says the same of every file; {known}")
 

@@ -40,7 +40,7 @@ from stable_audio_lite.request import check_number, merge_stretches, millisecond
 from stable_audio_lite.restoration.ddrm import ddrm
 from stable_audio_lite.restoration.degradations import Bandwidth, Degradation, Denoise, Inpaint, encode_padded
 from stable_audio_lite.restoration.windowed_denoiser import WindowedDenoiser, window_starts
-from stable_audio_lite.systems import SpectralConfig, StableAudioConfig, load_system
+from stable_audio_lite.systems import MAX_STEPS, SpectralConfig, StableAudioConfig, load_system
 
 _OVERLAP = 0.25  # share of a window that its neighbour overlaps at least
 _SILENT = 1e-6  # peak, -120 dB
@@ -72,6 +72,8 @@ class RestoreSettings:
                 check_number(name, getattr(self, name), whole=not name.startswith("eta"))
         if self.steps < 1 or self.batch < 1:
             raise UserError(f"steps and batch must be at least 1, got {self.steps} and {self.batch}")
+        if self.steps > MAX_STEPS:
+            raise UserError(f"steps must be at most {MAX_STEPS}, got {self.steps}")
         if not (0 <= self.eta <= 1 and 0 <= self.eta_b <= 1):
             raise UserError(f"eta and eta_b must lie in 0..1, got {self.eta:g} and {self.eta_b:g}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
