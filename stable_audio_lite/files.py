@@ -128,6 +128,18 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{final}: can't be written ({error.strerror}); choose another place") from error
 
 
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Refuse a path that isn't valid UTF-8, which neither settings nor safetensors can name.
+
+    Raises:
+        UserError: it isn't.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}: its name is not valid UTF-8; rename it") from error
+
+
 def resolved(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path without links, but for those that lead to themselves."""
     return Path(os.path.realpath(path))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import check_utf8
 
 # LAION's CLAP files hold learning rates as NumPy scalars, which NumPy 1 and 2 name differently.
 _scalar = np.float64().__reduce__()[0]
@@ -37,6 +38,7 @@ def read_safetensors(path: str | Path, names: Sequence[str] = ()) -> tuple[dict[
 
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    check_utf8(path)
     try:
         with safe_open(path, framework="pt") as file:
             wanted = [name for name in file.keys() if not names or name in names]

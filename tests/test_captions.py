@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import unicodedata
@@ -12,12 +13,16 @@ import mutagen
 import numpy as np
 import pytest
 import soundfile
+import torch
 from mutagen.id3 import TBPM, TCON, TIT2, TKEY, TPE1
+from safetensors.torch import save_file
 
 from stable_audio_lite import cli
+from stable_audio_lite.audio.io import read_audio
 from stable_audio_lite.data.captions import CaptionTemplate, read_tags
 from stable_audio_lite.data.manifest import read_items
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.weights import read_safetensors
 
 
 def sound(path: Path) -> Path:
@@ -251,6 +256,22 @@ def test_a_list_elsewhere_leaves_the_folder_alone(tmp_path: Path, capsys: pytest
     (folder / "metadata.csv").write_text("file_name,text\nthree.wav,mine\n")
     assert cli.main(["caption", str(folder)]) == 2
     assert "metadata.csv: is there already" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf8_and_pipes_stop_nothing(tmp_path: Path) -> None:
+    folder, odd = music(tmp_path / "My Music"), "caf\udce9\n100% {title}.wav"
+    try:
+        shutil.copy(folder / "three.wav", folder / odd)
+    except OSError:
+        pytest.skip("this system has no such names")
+    os.mkfifo(folder / "pipe.wav")
+    assert cli.main(["caption", str(folder)]) == 0
+    items = {item.path.name: item for item in read_items(folder)}
+    assert len(items) == 5 and items["pipe.wav"].captions == ("My Music, pipe",)
+    assert read_audio(items[odd].path).any() and "100% {title}" in items[odd].captions[0]
+    save_file({"a": torch.zeros(1)}, tmp_path / "caf\udce9.safetensors")
+    with pytest.raises(UserError, match="its name is not valid UTF-8; rename it"):
+        read_safetensors(tmp_path / "caf\udce9.safetensors")
 
 
 def test_many_files_show_ten_and_those_without_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,6 +175,7 @@ def test_what_can_not_work_is_refused_before_any_work(
     assert "--learning-rate must be above 0" in refused(name, "--learning-rate", "nan")
     assert "--learning-rate must be at most 1" in refused(name, "--learning-rate", "1e30")
     assert "nowhere" in refused(name, "--from", "nowhere")
+    assert "its name is not valid UTF-8; rename it" in refused(tmp_path / "caf\udce9")
     assert "restorer: is of kind complex_stft" in refused(name, "--from", "restorer")
     assert not name.exists()
     (tmp_path / "full").mkdir()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing_folder
+from stable_audio_lite.files import check_utf8, replacing_folder
 from training.shard import sharded_like, whole
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -125,6 +125,7 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
             f"{file}: missing; set back what was changed in the config, or, if the file was lost, remove {path} to "
             f"{_back(path)}"
         )
+    check_utf8(file)
     try:
         return load_file(file)
     except (OSError, SafetensorError, ValueError) as error:

@@ -32,7 +32,7 @@ from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.validate import validate_items
 from stable_audio_lite.devices import choose_dtype
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import locked, replacing
+from stable_audio_lite.files import check_utf8, locked, replacing
 from stable_audio_lite.systems import load_model_config
 from training import pre_encode, train_diffusion
 from training.command import shared_processes
@@ -127,6 +127,8 @@ class _Run:
         self.base = request.base if request.base in SHIPPED else str(resolve(request.base).resolve())
         self.model = load_model_config(self.base)
         self.data = os.path.abspath(request.data) if os.path.exists(request.data) else request.data
+        for path in (self.output, self.base, self.data):
+            check_utf8(path)
         if self.output.is_relative_to(self.data):
             raise UserError(f"{request.output}: lies within the music; choose a folder beside {request.data}")
         self.items: list[Item] = read_items(self.data)

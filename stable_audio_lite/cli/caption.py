@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from stable_audio_lite.command import Commands, add_overwrite, check_outputs, file_path
 from stable_audio_lite.errors import UserError
@@ -61,9 +62,14 @@ def _run(args: argparse.Namespace) -> None:
         print(f"{len(rows)} files; nothing is written yet (leave out --dry-run)")
         return
     with replacing(output) as temporary:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        temporary.write_text("".join(map(_line, rows)), encoding="utf-8", newline="\n")
     print(f"{output}: {len(rows) - len(without)} captions")
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as JSON, readable where it can be: names of files need not be valid UTF-8."""
+    line = json.dumps(row, ensure_ascii=False)
+    return (line if line.isprintable() else json.dumps(row)) + "\n"
 
 
 def _name(path: Path, place: Path) -> str:

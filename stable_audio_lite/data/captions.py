@@ -157,7 +157,7 @@ def read_tags(path: Path) -> dict[str, str]:
     except ModuleNotFoundError as error:
         raise UserError("tags need mutagen: pip install 'stable-audio-lite[train]'") from error
     try:
-        tags = getattr(mutagen.File(path), "tags", None) or {}
+        tags = getattr(mutagen.File(path) if path.is_file() else None, "tags", None) or {}  # a pipe has none
         found = {field: _value(tags, names) for field, names in _TAGS.items()}
     except Exception:  # a damaged file: mutagen raises errors of many kinds; reading its audio will name what is wrong
         return {}
