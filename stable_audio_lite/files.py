@@ -106,10 +106,23 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
             raise UserError(f"output: {other} is at work in {folder}; wait for it, or choose another") from error
         except OSError:
             pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        os.ftruncate(file.fileno(), 0)
+        with contextlib.suppress(OSError):  # a full disk, which what is written there will name
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file, which is made if need be.
+
+    Raises:
+        UserError: it can't be written, or the disk is full.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror}); mend that, and the run can go on") from error
 
 
 def check_place(path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from stable_audio_lite import cli
 from stable_audio_lite.bundle import check_replaceable
 from stable_audio_lite.command import Failures, check_outputs, file_path
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import append_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,16 @@ def test_no_command_takes_a_dash_for_a_name(
     error = capsys.readouterr().err
     assert "'-' names no file" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_every_file_that_is_named_is_taken_as_a_path(declared_commands: dict) -> None:
+    """Of all subcommands: so that ~ is the home folder and - no name, also of commands that are yet to come."""
+    (commands,) = (a.choices for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    named = re.compile("output|files?|prompts|init|room|lora|config|checkpoint|cache|folder|soundfont|keep")
+    found = [(name, a) for name, parser in commands.items() for a in parser._actions if named.fullmatch(a.dest)]
+    assert len(found) > 20
+    for name, action in found:
+        assert action.type is file_path or action.type is float, (name, action.dest)  # serve's --keep: seconds
 
 
 def test_nothing_is_replaced_unasked_and_no_input_ever(tmp_path: Path) -> None:
@@ -109,6 +121,13 @@ def test_help_is_printed_on_any_terminal(module: str) -> None:
     command = [sys.executable, "-m", module, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device")
+def test_a_full_disk_is_named_where_lines_are_added(tmp_path: Path) -> None:
+    (tmp_path / "losses.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"losses\.jsonl: can't be written \(No space left"):
+        append_line(tmp_path / "losses.jsonl", "{}")
 
 
 @pytest.mark.parametrize("place", ["/dev/full", "a pipe that nobody reads"])

@@ -302,6 +302,9 @@ def test_missing_synth_or_soundfont_gives_the_install_command(tmp_path: Path, mo
         rendering.find_soundfont()
     with pytest.raises(UserError, match="no/such.sf2"):
         rendering.find_soundfont("no/such.sf2")
+    (tmp_path / "own.sf2").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert rendering.find_soundfont("~/own.sf2") == tmp_path / "own.sf2"
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="apt-get install fluidsynth.*brew install fluid-synth"):
         build_corpus(tmp_path / "corpus", items=1, held_out=0)

@@ -129,5 +129,6 @@ def test_a_wheel_works_outside_of_the_tree(tmp_path):
     listed = run([*command, "--help"]).stdout
     assert all(name in listed for name in ("generate", "plan", "evaluate"))
     assert str(site) in run([sys.executable, "-c", "import training; print(training.__file__)"]).stdout
+    assert "stable_audio" in run([*command, "info", "stable_audio/tiny"]).stdout  # configs are in there too
     run([*command, "generate", "solo piano", "--seconds", "1", "--steps", "2", "-o", "music.wav"])
     assert [path.name for path in empty.iterdir()] == ["music.wav"]

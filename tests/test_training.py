@@ -284,7 +284,9 @@ def test_damage_and_mismatch_are_two_messages(tmp_path: Path) -> None:
             load_checkpoint(path, small)
 
 
-def test_a_second_run_is_kept_out_and_a_killed_one_keeps_nobody_out(data: Path, tmp_path: Path) -> None:
+def test_a_second_run_is_kept_out_and_a_killed_one_keeps_nobody_out(
+    data: Path, bundles: dict[str, Path], tmp_path: Path
+) -> None:
     """Of a trainer and of pre-encoding alike; the process that is at work is named."""
     code = f"import time\nfrom stable_audio_lite.files import locked\nwith locked({str(tmp_path)!r}): time.sleep(300)"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -294,8 +296,10 @@ def test_a_second_run_is_kept_out_and_a_killed_one_keeps_nobody_out(data: Path, 
             assert other.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         config = load(train_vae.TrainVAEConfig, vae_settings(data, tmp_path, 1), tmp_path.parent)
-        with pytest.raises(UserError, match=f"output: process {other.pid} is at work in {tmp_path}"):
-            train_vae.run(config)
+        encoding = pre_encode.PreEncodeConfig(vae=str(bundles["vae"]), data=str(data), output=str(tmp_path))
+        for trainer, settings in ((train_vae, config), (pre_encode, encoding)):
+            with pytest.raises(UserError, match=f"output: process {other.pid} is at work in {tmp_path}"):
+                trainer.run(settings)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     finally:
         other.kill()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.audio.plot import plot_spectrogram
+from stable_audio_lite.files import append_line
 from training.task import Demo, RunConfig
 from training.update import Health
 
@@ -61,8 +62,8 @@ class Monitor:
             return
         self.accelerator.log(figures, step=step)
         if self.accelerator.is_main_process:
-            with (Path(self.run.output) / "losses.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step} | {k: float(f"{v:.8g}") for k, v in figures.items()}) + "\n")
+            row = {"step": step} | {k: float(f"{v:.8g}") for k, v in figures.items()}
+            append_line(Path(self.run.output) / "losses.jsonl", json.dumps(row))
 
     def play(self, step: int, sounds: list[Demo]) -> None:
         """Write sounds and their spectrograms to `demos/step_N`, and to TensorBoard, which plays one channel."""

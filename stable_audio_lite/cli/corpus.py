@@ -26,7 +26,7 @@ def add_command(commands: Commands) -> None:
     add("--styles", metavar="A,B", type=_names, help="what may be played, for instance 'jazz, waltz' (default: all)")
     add("--no-drums", action="store_true", help="no piece has drums")
     add("--format", default="flac", choices=("flac", "wav"), help="of the audio files (default: flac)")
-    add("--soundfont", metavar="FILE.sf2", help="General MIDI sounds (default: the system's)")
+    add("--soundfont", metavar="FILE.sf2", type=file_path, help="General MIDI sounds (default: the system's)")
 
 
 def _names(text: str) -> list[str]:
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> None:
         styles=args.styles,
         drums=not args.no_drums,
         audio_format=args.format,
-        soundfont=args.soundfont,
+        soundfont=args.soundfont and str(args.soundfont),
     )
     hours = report.seconds / 3600
     print(f"{args.output}: {report.rendered} pieces rendered, {report.kept} kept, {hours:.2f} h in all")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stable_audio_lite.corpus.instruments import INSTRUMENTS
 from stable_audio_lite.corpus.piece import DRUMS, Piece
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.files import expanded
 
 CORPUS_SAMPLE_RATE = 44100
 LEVEL_DBFS, PEAK_DBFS = -20.0, -1.0
@@ -56,9 +57,9 @@ def find_soundfont(soundfont: str | os.PathLike[str] | None = None) -> Path:
     """
     named = soundfont or os.environ.get("SOUNDFONT")
     if named:
-        if not Path(named).is_file():
+        if not (path := expanded(named)).is_file():
             raise UserError(f"{named}: no such soundfont; give the path of a General-MIDI .sf2 file, or {INSTALL}")
-        return Path(named)
+        return path
     for place in SOUNDFONTS:
         if Path(place).is_file():
             return Path(place)

@@ -99,7 +99,7 @@ class CaptionTemplate:
         for name, *how in itertools.chain(*found):
             if name not in FIELDS or any(how):
                 raise UserError(f"template: {text!r} has a field {name!r} that is no name in braces alone; {known}")
-        self.fields = [[name for name, *_ in fields] for fields in found]
+        self.fields = [[str(name) for name, *_ in fields] for fields in found]
         if not any(self.fields):
             raise UserError(f"template: {text!r} says the same of every file; {known}")
 

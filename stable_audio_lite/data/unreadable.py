@@ -7,7 +7,7 @@ from pathlib import Path
 
 from stable_audio_lite.audio.io import AudioSource, audio_hash
 from stable_audio_lite.errors import UserError
-from stable_audio_lite.files import replacing
+from stable_audio_lite.files import append_line, replacing
 
 REPORT = "unreadable.jsonl"
 
@@ -51,8 +51,7 @@ class Unreadable:
             if self.report:
                 self.report.parent.mkdir(parents=True, exist_ok=True)
                 row = {"file": str(path), "error": str(error), "sha256": content_hash(path)}
-                with self.report.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(self.report, json.dumps(row))
         if len(self) > self.allowed * self.total:
             listing = f"{self.report} lists them" if self.report else "stable-audio-lite validate-dataset lists them"
             raise UserError(
