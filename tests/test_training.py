@@ -187,7 +187,7 @@ def test_a_run_that_ends_with_broken_weights_says_so(broken: bool, data: Path, t
     task = vae_task_with_nans(config, lambda call: call > 0 and not broken)
     rate = task.rate
     task.rate = lambda name, step, steps: float("nan") if broken and step == 2 else rate(name, step, steps)
-    words = "vae ended with weights that are not finite" if broken else "not finite in the 2 steps up to 2; last good"
+    words = "vae ended with weights that are not finite" if broken else "not finite in the 3 steps up to 2; last good"
     with pytest.raises(UserError, match=rf"{words}.* [Ll]ower lr \(0.001\) of vae, muon_lr \(0.02\) of vae"):
         train_vae.fit(config.run, task, config)
     assert not (tmp_path / "run/bundle").exists()
