@@ -39,7 +39,8 @@ class RunConfig:
         accumulate: batches whose gradients are averaged into one update.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         max_bad_steps: an update whose loss or gradient is not finite is skipped; after this many such steps in a row
-            the run returns to its newest checkpoint and goes on from there at half the learning rates.
+            the run returns to its newest checkpoint and goes on from there at half the learning rates; so it does where
+            it would end with two of them.
         max_returns: number of returns after which the run gives up.
         evaluate_every: steps between evaluations; 0 for none. The best weights so far are in the bundle `best`.
     """
