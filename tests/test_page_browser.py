@@ -165,8 +165,8 @@ def test_words_become_a_sound_to_play_and_to_keep(tab: Callable[..., Tab], serve
     one.cards.nth(1).wait_for()
     assert one.cards.locator("img[alt=Spectrogram]").count() == 2
     player = one.cards.first.get_by_test_id("waveform-Audio")
+    playwright.expect(player.locator("#duration")).to_have_text("0:01")  # before, a click may be lost
     player.get_by_role("button", name="Play", exact=True).click()
-    playwright.expect(player.locator("#duration")).to_have_text("0:01")
     one.page.wait_for_function("window.played.some(media => media.duration > 0.99 && media.currentTime > 0.1)")
     path = one.download(0, tmp_path)
     settings = read_metadata(path).settings
