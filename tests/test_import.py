@@ -449,7 +449,7 @@ def test_the_papers_size_is_read_whole(tmp_path: Path) -> None:
     others = {
         "unet.rotary": replace(ours, unet=replace(ours.unet, rotary=True)),
         "unet.pooled_context": replace(ours, unet=replace(ours.unet, pooled_context=True)),
-        "unet.positions": replace(ours, unet=replace(ours.unet, positions=True)),
+        "unet.pulse": replace(ours, unet=replace(ours.unet, pulse=True)),
         "generation.distilled": replace(ours, generation=student),
     }
     for key, other in others.items():

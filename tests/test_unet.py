@@ -1,11 +1,21 @@
 """The U-Net: size, conditioning, dtypes, and that items and padding do not leak."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from stable_audio_lite.models.unet import Conv, GroupNorm, UNet, UNetConfig, Upsample
+from stable_audio_lite.models.unet import (
+    PULSE_HARMONICS,
+    PULSE_PERIOD,
+    Conv,
+    GroupNorm,
+    Pulse,
+    UNet,
+    UNetConfig,
+    Upsample,
+)
 from stable_audio_lite.nn.attention import Condition
 
 TINY = UNetConfig(
@@ -20,10 +30,10 @@ TINY = UNetConfig(
 )
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "pooled context and positions"])
+@pytest.fixture(params=[False, True], ids=["plain", "pooled context and pulse"])
 def unet(request: pytest.FixtureRequest) -> UNet:
     torch.manual_seed(0)
-    config = dataclasses.replace(TINY, pooled_context=request.param, positions=request.param)
+    config = dataclasses.replace(TINY, pooled_context=request.param, pulse=request.param)
     model = UNet(config, channels=6, context_width=12, context_tokens=5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,17 +72,17 @@ def test_one_optimiser_step_reaches_every_parameter(unet):
     assert silent == []
 
 
-def test_pooled_context_and_positions_start_as_nothing_and_then_say_what_they_should():
+def test_pooled_context_and_pulse_start_as_nothing_and_then_say_what_they_should():
     """FiLM then knows the mean of the tokens that aren't masked; silence at every frame is no longer the same."""
     torch.manual_seed(0)
     plain = UNet(dataclasses.replace(TINY, attentions=(0, 0, 0)), channels=6, context_width=12, context_tokens=5)
-    richer = dataclasses.replace(plain.config, pooled_context=True, positions=True)
+    richer = dataclasses.replace(plain.config, pooled_context=True, pulse=True)
     unet = UNet(richer, channels=6, context_width=12, context_tokens=5)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     missing = unet.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert {name.split(".")[0] for name in missing} == {"pooled", "positions"}
+    assert {name.split(".")[0] for name in missing} == {"pooled", "pulse"}
     x, t, cond = inputs(frames=64)
     torch.testing.assert_close(unet(x, t, unet.context(cond)), plain(x, t, plain.context(cond)))
     with torch.no_grad():
@@ -91,8 +101,21 @@ def test_pooled_context_and_positions_start_as_nothing_and_then_say_what_they_sh
 
     assert drift().max() < 1e-4
     with torch.no_grad():
-        torch.nn.init.normal_(unet.positions.projection.weight)
+        torch.nn.init.normal_(unet.pulse.to_hidden.weight)
     assert drift().min() > 1e-2
+
+
+def test_a_pulse_is_a_fourier_series_over_the_frames_of_the_window():
+    pulse = Pulse(channels=6, hidden=8, time_width=4, context_width=12)
+    gates = torch.zeros(2, PULSE_HARMONICS)
+    gates[0, 3], gates[1, PULSE_HARMONICS - 1] = 2.0, 1.0
+    series = pulse.series(PULSE_PERIOD + 16, gates)
+    sines, cosines = series.double().chunk(2, -1)
+    frames = torch.arange(PULSE_PERIOD + 16, dtype=torch.float64) * 2 * math.pi / PULSE_PERIOD
+    torch.testing.assert_close(sines[0, :, 3], 2 * (4 * frames).sin(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cosines[1, :, -1], (PULSE_HARMONICS * frames).cos(), atol=1e-5, rtol=0)
+    assert sines[0].count_nonzero(0).ne(0).sum() == 1
+    assert torch.equal(pulse.series(40, gates), series[:, :40])
 
 
 def test_masked_tokens_do_not_matter_and_others_do(unet):

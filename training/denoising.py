@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stable_audio_lite.models.conditioner import Conditioner, drop
+from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.pipeline import StableAudio
 from training.task import Demo
@@ -59,13 +60,18 @@ class Conditioned(nn.Module):
         super().__init__()
         self.conditioner, self.network = conditioner, network
 
-    def forward(self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Noisy data (B, ...), times, text features, (start, total) seconds, dropped (B,) bool -> prediction.
 
-        Seconds beyond the timing embeddings count as the last, as in stable-audio-tools.
+        The second result is what a network with a pulse expects of the data: `UNet.expected`. Seconds beyond the timing
+        embeddings count as the last, as in stable-audio-tools.
         """
         network: Any = self.network
-        return network(x, t, network.context(self.condition(text, timing, dropped)))
+        context = network.context(self.condition(text, timing, dropped))
+        expected = network.expected(x.shape[-1], context) if isinstance(network, UNet) else None
+        return network(x, t, context), expected
 
     def condition(self, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor) -> Condition:
         """Join text features and timing, with the network's null in place of what is dropped; see `forward`."""

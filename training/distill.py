@@ -238,7 +238,7 @@ class DistillTask(TrainingTask):
         with torch.no_grad():
             condition = self.teacher.condition(text, timing, dropped)
             guided = Guidance(network, self.process, condition, scale=self.cfg, rescale=self.defaults.rescale)
-        pair = guided, NetworkDenoiser(lambda x, t, context: student(x, t, text, timing, dropped), self.process)
+        pair = guided, NetworkDenoiser(lambda x, t, context: student(x, t, text, timing, dropped)[0], self.process)
         if (ended := self._ended(batch)) is None:
             return pair
         silent = self._silence[:, -ended.shape[-1] :].to(ended.device)

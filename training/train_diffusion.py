@@ -176,21 +176,33 @@ class DiffusionTask(TrainingTask):
         }
 
     def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
-        errors, objective = self.errors(batch), self.process.objective
+        (errors, pulse), objective = self.errors(batch), self.process.objective
         loss = errors.mean()
+        metrics = {f"loss/{objective}": loss.detach()} | loss_by_level(errors.detach(), batch["shares"], objective)
+        if pulse is not None:
+            loss = loss + pulse
+            metrics["loss/pulse"] = pulse.detach()
         update("model", loss)
-        return {f"loss/{objective}": loss.detach()} | loss_by_level(errors.detach(), batch["shares"], objective)
+        return metrics
 
-    def errors(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the mean squared error (B,) of predictions for data x0, noise eps and noise levels `shares`."""
+    def errors(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Compute the mean squared error (B,) of predictions for data x0, noise eps and noise levels `shares`.
+
+        The second result is the error of what a network with a pulse expects of the data, apart from its mean over T.
+        """
         x0, eps, t = batch["x0"], batch["eps"], self.process.at(batch["shares"])
         x_t, model = self.process.add_noise(x0, eps, t), self.modules["model"]
+        expected = None
         if self.clap is None:
             prediction = model(x_t, t)
         else:
             text = self.clap.text.to(x0.device).encode(batch["captions"])
-            prediction = model(x_t, t, text, (batch["seconds_start"], batch["seconds_total"]), batch["dropped"])
-        return (prediction.float() - self.process.target(x0, eps, t)).square().flatten(1).mean(1)
+            timing = batch["seconds_start"], batch["seconds_total"]
+            prediction, expected = model(x_t, t, text, timing, batch["dropped"])
+        errors = (prediction.float() - self.process.target(x0, eps, t)).square().flatten(1).mean(1)
+        if expected is None:
+            return errors, None
+        return errors, (expected.float() - (x0 - x0.mean(-1, keepdim=True))).square().mean()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Compute the held-out loss, in total and by level, with fixed noise at levels spread over those trained on."""
@@ -207,7 +219,7 @@ class DiffusionTask(TrainingTask):
             batch["shares"] = lowest + (1 - lowest) * (torch.arange(len(numbers)) + 0.5) / len(numbers)
             batch["dropped"] = torch.zeros(len(numbers), dtype=torch.bool)
             shares.append(batch["shares"])
-            errors.append(self.errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}))
+            errors.append(self.errors({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})[0])
         whole, objective = torch.cat(errors).cpu(), self.process.objective
         figures = {f"loss/{objective}": whole.mean()} | loss_by_level(whole, torch.cat(shares), objective)
         return {k.replace("loss", "held_out"): float(v) for k, v in figures.items() if not v.isnan()}

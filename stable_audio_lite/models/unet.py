@@ -21,6 +21,13 @@ from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlo
 
 _TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 SKIP_SCALE = 0.5**0.5
+PULSE_PERIOD, PULSE_HARMONICS = 512, 96
+"""Frames of the slowest sine of a `Pulse`, and how many sines it has.
+
+At 1,024 samples of 44.1 kHz a frame they lie 5 beats a minute apart, up to 8 a second.
+"""
+PULSE_FEATURES = 256
+_TYPICAL_TOKENS = 8  # of a prompt: the scale of sums over tokens
 Run = Callable[..., Tensor]
 """Calls its first argument with the others, perhaps with gradient checkpointing."""
 
@@ -40,7 +47,7 @@ class UNetConfig:
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
         pooled_context: the mean of the condition's tokens is added to the time embedding, so that FiLM sees it too.
-        positions: each frame's place in the window is an input, as sines and cosines; a beat can be counted from it.
+        pulse: the condition chooses among sines over the window's frames, from which a tempo can be counted: `Pulse`.
         attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition has
             the prompt's mask, as in stable-audio-tools.
     """
@@ -55,7 +62,7 @@ class UNetConfig:
     groups: int = 16
     rotary: bool = False
     pooled_context: bool = False
-    positions: bool = False
+    pulse: bool = False
     attend_padding: bool = False
 
     def __post_init__(self) -> None:
@@ -97,11 +104,13 @@ class UNetContext(NamedTuple):
         layers: for each transformer (down, bottleneck, up), for each of its layers, keys and values.
         mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
         pooled: (B, E), what it adds to the time embedding, or None.
+        gates: (B, harmonics), its gates of the pulse, or None.
     """
 
     layers: tuple[tuple[KeysValues, ...], ...]
     mask: Tensor | None
     pooled: Tensor | None = None
+    gates: Tensor | None = None
 
 
 LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
@@ -194,21 +203,6 @@ class TimeFeatures(nn.Module):
         t = t.float()[:, None]
         angles = 2 * math.pi * t * self.frequencies.float()
         return torch.cat((t, angles.sin(), angles.cos()), dim=-1)
-
-
-class FramePositions(nn.Module):
-    """Number T of frames -> (T, channels): a projection, at first zero, of sines and cosines of each frame's number."""
-
-    def __init__(self, channels: int, periods: int = 32, shortest: float = 4.0, longest: float = 1024.0) -> None:
-        super().__init__()
-        self.periods, self.shortest, self.longest = periods, shortest, longest
-        self.projection = linear(2 * periods, channels, zero=True)
-
-    def forward(self, frames: int) -> Tensor:
-        weight = self.projection.weight
-        span = torch.linspace(math.log(self.shortest), math.log(self.longest), self.periods, device=weight.device)
-        angles = 2 * math.pi * torch.arange(frames, device=weight.device)[:, None] / span.exp()
-        return self.projection(torch.cat((angles.sin(), angles.cos()), -1).to(weight.dtype))
 
 
 # Blocks
@@ -318,6 +312,42 @@ class Up(UNetLevel):
         return self.resample(x)
 
 
+class Pulse(nn.Module):
+    """A pulse that the condition chooses: a Fourier series over the window's frames, with gates on its harmonics.
+
+    The gates are a function of the set of tokens (Zaheer et al. 2017, "Deep Sets"). A projection of the gated series is
+    what the condition alone says about the data, and is trained to be their mean: of a beat, which is a small part of
+    the data, a network that only learns to take noise off hears too little. The network hears the series at its
+    outermost level, and lets that mean sound in the prediction where it chooses to; both start as nothing.
+    """
+
+    def __init__(self, *, channels: int, hidden: int, time_width: int, context_width: int) -> None:
+        super().__init__()
+        self.token = linear(context_width, PULSE_FEATURES)
+        self.to_gates = linear(PULSE_FEATURES, PULSE_HARMONICS)
+        self.to_hidden = linear(2 * PULSE_HARMONICS, hidden, zero=True)
+        self.to_mean = linear(2 * PULSE_HARMONICS, channels)
+        self.norm = GroupNorm(1, hidden)
+        self.film = linear(time_width, 2 * hidden)
+        self.sounds = linear(hidden, channels, zero=True)
+
+    def gates(self, cond: Condition) -> Tensor:
+        """Gates (B, harmonics) of a condition."""
+        features = F.relu(self.token(cond.tokens.to(self.token.weight.dtype))) * cond.mask[..., None]
+        return self.to_gates(features.sum(1) / _TYPICAL_TOKENS)
+
+    def series(self, frames: int, gates: Tensor) -> Tensor:
+        """Gates (B, harmonics) -> gated sines, then cosines, (B, T, 2 * harmonics), of a window's first T frames."""
+        numbers = torch.arange(frames, device=gates.device)[:, None]
+        turns = numbers * torch.arange(1, PULSE_HARMONICS + 1, device=gates.device) % PULSE_PERIOD / PULSE_PERIOD
+        angles = 2 * math.pi * turns
+        return torch.cat([wave.to(gates.dtype) * gates[:, None] for wave in (angles.sin(), angles.cos())], -1)
+
+    def sound(self, series: Tensor, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """What it adds to the prediction, (B, T, C), as activations (B, T, H) and the time embedding (B, E) ask."""
+        return self.to_mean(series) * self.sounds(F.silu(self.norm(hidden, self.film(F.silu(embedding)))))
+
+
 # Model
 
 
@@ -357,7 +387,9 @@ class UNet(nn.Module):
             linear(time_width, time_width), nn.GELU(), linear(time_width, time_width), nn.GELU()
         )
         self.pooled = linear(context_width, time_width, zero=True) if config.pooled_context else None
-        self.positions = FramePositions(outer) if config.positions else None
+        self.pulse = None
+        if config.pulse:
+            self.pulse = Pulse(channels=channels, hidden=outer, time_width=time_width, context_width=context_width)
         self.block_in = ResidualBlock(channels, outer, 1, time_width)
         self.down = nn.ModuleList(Down(config, i, time_width, context_width) for i in steps)
         self.middle_in = ResidualBlock(inner, inner, config.groups, time_width)
@@ -392,11 +424,12 @@ class UNet(nn.Module):
         if self.pooled is not None:
             share = cond.mask / cond.mask.sum(1, keepdim=True)  # of each token in the mean
             pooled = self.pooled((share.to(tokens)[:, None] @ tokens)[:, 0])
+        gates = None if self.pulse is None else self.pulse.gates(cond)
         mask = attention_mask(cond.mask)
         if mask is not None and self.config.attend_padding:
             seen = mask.to(tokens).transpose(2, 3)  # B, 1, S, 1
-            return UNetContext(tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None, pooled)
-        return UNetContext(layers, mask, pooled)
+            layers, mask = tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None
+        return UNetContext(layers, mask, pooled, gates)
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
         """Predict v, (B, C, T), in x's dtype whatever that of the weights.
@@ -413,12 +446,26 @@ class UNet(nn.Module):
         out = self._levels(hidden.contiguous(), embedding, context)
         return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
 
+    def expected(self, frames: int, context: UNetContext) -> Tensor | None:
+        """Mean of the data, (B, C, T), less its own mean over T, as its pulse knows it from `self.context(condition)`.
+
+        None without a pulse.
+        """
+        if self.pulse is None or context.gates is None:
+            return None
+        mean = self.pulse.to_mean(self.pulse.series(frames, context.gates)).transpose(1, 2)
+        return mean - mean.mean(-1, keepdim=True)
+
     def _levels(self, x: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
         """Down, through the bottleneck and up again, over (B, T, C)."""
         run, middle = self._run, len(self.down)
         contexts = [(layers, context.mask) for layers in context.layers]
         x = run(self.block_in, x, embedding)
-        x = first = x if self.positions is None else x + self.positions(x.shape[1])
+        series = None
+        if self.pulse is not None and context.gates is not None:
+            series = self.pulse.series(x.shape[1], context.gates)
+            x = x + self.pulse.to_hidden(series)
+        first = x
         skips = []
         for down, layers in zip(self.down, contexts[:middle], strict=True):
             x, level_skips = down(x, embedding, layers, run)
@@ -429,7 +476,9 @@ class UNet(nn.Module):
         x = run(self.middle_out, x, embedding)
         for up, layers in zip(self.up, contexts[middle + 1 :], strict=True):
             x = up(x, skips.pop(), embedding, layers, run)
-        return run(self.block_out, x + first, embedding)
+        x = x + first
+        out = run(self.block_out, x, embedding)
+        return out if self.pulse is None or series is None else out + self.pulse.sound(series, x, embedding)
 
     def _run(self, module: Callable[..., Tensor], *inputs: object) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
