@@ -344,7 +344,7 @@ class Pulse(nn.Module):
         return torch.cat([wave.to(gates.dtype) * gates[:, None] for wave in (angles.sin(), angles.cos())], -1)
 
     def sound(self, series: Tensor, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """What it adds to the prediction, (B, T, C), as activations (B, T, H) and the time embedding (B, E) ask."""
+        """Addition to the prediction, (B, T, C), as activations (B, T, H) and the time embedding (B, E) ask."""
         return self.to_mean(series) * self.sounds(F.silu(self.norm(hidden, self.film(F.silu(embedding)))))
 
 

@@ -87,7 +87,7 @@ class ServiceLimits(Message):
 
 
 class _Request(Message):
-    """What both requests may say; what is left out is the model's own default."""
+    """Fields of both requests; what is left out is the model's own default."""
 
     prompt: str | None = Field(None, max_length=MOST_CHARACTERS, description="what to hear")
     model: str | None = Field(None, max_length=1000, description="one of /v1/models")
