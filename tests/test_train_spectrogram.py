@@ -103,7 +103,7 @@ def test_one_clip_is_learned(kind: str, data: Path, bundles: dict[str, Path], tm
     x0, eps = batch["x0"], torch.randn_like(batch["x0"])
     middle = torch.full((8,), 0.5)
     with torch.no_grad():
-        errors = task.errors(batch | {"eps": eps, "shares": middle}).mean()
+        errors = task.errors(batch | {"eps": eps, "shares": middle})[0].mean()
     alpha, sigma = (float(w[0]) for w in task.process.alpha_sigma(task.process.at(middle)))
     spectrogram_error = errors * (sigma / alpha) ** 2 if task.process.objective == "eps" else errors
     assert float(spectrogram_error / x0.var()) < 0.05
