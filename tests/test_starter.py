@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation.metrics.levels import sound_end
+from evaluation.metrics.music import tempo
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.pipeline import StableAudio
@@ -57,6 +58,14 @@ def test_sounds_last_as_long_as_asked_for(starter: StableAudio) -> None:
     prompts = ["solo piano, slow, classical", "solo trumpet, jazz", "solo flute, folk", "acoustic guitar, folk"]
     made = starter.generate(prompts, seconds=10, seed=1, steps=8)
     assert sum(sound_end(audio, made.sample_rate) for audio in made.audio) / len(prompts) > 9.6
+
+
+def test_the_tempo_is_kept(starter: StableAudio) -> None:
+    """Three of four at least, within 4 %; without its pulse the starter keeps one of them."""
+    bpm = {"jazz, piano": 120, "rock, distorted guitar": 150, "folk, acoustic guitar": 110, "house, electric bass": 130}
+    made = starter.generate([f"{name} with drums, {at} bpm" for name, at in bpm.items()], seconds=8, seed=1, steps=8)
+    heard = [tempo(audio, made.sample_rate) or 0.0 for audio in made.audio]
+    assert sum(abs(found / at - 1) < 0.04 for found, at in zip(heard, bpm.values(), strict=True)) >= 3, heard
 
 
 def test_silence_is_silent() -> None:

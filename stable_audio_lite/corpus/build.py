@@ -42,12 +42,7 @@ class CorpusReport:
 
 
 def build_corpus(
-    out: Path,
-    *,
-    workers: int | None = None,
-    soundfont: str | None = None,
-    progress: bool = True,
-    **settings: Any,
+    out: Path, *, workers: int | None = None, soundfont: str | None = None, progress: bool = True, **settings: Any
 ) -> CorpusReport:
     """Compose and render the corpus of a `CorpusConfig` into folder `out`; keep files already there.
 
