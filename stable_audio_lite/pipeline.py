@@ -245,7 +245,7 @@ class StableAudio:
             seconds_total: length of the described piece; None: it ends with the sound.
             steps: sampling steps.
             cfg: guidance scale; 1 is no guidance, and twice as fast.
-            rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
+            rescale: 0..1, how far guidance is pulled back to the unguided standard deviation of each frame.
             negative: prompt to steer away from; replaces the learned null in guidance.
             sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
             seed: of the first item; each further item has the next one. None draws one (see `Generated.seeds`).

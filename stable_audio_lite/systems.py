@@ -46,7 +46,7 @@ class GenerationDefaults:
     Attributes:
         steps: sampling steps.
         cfg: classifier-free guidance scale; 1 is none.
-        rescale: 0..1, how far guidance is pulled back to the unguided standard deviation.
+        rescale: 0..1, how far guidance is pulled back to the unguided standard deviation of each frame.
         sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.

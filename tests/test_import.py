@@ -359,6 +359,15 @@ def test_a_whole_system_computes_what_it_did(run, whole: dict[str, Tensor]) -> N
         guided = Guidance(unet, config.process, Condition(tokens, mask), scale=6.0)(noisy, sigma)
         torch.testing.assert_close(guided, x0, atol=2e-4, rtol=2e-4)
 
+        other, own = torch.randn_like(tokens), mask.roll(1, 0)  # another prompt, with its own padding
+        negative = reference_unet(reference, x, t, torch.where(own[..., None], other, null), mask)
+        v = negative + 6 * (expected - negative)
+        v = 0.4 * v * expected.std(1, keepdim=True) / v.std(1, keepdim=True) + 0.6 * v
+        x0 = noisy / (s**2 + 1) - v * s / (s**2 + 1).sqrt()
+        against = {"negative": Condition(other, own), "scale": 6.0, "rescale": 0.4}
+        guided = Guidance(unet, config.process, Condition(tokens, mask), **against)(noisy, sigma)
+        torch.testing.assert_close(guided, x0, atol=2e-4, rtol=2e-4)
+
         conditioner = bundle.load_module("ours", "conditioner", lambda: Conditioner(config.timing, WIDTH))
         text = Condition(tokens[:, :77], mask[:, :77])
         joined = conditioner(text, torch.tensor([3.0, 0.0]), torch.tensor([20.0, 7.0]))

@@ -32,6 +32,10 @@ class Conditional(Network, Protocol):
         """The learned null for `batch` items, in place of prompts with `mask` (B, S)."""
         ...
 
+    def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
+        """What guidance moves away from: `negative`, or the learned null where it is None."""
+        ...
+
 
 class NetworkDenoiser:
     """A network under one prepared `context`, as a denoiser; `process` is the one that it was trained with."""
@@ -42,10 +46,14 @@ class NetworkDenoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
         x_t = x * append_dims((1 + sigma**2).rsqrt(), x)
-        return self.process.to_x0(self.network(x_t, self.process.time(sigma), self.context), x_t, sigma)
+        return self.process.to_x0(self.predict(x_t, self.process.time(sigma)), x_t, sigma)
+
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network predicts from x_t (B, ...) at times t (B,)."""
+        return self.network(x_t, t, self.context)
 
 
-class Guidance:
+class Guidance(NetworkDenoiser):
     """Classifier-free guidance (Ho & Salimans 2022) with rescaling (Lin et al. 2023, arXiv 2305.08891).
 
     Both conditions go through the network as one batch, and are projected to keys and values once, here.
@@ -55,7 +63,7 @@ class Guidance:
         cond: condition to move towards, of B items.
         negative: condition to move away from, of B items; None is the learned null.
         scale: 1 is no guidance (and one plain forward).
-        rescale: phi in 0..1, how far each item's standard deviation returns to the unguided one.
+        rescale: phi in 0..1, how far each frame's standard deviation returns to the unguided one.
 
     Raises:
         ValueError: rescale is outside 0..1, or cond and negative differ in shape.
@@ -75,26 +83,28 @@ class Guidance:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
         self.scale, self.rescale = scale, rescale
         if scale != 1:
-            other = network.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
-            if other.tokens.shape != cond.tokens.shape:
-                shapes = f"{tuple(cond.tokens.shape)} and {tuple(other.tokens.shape)}"
+            if negative is not None and negative.tokens.shape != cond.tokens.shape:
+                shapes = f"{tuple(cond.tokens.shape)} and {tuple(negative.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")
-            cond = Condition.concatenate([cond, other])
-        self.denoiser = NetworkDenoiser(network, process, network.context(cond))
+            cond = Condition.concatenate([cond, network.unwanted(cond, negative)])
+        super().__init__(network, process, network.context(cond))
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """Estimate x0 from x (B, ...), guided."""
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Guided prediction from x_t (B, ...) at times t (B,)."""
         if self.scale == 1:
-            return self.denoiser(x, sigma)
-        wanted, unwanted = self.denoiser(torch.cat((x, x)), torch.cat((sigma, sigma))).chunk(2)
+            return super().predict(x_t, t)
+        wanted, unwanted = super().predict(torch.cat((x_t, x_t)), torch.cat((t, t))).chunk(2)
         return guide(wanted, unwanted, self.scale, self.rescale)
 
 
 def guide(wanted: Tensor, unwanted: Tensor, scale: float, rescale: float) -> Tensor:
-    """Extrapolate from `unwanted` past `wanted` (B, ...), then rescale per item (Lin et al., equations 14-16)."""
+    """Extrapolate predictions from `unwanted` past `wanted` (B, ..., T), then rescale (Lin et al., equations 14-16).
+
+    Standard deviations are those of each frame, as in stable-audio-tools.
+    """
     guided = unwanted + scale * (wanted - unwanted)
     if not rescale:
         return guided
-    axes = tuple(range(1, wanted.ndim))
+    axes = tuple(range(1, wanted.ndim - 1))
     ratio = wanted.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-8)
     return guided * (rescale * ratio + (1 - rescale))

@@ -3,8 +3,7 @@
 Systems like Stable Audio 1.0's come whole, VAEs alone or out of a system; the CLAP, which those checkpoints lack, is
 read from its own source. Lightning's hold the weights twice, as trained and averaged. Tensors keep their types.
 
-What differs from stable-audio-tools after import: it rescales guidance frame by frame, here it is one factor a sound; a
-negative prompt has its own mask here; seconds between whole ones are mixed; and the noise is another.
+What differs from stable-audio-tools after import: seconds between whole ones are mixed, and the noise is another.
 """
 
 from __future__ import annotations

@@ -169,6 +169,10 @@ class SpectrogramTransformer(nn.Module):
             raise ValueError("a transformer without text has no null condition")
         return Condition.unmasked(self.null, batch)
 
+    def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
+        """What guidance away from `negative` (None: from the learned null) sets against `cond`."""
+        return self.null_condition(len(cond.tokens)) if negative is None else negative
+
     def context(self, cond: Condition) -> TransformerContext:
         """Project a condition for all cross-attentions; do it once per generation.
 

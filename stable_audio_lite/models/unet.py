@@ -48,8 +48,8 @@ class UNetConfig:
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
         pooled_context: the mean of the condition's tokens is added to the time embedding, so that FiLM sees it too.
         pulse: the condition chooses among sines over the window's frames, from which a tempo can be counted: `Pulse`.
-        attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and the null condition has
-            the prompt's mask, as in stable-audio-tools.
+        attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and what guidance moves
+            away from has the prompt's mask, as in stable-audio-tools.
     """
 
     width: int = 256
@@ -406,6 +406,15 @@ class UNet(nn.Module):
         """The learned null for `batch` items, nothing masked, or with `attend_padding` what `mask` (B, S) masks."""
         null = Condition.unmasked(self.null, batch)
         return null if mask is None or not self.config.attend_padding else Condition(null.tokens, mask)
+
+    def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
+        """What guidance away from `negative` (None: from the learned null) sets against `cond`.
+
+        With `attend_padding` a negative prompt is as long as the prompt, the null's tokens going on where it ends.
+        """
+        if negative is None or not self.config.attend_padding:
+            return self.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
+        return Condition(torch.where(negative.mask[..., None], negative.tokens, self.null.to(cond.tokens)), cond.mask)
 
     def context(self, cond: Condition) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.
