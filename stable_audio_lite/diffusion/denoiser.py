@@ -33,7 +33,7 @@ class Conditional(Network, Protocol):
         ...
 
     def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
-        """What guidance moves away from: `negative`, or the learned null where it is None."""
+        """Choose the condition that guidance moves away from: `negative`, or where it is None the learned null."""
         ...
 
 
@@ -49,7 +49,7 @@ class NetworkDenoiser:
         return self.process.to_x0(self.predict(x_t, self.process.time(sigma)), x_t, sigma)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the network predicts from x_t (B, ...) at times t (B,)."""
+        """Predict from x_t (B, ...) at times t (B,)."""
         return self.network(x_t, t, self.context)
 
 

@@ -170,7 +170,7 @@ class SpectrogramTransformer(nn.Module):
         return Condition.unmasked(self.null, batch)
 
     def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
-        """What guidance away from `negative` (None: from the learned null) sets against `cond`."""
+        """Choose the condition that guidance moves away from: `negative`, or where it is None the learned null."""
         return self.null_condition(len(cond.tokens)) if negative is None else negative
 
     def context(self, cond: Condition) -> TransformerContext:

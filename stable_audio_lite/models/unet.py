@@ -408,7 +408,7 @@ class UNet(nn.Module):
         return null if mask is None or not self.config.attend_padding else Condition(null.tokens, mask)
 
     def unwanted(self, cond: Condition, negative: Condition | None) -> Condition:
-        """What guidance away from `negative` (None: from the learned null) sets against `cond`.
+        """Choose the condition that guidance moves away from: `negative`, or where it is None the learned null.
 
         With `attend_padding` a negative prompt is as long as the prompt, the null's tokens going on where it ends.
         """
