@@ -139,6 +139,18 @@ def test_silence_and_gain() -> None:
     assert levels == pytest.approx([0, 0, 0], abs=0.7)
 
 
+def test_what_is_quieter_than_the_floor_is_kept() -> None:
+    """A tone of -90 dB beside a loud one comes back; of what the levels can't say, -100 dB, nothing does."""
+    time = torch.arange(64 * 1024) / WINDOW_SAMPLES
+    loud, quiet = (torch.sin(2 * math.pi * bin * time) for bin in (60, 200))
+    transform = FeatureTransform()
+    for level, wanted in ((-70, -70), (-90, -90), (-100, -math.inf)):
+        sound = 0.1 * loud + 10 ** (level / 20) * quiet
+        magnitudes, _ = transform.components(transform.features(torch.stack((sound, sound))[None]))
+        found = transform.scale * float(magnitudes[0, :, 40, 200].square().mean().sqrt())
+        assert (20 * math.log10(found) if found else -math.inf) == pytest.approx(wanted, abs=0.5)
+
+
 def test_magnitudes_survive_the_phases() -> None:
     """Spectra of a sound resynthesised from its own features are near, and nearer the longer phases are looked for."""
     sound = chord(2.0, 220.0, 277.2).repeat(2, 1)

@@ -28,7 +28,8 @@ _SINGLE, _BANDS, _STEREO = 256, 64, 32  # single bins, bands above them, bands o
 _LEVELS = _SINGLE + _BANDS
 _PADDING = (WINDOW_SAMPLES - HOP_SAMPLES) // 2  # spectra are centred in their hops
 FLOOR = 1e-4
-"""Magnitude, where a full-scale sine has 1, below which everything counts as silence: -80 dB."""
+"""Magnitude, where a full-scale sine has 1, that is added before taking logarithms: -80 dB."""
+_SILENT = 0.2 * FLOOR  # the smallest magnitude whose logarithm a decoder tells from that of silence
 _PATIENCE = 2  # times as many iterations where phases have to fit on both sides
 _LATEST, _ERRORS_LAST = 3, 21  # spectra that count as the latest, and for which a decoder's errors last
 _GOING_OVER = 4  # spectra that lie between known levels and decoded ones
@@ -74,7 +75,7 @@ class SpectralFeatures(NamedTuple):
     """The features of stereo sound that are compressed.
 
     Attributes:
-        levels: (B, 320, 2 F) natural logarithms of magnitudes (root mean square of both channels) above `FLOOR`.
+        levels: (B, 320, 2 F) natural logarithms of magnitudes (root mean square of both channels) plus `FLOOR`.
         stereo: (B, 3, 32, F) Stokes parameters relative to the power of both channels: how much more is left than
             right, and the real and imaginary part of their correlation. (0, 1, 0) is mono, (0, 0, 0) incoherent.
     """
@@ -143,7 +144,7 @@ class FeatureTransform(nn.Module):
         levels = features.levels.transpose(1, 2)
         low, high = levels.split((_SINGLE, _BANDS), -1)
         magnitude = torch.cat((low, high @ self.spread.T), -1).exp() - FLOOR
-        magnitude = (magnitude - FLOOR / 2).clamp_min(0) / self.scale  # what can't be told from silence is silence
+        magnitude = torch.where(magnitude > _SILENT, magnitude, 0.0) / self.scale
         power = (2 * magnitude.square()).unflatten(1, (-1, PAIR)).sum(2) @ self.stereo_bands.T  # B, F, bands
         # Loud bands leak into quiet ones and not the other way round; undo what `features` took from quiet bands.
         weighted = features.stereo.transpose(2, 3) * (power + self.least.minimum(3 * power))[:, None]
