@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
 
 from evaluation.metrics.levels import sound_end
 from evaluation.metrics.music import tempo
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
+from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.restoration.degradations import Denoise
 from stable_audio_lite.restoration.restorer import Restorer, RestoreSettings
@@ -66,6 +68,28 @@ def test_the_tempo_is_kept(starter: StableAudio) -> None:
     made = starter.generate([f"{name} with drums, {at} bpm" for name, at in bpm.items()], seconds=8, seed=1, steps=8)
     heard = [tempo(audio, made.sample_rate) or 0.0 for audio in made.audio]
     assert sum(abs(found / at - 1) < 0.04 for found, at in zip(heard, bpm.values(), strict=True)) >= 3, heard
+
+
+@torch.no_grad()
+def test_key_mode_and_tempo_count_and_wording_does_not(starter: StableAudio) -> None:
+    """What is expected to come of almost pure noise, for one request in other words and for requests of other music."""
+    starter.to(torch.device("cpu"), torch.float32)
+    sigma, noise = 20.0, torch.randn(1, 64, 384, generator=torch.Generator().manual_seed(0))
+
+    def differences(piece: str) -> Tensor:
+        """Of another wording, another mode, key and tempo from "C major, 120 bpm"."""
+        texts = [f"{piece}, {asked}" for asked in ("C major, 120 bpm", "key of C major, 120 bpm", "C minor, 120 bpm")]
+        texts += [f"{piece}, F# major, 120 bpm", f"{piece}, C major, 90 bpm"]
+        timing = torch.zeros(len(texts)), torch.full((len(texts),), 8.0)
+        condition = starter.conditioner(starter.text_encoder.encode(texts), *timing)
+        guidance = Guidance(starter.network, starter.process, condition, scale=1.0)
+        x = ((1 + sigma**2) ** 0.5 * noise).expand(len(texts), -1, -1)
+        estimates = guidance(x, torch.full((len(texts),), sigma))
+        return (estimates[1:] - estimates[0]).square().mean((1, 2)).sqrt()
+
+    pieces = ("solo piano, classical", "solo flute, folk", "church organ, classical", "violin, jazz", "choir, folk")
+    wording, mode, key, bpm = torch.stack([differences(piece) for piece in pieces]).mean(0).tolist()
+    assert mode > 2 * wording and bpm > 2 * wording and key > 4 * wording
 
 
 def test_silence_is_silent() -> None:
