@@ -237,6 +237,7 @@ def test_models_health_and_metrics(serve: Callable[..., TestClient], store: Mode
     assert [model["name"] for model in listed["models"]] == [listed["default"]] == [str(tiny_bundle)]
     assert listed["models"][0]["hash"] == store.outline(store.choose()).hash and listed["limits"]["seconds"] == 10
     assert client.get("/health").json()["state"] == "ok"
+    assert (probed := client.head("/health")).status_code == 200 and not probed.content
     made(client, ASK | {"count": 2})
     client.get("/nothing")
     text = client.get("/metrics").text

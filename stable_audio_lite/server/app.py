@@ -141,6 +141,7 @@ def create_app(jobs: Jobs, limits: ServiceLimits | None = None, token: str | Non
         """List the models, and the most that one request may ask for."""
         return ModelsAnswer.of(jobs, limits)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_failures(400)(503))
     async def health() -> HealthAnswer:
         """Tell whether this process takes requests; 503 where it is stopping."""
