@@ -225,7 +225,7 @@ def test_the_machine_decides_what_the_request_leaves_open(
 ) -> None:
     monkeypatch.setattr(fine_tune, "measure", lambda *args, **more: plan_of(**machine))
     run = fine_tune._Run(FineTuning(data=str(music), output=tmp_path / "mine", base=str(tiny_bundle), **options))
-    settings = run._fitted(run.settings_asked(torch.device("cpu")), 1, say=True)
+    settings = run._fitted(run.settings_asked(), 1, say=True)
     found = {"batch_size": settings["batch_size"], "every": settings["demos"]["every"]} | settings["run"]
     assert {key: found.get(key) for key in wanted} == wanted
 
@@ -239,14 +239,14 @@ def test_little_memory_costs_time_before_it_is_refused(
     monkeypatch.setattr(fine_tune, "measure", tight)
     request = FineTuning(data=str(music), output=tmp_path / "mine", base=str(tiny_bundle))
     run = fine_tune._Run(request)
-    assert run._fitted(run.settings_asked(torch.device("cpu")), 1, say=False)["gradient_checkpointing"]
+    assert run._fitted(run.settings_asked(), 1, say=False)["gradient_checkpointing"]
     run = fine_tune._Run(replace(request, batch_size=4))
     with pytest.raises(UserError, match="not enough memory .* a batch of 2 at most"):
-        run._fitted(run.settings_asked(torch.device("cpu")), 1, say=False)
+        run._fitted(run.settings_asked(), 1, say=False)
     monkeypatch.setattr(fine_tune, "measure", lambda *args, **more: plan_of(free=0))
     run = fine_tune._Run(replace(request, full=True))
     with pytest.raises(UserError, match="not enough memory .* a smaller one, or no --full"):
-        run._fitted(run.settings_asked(torch.device("cpu")), 1, say=False)
+        run._fitted(run.settings_asked(), 1, say=False)
 
 
 @pytest.mark.long

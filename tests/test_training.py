@@ -43,6 +43,7 @@ from stable_audio_lite.errors import UserError
 from training import assemble, command, distill, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
+from training.task import RunConfig
 from training.update import Update
 
 
@@ -531,6 +532,16 @@ def test_a_missing_stage_is_named(data: Path, bundles: dict[str, Path], tmp_path
             trainer.run(load(cls, settings, tmp_path))
         assert " -o" not in str(caught.value) and "YAML" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_precision_is_what_the_processor_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decided for the device when the run starts; what is named outright stays."""
+    cpu = torch.device("cpu")
+    for able, wanted in ((False, "no"), (True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert RunConfig(output="run", steps=1, precision="auto").precision_on(cpu) == wanted
+        assert RunConfig(output="run", steps=1, precision="bf16").precision_on(cpu) == "bf16"
 
 
 def test_half_precision_needs_a_gpu(data: Path, tmp_path: Path) -> None:

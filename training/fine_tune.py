@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from accelerate import PartialState
 
@@ -30,7 +29,6 @@ from stable_audio_lite.config import from_dict, load_config, merged, read_yaml
 from stable_audio_lite.data.latents import is_finished
 from stable_audio_lite.data.manifest import Item, read_items
 from stable_audio_lite.data.validate import validate_items
-from stable_audio_lite.devices import choose_dtype
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import check_utf8, locked, replacing
 from stable_audio_lite.systems import load_model_config
@@ -45,7 +43,6 @@ _BATCH, _STEPS, _LEAST_STEPS, _SECONDS = 16, 2000, 200, 1800
 _MEMORY = 0.8  # of what is left for activations
 _SAVED = 120  # seconds between checkpoints
 _DEMOS, _PROMPTS = 4, 2
-_PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _MAX_UNREADABLE = 0.1
 
 
@@ -183,13 +180,13 @@ class _Run:
     def settings(self, processes: PartialState) -> dict[str, Any]:
         """Settings of training: those of the run's file where there is one, or else chosen by measuring."""
         known = self.training.exists()
-        settings = self.settings_asked(processes.device)
+        settings = self.settings_asked()
         return settings if known else self._fitted(settings, processes.num_processes, say=processes.is_main_process)
 
-    def settings_asked(self, device: torch.device) -> dict[str, Any]:
-        """Settings of the run's file, or the defaults on `device`, with what the request says in their place."""
+    def settings_asked(self) -> dict[str, Any]:
+        """Settings of the run's file, or the defaults, with what the request says in their place."""
         request, known = self.request, self.training.exists()
-        settings = read_yaml(self.training) if known else self._defaults(device)
+        settings = read_yaml(self.training) if known else self._defaults()
         if known and bool(settings.get("lora")) == request.full:
             how = "a LoRA: leave out --full" if request.full else "--full: give it again"
             raise UserError(f"{request.output}: was begun with {how}, or choose another -o")
@@ -202,7 +199,7 @@ class _Run:
         own |= {"optimizer": {"lr": request.learning_rate}} if request.learning_rate else {}
         return merged(settings, own)
 
-    def _defaults(self, device: torch.device) -> dict[str, Any]:
+    def _defaults(self) -> dict[str, Any]:
         """Settings that don't depend on how large and fast the machine is."""
         full, captions = self.request.full, dict.fromkeys(item.captions[0] for item in self.items)
         betas_and_decay = {"betas": [0.9, 0.99], "weight_decay": 0.01, "warmup_steps": 20, "decay": "cosine"}
@@ -211,7 +208,7 @@ class _Run:
             "time_shift": 2.0,
             "optimizer": {"lr": 1e-4 if full else 1e-3} | betas_and_decay,
             "demos": {"prompts": list(captions)[:_PROMPTS], "cfg": [self.model.generation.cfg]},
-            "run": {"precision": _PRECISIONS[choose_dtype(None, device)], "ema_decay": 0.99},
+            "run": {"precision": "auto", "ema_decay": 0.99},
         }
 
     def _fitted(self, settings: dict[str, Any], count: int, *, say: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -143,7 +143,8 @@ def _fit(
 
 def _announce(accelerator: Accelerator, run: RunConfig, notes: Iterable[str], start: int) -> None:
     """Say what the run is about to do, with `notes` on its settings."""
-    count, number_type = accelerator.num_processes, "float32" if run.precision == "no" else run.precision
+    count, number_type = accelerator.num_processes, run.precision_on(accelerator.device)
+    number_type = "float32" if number_type == "no" else number_type
     words = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {number_type}, "
     words += f"{run.output}: from step {start} to {run.steps}"
     print("; ".join((words, *notes)), file=sys.stderr, flush=True)
@@ -196,10 +197,11 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
     # Autocast would keep a copy of every weight that was whole for a while.
     handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
+    precision = run.precision_on(PartialState().device)
     accelerator = Accelerator(
-        mixed_precision=run.precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
+        mixed_precision=precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
     )
-    if run.precision == "fp16" and accelerator.device.type == "cpu":
+    if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU, whose loss scaling it relies on; choose bf16 or no")
     return accelerator
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,7 +194,8 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
 
 
 def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> RunPlan:
-    accelerator = Accelerator(mixed_precision=run.precision)
+    precision = run.precision_on(PartialState().device)
+    accelerator = Accelerator(mixed_precision=precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
     if run.compile:
@@ -251,7 +252,7 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
         steps=run.steps,
         done=int(done[-1].name.removeprefix("step_")) if done else 0,
         keep_last=run.keep_last,
-        profile=profile(lambda: do(2 + steps), accelerator.device, run.precision) if profiled else None,
+        profile=profile(lambda: do(2 + steps), accelerator.device, precision) if profiled else None,
     )
 
 

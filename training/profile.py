@@ -32,7 +32,7 @@ class Profile:
 
 
 def profile(step: Callable[[], object], device: torch.device, precision: str) -> Profile:
-    """Profile one call of `step`, whose precision is as in `RunConfig`."""
+    """Profile one call of `step`, whose precision is as in `RunConfig`, but not "auto"."""
     from torch.profiler import ProfilerActivity
 
     cuda = device.type == "cuda"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stable_audio_lite.clap.tokenizer import unread_parts
+from stable_audio_lite.devices import choose_dtype
 from training.muon import Muon
 from training.shard import Parts
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from training.checkpoint import Resumable
     from training.update import Update
 
+_PRECISIONS = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -33,7 +36,8 @@ class RunConfig:
     Attributes:
         output: folder for checkpoints, logs and the finished bundle.
         steps: updates in all.
-        precision: "no" (float32), "bf16" or "fp16" autocast.
+        precision: "no" (float32), "bf16" or "fp16" autocast, or "auto", the fastest that the device multiplies in
+            hardware.
         compile: compile the modules with torch.compile, which needs a C++ compiler on a CPU.
         ema_decay: largest decay of the averaged weights; 0 exports the raw ones.
         accumulate: batches whose gradients are averaged into one update.
@@ -48,7 +52,7 @@ class RunConfig:
     output: str
     steps: int
     seed: int = 0
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     compile: bool = False
     ema_decay: float = 0.9999
     accumulate: int = 1
@@ -70,6 +74,10 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+    def precision_on(self, device: torch.device) -> str:
+        """Name the `precision` of autocast on `device`, "auto" decided."""
+        return _PRECISIONS[choose_dtype(None, device)] if self.precision == "auto" else self.precision
 
 
 @dataclass(frozen=True, kw_only=True)
