@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stable_audio_lite.config import read_yaml, save_config, to_dict
+from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import locked
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, read_info, save_checkpoint, tidy
@@ -197,7 +198,7 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
     # Autocast would keep a copy of every weight that was whole for a while.
     handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
-    precision = run.precision_on(PartialState().device)
+    precision = run.precision_on(choose_device("auto"))
     accelerator = Accelerator(
         mixed_precision=precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
+from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from training.checkpoint import checkpoints
 from training.distill import DistillConfig, DistillTask
@@ -194,7 +195,7 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
 
 
 def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> RunPlan:
-    precision = run.precision_on(PartialState().device)
+    precision = run.precision_on(choose_device("auto"))
     accelerator = Accelerator(mixed_precision=precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}
