@@ -253,13 +253,8 @@ class Variation(_FromSound):
         if self.strength == 0:
             return known.expand(len(sampling.noise.generators), *known.shape[1:])
         steps = self.steps(sampling.steps)
-        if sampling.defaults.distilled is None:
-            sigma = strength_to_sigma(self.strength, sampling.defaults.sigma_min, sampling.defaults.sigma_max)
-            sigmas = sampling.sigmas(steps, sigma)
-        else:  # a student knows the levels of a whole run and no others
-            sigmas = sampling.sigmas()[-steps - 1 :]
-            sigma = float(sigmas[0])
-        return sampling.run(sampling.denoiser, known + sigma * sampling.noise(), sigmas)
+        sigma = strength_to_sigma(self.strength, sampling.defaults.sigma_min, sampling.defaults.sigma_max)
+        return sampling.run(sampling.denoiser, known + sigma * sampling.noise(), sampling.sigmas(steps, sigma))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -137,7 +137,6 @@ def make_request(
     Raises:
         UserError: a setting is out of range.
     """
-    _check_student(defaults, steps=steps, cfg=cfg, rescale=rescale, negative=negative, sampler=sampler)
     given = {"seconds": seconds, "seconds_start": seconds_start, "seconds_total": seconds_total}
     for name, value in (given | {"steps": steps, "cfg": cfg, "rescale": rescale}).items():
         if value is not None:
@@ -162,18 +161,6 @@ def make_request(
     if request.cfg == 1 and (idle := "negative" if negative is not None else "rescale" if rescale else None):
         raise UserError(f"{idle} changes guidance, and there is none at cfg 1; leave it out, or give a higher cfg")
     return request
-
-
-def _check_student(defaults: GenerationDefaults, **settings: Any) -> None:
-    """Refuse `settings` that a distilled student can't follow."""
-    if defaults.distilled is None:
-        return
-    for name, value in settings.items():
-        if value is not None and value != getattr(defaults, name, None):
-            raise UserError(
-                f"{name}: this model is a student that samples in {defaults.steps} steps, with guidance of scale "
-                f"{defaults.distilled:g} built in; leave {name} out, or give the model that it was distilled from"
-            )
 
 
 def _check(request: Request, limits: Limits) -> None:

@@ -35,9 +35,6 @@ TIMING_TOKENS = 2
 MAX_CFG, MAX_STEPS = 100.0, 10_000
 """Largest guidance scale, and the most sampling steps; far below them sound is noise, or as good as it gets."""
 
-STUDENT_SAMPLER = "ddim"
-"""Sampler of the students that training.distill makes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
@@ -51,8 +48,6 @@ class GenerationDefaults:
         sigma_min: the noise level at the end, relative to latents of unit standard deviation.
         sigma_max: the noise level at the start.
         rho: curvature of the polyexponential noise levels.
-        distilled: for a student that training.distill made, the scale of its teacher's guidance, which its weights
-            contain; it samples in `steps` steps and no other number, by ddim, and takes no guidance. None: no student.
         windows: further lengths in frames, shorter than the window, that the network is trained on and sampled with,
             each sound in the shortest that holds it.
     """
@@ -64,7 +59,6 @@ class GenerationDefaults:
     sigma_min: float = 0.01
     sigma_max: float = 100.0
     rho: float = 1.0
-    distilled: float | None = None
     windows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -79,8 +73,6 @@ class GenerationDefaults:
             raise ValueError(f"windows must be at least 1 frame each, got {self.windows}")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"rescale must lie in 0..1, got {self.rescale}")
-        if self.distilled is not None and (self.cfg, self.rescale, self.sampler) != (1, 0, STUDENT_SAMPLER):
-            raise ValueError(f"with distilled, cfg must be 1, rescale 0 and sampler {STUDENT_SAMPLER}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +268,11 @@ def load_model_config(path: str | Path) -> StableAudioConfig:
     return config
 
 
-_RETIRED: dict[str, dict[str, Any]] = {"vae": {"slow_channels": 0, "clock": 1}, "unet": {"resample": "plain"}}
+_RETIRED: dict[str, dict[str, Any]] = {
+    "vae": {"slow_channels": 0, "clock": 1},
+    "unet": {"resample": "plain"},
+    "generation": {"distilled": None},
+}
 """Options of earlier versions, with the value that means that a bundle doesn't use them."""
 
 

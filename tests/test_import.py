@@ -454,12 +454,11 @@ def test_the_papers_size_is_read_whole(tmp_path: Path) -> None:
     counts = {part: sum(p.like.numel() for p in found if p.part == part) for part in ("vae", "unet")}
     assert counts == {"vae": 133_431_300, "unet": 906_679_744}
     check_expressible(ours, True, "ours")
-    student = replace(ours.generation, cfg=1, rescale=0, sampler="ddim", distilled=4.0)
     others = {
         "unet.rotary": replace(ours, unet=replace(ours.unet, rotary=True)),
         "unet.pooled_context": replace(ours, unet=replace(ours.unet, pooled_context=True)),
         "unet.pulse": replace(ours, unet=replace(ours.unet, pulse=True)),
-        "generation.distilled": replace(ours, generation=student),
+        "unet.guidance": replace(ours, unet=replace(ours.unet, guidance=8.0)),
     }
     for key, other in others.items():
         with pytest.raises(UserError, match=f"ours: key '{key}'"):

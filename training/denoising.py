@@ -61,15 +61,21 @@ class Conditioned(nn.Module):
         self.conditioner, self.network = conditioner, network
 
     def forward(
-        self, x: Tensor, t: Tensor, text: Condition, timing: tuple[Tensor, Tensor], dropped: Tensor
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Condition,
+        timing: tuple[Tensor, Tensor],
+        dropped: Tensor,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Noisy data (B, ...), times, text features, (start, total) seconds, dropped (B,) bool -> prediction.
 
-        The second result is what a network with a pulse expects of the data: `UNet.expected`. Seconds beyond the timing
-        embeddings count as the last, as in stable-audio-tools.
+        A guidance `scale` (B,) is for networks that take one. The second result is what a network with a pulse expects
+        of the data: `UNet.expected`. Seconds beyond the timing embeddings count as the last, as in stable-audio-tools.
         """
         network: Any = self.network
-        context = network.context(self.condition(text, timing, dropped))
+        context = network.context(self.condition(text, timing, dropped), scale)
         expected = network.expected(x.shape[-1], context) if isinstance(network, UNet) else None
         return network(x, t, context), expected
 

@@ -1,91 +1,101 @@
-"""Distil a bundle into a student of few steps: python -m training.distill --config configs/stable_audio/distill.yaml.
+"""Distil guidance into a network: python -m training.distill --config configs/stable_audio/distill.yaml.
 
-With one network call a step the student makes what its teacher makes in many, guidance included. As in progressive
-distillation (Salimans & Ho 2022, arXiv 2202.00512; of guided models Meng et al. 2023, arXiv 2210.03142) it learns the
-estimate of x0 with which one step of DDIM arrives where several guided steps of the teacher do, but at once, not by
-halving, and where it will be asked: on its own way from noise to data, at the noise levels of its own steps (as Ross et
-al. 2011, arXiv 1011.0686). That takes captions and lengths, no sound. The run exports a complete bundle.
+Classifier-free guidance takes two forwards a step. The student takes the scale as an input, and one forward (Meng et
+al. 2023, arXiv 2210.03142, section 3.1): it learns what its teacher, guided, predicts. It learns that where it will be
+asked, on its own way from noise to data (as Ross et al. 2011, arXiv 1011.0686), which takes captions and lengths, no
+sound. The run exports a complete bundle, with few steps as its default.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import load_part, read_part, resolve, save_bundle
+from stable_audio_lite.bundle import load_part, part_path, read_part, resolve, save_bundle
+from stable_audio_lite.clap.config import ClapConfig
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.data.crops import item_numbers
 from stable_audio_lite.data.item import Item
 from stable_audio_lite.data.manifest import read_items
-from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser
+from stable_audio_lite.diffusion.denoiser import NetworkDenoiser, guide
 from stable_audio_lite.diffusion.editing import KnownRegion
+from stable_audio_lite.diffusion.process import Process, append_dims
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, polyexponential_sigmas
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
+from stable_audio_lite.nn.attention import Condition
 from stable_audio_lite.representation import LatentRepresentation, Representation, load_representation
-from stable_audio_lite.systems import MAX_CFG, STUDENT_SAMPLER, ComplexSTFTConfig, StableAudioConfig, load_system
-from stable_audio_lite.weights import state_hash
+from stable_audio_lite.systems import (
+    MAX_CFG,
+    ComplexSTFTConfig,
+    SpectrogramDiffusionConfig,
+    StableAudioConfig,
+    load_system,
+)
+from stable_audio_lite.weights import load_state, state_hash
 from training.command import main
 from training.denoising import Conditioned
 from training.examples import Buckets
-from training.frozen import FrozenClap, check_stage, load_frozen_clap
+from training.frozen import check_stage, load_frozen_clap
 from training.loop import fit
 from training.noise import generator, item_noise
 from training.task import OptimizerConfig, RunConfig, TrainingTask, say_unread
-from training.train_diffusion import network_of
 from training.update import Update
 
-_SOLVER = "dpmpp-2m"  # of the teacher
+TextConfig = StableAudioConfig | SpectrogramDiffusionConfig
+"""A system that reads text, or might."""
+_SOLVER = "dpmpp-2m"
 _HELD_OUT = 2  # batches
 _NOTHING = 1e-8  # an error of rounding alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Distillation of a bundle of any system.
+    """Distillation of guidance into a bundle that reads text.
 
     Attributes:
         teacher: the bundle; the student begins with its weights.
-        captions: for a teacher that reads text, data sets whose captions to make sounds for. Only their lists are read:
-            the captions, and the lengths in "seconds"; what has no length is taken to be as long as the window.
+        captions: data sets whose captions to make sounds for. Only their lists are read: the captions, and the lengths
+            in "seconds"; what has no length is taken to be as long as the window.
         held_out: another such data set, to compare student and teacher on, or null.
-        steps: of the student.
-        teacher_steps: of the teacher, for each of the student's.
-        cfg: the teacher's guidance scale, which the student has built in; null: the teacher's default.
-        batch_size: sounds in a batch; each is an example for every step of the student.
+        largest_scale: the largest guidance scale that the student takes; beyond it guidance takes two forwards.
+        steps: sampling steps of the ways on which it learns, and its default.
+        batch_size: sounds in a batch; each is an example at every step.
+        default_share: share of the sounds with the teacher's default scale; the others' are spread evenly in their
+            logarithm.
         condition_dropout: share of the sounds made without a prompt.
     """
 
     teacher: str
-    captions: tuple[str, ...] = ()
+    captions: tuple[str, ...]
     held_out: str | None = None
+    largest_scale: float = 8.0
     steps: int = 8
-    teacher_steps: int = 2
-    cfg: float | None = None
     batch_size: int = 4
+    default_share: float = 0.5
     condition_dropout: float = 0.05
     run: RunConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
-        for name in ("steps", "teacher_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.cfg is not None and not 0 <= self.cfg <= MAX_CFG:
-            raise ValueError(f"cfg must lie in 0..{MAX_CFG:g}, got {self.cfg}")
-        if not 0 <= self.condition_dropout <= 1:
-            raise ValueError(f"condition_dropout must lie in 0..1, got {self.condition_dropout}")
+        if self.batch_size < 1 or self.steps < 2:
+            raise ValueError(f"batch_size must be at least 1 and steps 2, got {self.batch_size} and {self.steps}")
+        if not 1 < self.largest_scale <= MAX_CFG:
+            raise ValueError(f"largest_scale must lie above 1 and up to {MAX_CFG:g}, got {self.largest_scale}")
+        if not (0 <= self.default_share <= 1 and 0 <= self.condition_dropout <= 1):
+            raise ValueError(
+                f"default_share and condition_dropout must lie in 0..1, got {self.default_share} and "
+                f"{self.condition_dropout}"
+            )
 
 
 class Requests:
@@ -146,7 +156,7 @@ def _seconds(item: Item, window: float) -> float:
 
 
 class DistillTask(TrainingTask):
-    """Training of a student to arrive, by each of its steps, where its teacher does by several."""
+    """Training of a network that takes the guidance scale to predict what its teacher does with two forwards."""
 
     averaged = ("model",)
     criterion = "held_out/distance"
@@ -155,108 +165,77 @@ class DistillTask(TrainingTask):
         self.config, self.batch_size = config, config.batch_size
         check_stage("teacher", config.teacher, "training.train_diffusion", hub=True)
         self.folder = resolve(config.teacher)
-        self.system = load_system(self.folder)
-        self.process, self.defaults = self.system.process, self.system.generation
-        if self.defaults.distilled is not None:
-            raise UserError(f"teacher: {config.teacher} is a student itself; give the model that it was distilled from")
-        self.clap = self._load_clap()
-        self.representation = load_representation(self.folder, self.system)
-        self.teacher = self._load_teacher()
-        self.cfg = 1.0 if self.clap is None else self.defaults.cfg if config.cfg is None else config.cfg
-        self.sigmas = self._levels(config.steps)
-        self.requests, self.held_out = self._load_requests()
-        self.items = self.batch_size if self.requests is None else len(self.requests.items)
-        self.frozen = {"teacher": self.teacher}
-        if self.clap is not None and self.requests is not None:
-            self.frozen["text_encoder"] = self.clap.text
-            say_unread(self.clap.text.tokenizer, self.requests.captions, self.clap.text.max_tokens)
-        self.modules = {"model": copy.deepcopy(self.teacher).requires_grad_(True)}
-        if isinstance(network_of(self.modules["model"]), UNet):
+        theirs, clap = self._teachers_system()
+        self.process, self.defaults = theirs.process, theirs.generation
+        self.system = self._with_guidance(theirs)
+        self.representation = load_representation(self.folder, theirs)
+        self.clap = load_frozen_clap(str(self.folder), clap)
+        self.teacher = self._load(theirs)
+        windows, held_out = self.defaults.windows, config.held_out
+        self.requests = Requests(config.captions, self.representation, windows)
+        self.held_out = Requests((held_out,), self.representation, windows) if held_out else None
+        self.items = len(self.requests.items)
+        self.frozen = {"teacher": self.teacher, "text_encoder": self.clap.text}
+        say_unread(self.clap.text.tokenizer, self.requests.captions, self.clap.text.max_tokens)
+        torch.manual_seed(config.run.seed)
+        student = self._load(self.system).requires_grad_(True)
+        self.modules: dict[str, nn.Module] = {"model": student}
+        if isinstance(student.network, UNet):
             self.parts = {Down: (), Up: (), ResidualBlock: (), Transformer: ("keys_values",)}
         if config.run.compile:
-            network_of(self.teacher).compile(dynamic=False)
+            self.teacher.network.compile(dynamic=False)
         self.optimizers = {"model": config.optimizer}
-        self.notes = (f"{config.steps} steps with guidance {self.cfg:g} of {config.teacher} built in",)
+        self.notes = (f"guidance up to {config.largest_scale:g} of {config.teacher} becomes an input",)
 
     def fingerprint(self) -> dict[str, Any]:
-        weights = self.teacher.state_dict() | {"sigmas": self.sigmas}
-        if self.clap is not None:
-            weights |= {f"text_encoder.{key}": value for key, value in self.clap.parts["text_encoder"].items()}
+        weights = self.teacher.state_dict()
+        weights |= {f"text_encoder.{key}": value for key, value in self.clap.parts["text_encoder"].items()}
         model = {k: v for k, v in to_dict(self.system).items() if k not in ("format", "generation", "vae")}
-        facts = {"teacher": f"weights {state_hash(weights)[:12]}", "model": model, "steps": self.config.steps}
-        return facts | {"cfg": self.cfg, "rescale": self.defaults.rescale}
+        return {"teacher": f"weights {state_hash(weights)[:12]}", "model": model}
 
     def batch(self, number: int, rank: int, world: int) -> dict[str, Any]:
         return self._draw(self.requests, number, rank, world, self.config.run.seed)
 
     def step(self, batch: dict[str, Any], step: int, update: Update) -> dict[str, Tensor]:
-        """Take the student's way from noise to data, and learn from the teacher at each of its steps.
+        """Take the student's way from noise to data, and learn at each of its steps what the teacher predicts there.
 
         The error of each step counts relative to itself (the gradient is that of its logarithm), or the first steps,
-        whose errors are hundreds of times as large, would drown those that decide on the sound.
+        whose errors are many times as large, would drown those that decide on the sound.
         """
+        errors: list[Tensor] = []
+
+        def learn(error: Tensor) -> None:
+            errors.append(error.detach())
+            update("model", error / errors[-1].clamp_min(_NOTHING) / self.config.steps)
+
         teacher, student = self.denoisers(batch)
-        x, losses = batch["eps"] * self.sigmas[0], []
-        for sigma, following in pairwise(self.sigmas.tolist()):
-            with torch.no_grad():
-                target = self.target(teacher, x, sigma, following)
-            estimate = student(x, _levels_of(x, sigma))
-            # The error of v is that of x0, weighted by 1 + SNR (Salimans & Ho 2022, section 4).
-            losses.append((1 + sigma**-2) * (estimate - target).square().mean())
-            update("model", losses[-1] / losses[-1].detach().clamp_min(_NOTHING) / self.config.steps)
-            x = arrive(x, estimate.detach(), sigma, following)
-        figures = {f"loss/step{i}": loss.detach() for i, loss in enumerate(losses, 1)}
-        return {"loss/v": torch.stack(losses).detach().mean()} | figures
+        lesson = _Lesson(teacher, student, self.sounding(batch), learn)
+        _solve(self._held(batch, lesson), batch["eps"], batch["sigmas"])
+        figures = {f"loss/step{i}": error for i, error in enumerate(errors, 1)}
+        return {f"loss/{self.process.objective}": torch.stack(errors).mean()} | figures
 
-    def target(self, teacher: Denoiser, x: Tensor, sigma: float, following: float) -> Tensor:
-        """The estimate of x0 with which DDIM arrives at level `following` where the teacher does.
-
-        The teacher takes its steps from x (B, ...) at level `sigma`, evenly in log sigma; one if it is to 0.
-        """
-        if not following:
-            return teacher(x, _levels_of(x, sigma))
-        levels = torch.logspace(math.log10(sigma), math.log10(following), self.config.teacher_steps + 1)
-        return aim(x, _solve(_SOLVER, teacher, x, levels), sigma, following)
-
-    def denoisers(self, batch: dict[str, Any]) -> tuple[Denoiser, Denoiser]:
-        """Return the teacher, guided, and the student, both under the conditions of a batch.
-
-        After the end of a piece they know that there is silence, as in generation.
-        """
-        student: Any = self.modules["model"]
-        self.teacher.to(batch["eps"].device)
-        network: Any = network_of(self.teacher)
-        if self.clap is None:
-            pair: tuple[Denoiser, Denoiser] = (
-                NetworkDenoiser(network, self.process),
-                NetworkDenoiser(lambda x, t, context: student(x, t), self.process),
-            )
-            return pair
-        assert isinstance(self.teacher, Conditioned)
-        text = self.clap.text.to(batch["eps"].device).encode(batch["captions"])
-        timing, dropped = (batch["seconds_start"], batch["seconds_total"]), batch["dropped"]
+    def denoisers(self, batch: dict[str, Any]) -> tuple[NetworkDenoiser, NetworkDenoiser]:
+        """Return the teacher, guided by two forwards, and the student, both at the scale of each item of a batch."""
+        device, scale = batch["eps"].device, batch["scale"]
+        model, network = self.modules["model"], self.teacher.to(device).network
+        text = self.clap.text.to(device).encode(batch["captions"])
+        about = text, (batch["seconds_start"], batch["seconds_total"]), batch["dropped"]
         with torch.no_grad():
-            condition = self.teacher.condition(text, timing, dropped)
-            guided = Guidance(network, self.process, condition, scale=self.cfg, rescale=self.defaults.rescale)
-        pair = guided, NetworkDenoiser(lambda x, t, context: student(x, t, text, timing, dropped)[0], self.process)
-        if (ended := self._ended(batch)) is None:
-            return pair
-        silent = self._silence[:, -ended.shape[-1] :].to(ended.device)
-        return KnownRegion(pair[0], silent, ended), KnownRegion(pair[1], silent, ended)
+            guided = _Guided(network, self.process, self.teacher.condition(*about), scale)
+        return guided, NetworkDenoiser(lambda x, t, context: model(x, t, *about, scale)[0], self.process)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Compare with the teacher's result of many steps for the same held-out captions and noise.
 
         "distance" is the root mean square of the difference, relative to that result's, "teacher_distance" the same of
-        the teacher in as many guided steps as the student has.
+        the teacher in as many steps as the student has. The scale is the teacher's default.
         """
-        if self.clap is not None and self.held_out is None:
+        if self.held_out is None:
             return {}
         differences, power = torch.zeros(2, dtype=torch.float64), 0.0
         for batch, many, few in self._references:
-            x = batch["eps"] * self.sigmas[0]
-            made = _solve(STUDENT_SAMPLER, self.denoisers(self._here(batch))[1], x.to(self._device), self.sigmas).cpu()
-            live = 1.0 if (ended := self._ended(batch)) is None else (~ended).float()
+            made = self._made(batch, self.denoisers(batch)[1], self.config.steps)
+            live = self.sounding(batch).cpu()
             differences += torch.stack([((y - many) * live).square().sum(dtype=torch.float64) for y in (made, few)])
             power += float((many * live).square().sum(dtype=torch.float64))
         distance, teachers = (differences / power).sqrt().tolist()
@@ -265,73 +244,98 @@ class DistillTask(TrainingTask):
     @cached_property
     def _references(self) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
         """Held-out batches, with the teacher's results in its own number of steps and in the student's."""
+        assert self.held_out is not None
         references = []
         for number in range(_HELD_OUT):
-            batch = self._draw(self.held_out, number, 0, 1, 0)
-            teacher, x = self.denoisers(self._here(batch))[0], (batch["eps"] * self.sigmas[0]).to(self._device)
-            counts = self._levels(self.defaults.steps), self.sigmas
-            many, few = (_solve(_SOLVER, teacher, x, sigmas).cpu() for sigmas in counts)
+            drawn = self._draw(self.held_out, number, 0, 1, 0)
+            drawn["scale"] = torch.where(drawn["dropped"], 1.0, self.defaults.cfg)
+            batch = {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in drawn.items()}
+            teacher = self.denoisers(batch)[0]
+            many, few = (self._made(batch, teacher, steps) for steps in (self.defaults.steps, self.config.steps))
             references.append((batch, many, few))
         return references
 
+    def _made(self, batch: dict[str, Any], denoiser: Denoiser, steps: int) -> Tensor:
+        return _solve(self._held(batch, denoiser), batch["eps"], self._levels(steps)).cpu()
+
     def export(self, folder: Path, modules: dict[str, nn.Module]) -> None:
         model = modules["model"]
-        steps, sampler = self.config.steps, STUDENT_SAMPLER
-        own = replace(self.defaults, steps=steps, cfg=1.0, rescale=0.0, sampler=sampler, distilled=self.cfg)
-        system = replace(self.system, generation=own)
-        parts: dict[str, Mapping[str, Tensor]] = {self.system.part: network_of(model).state_dict()}
-        if isinstance(self.system, StableAudioConfig):
-            parts["vae"] = read_part(self.folder, "vae")
-        if self.clap is None:
-            save_bundle(folder, system, parts)
-            return
         assert isinstance(model, Conditioned)
-        parts |= {**self.clap.parts, "conditioner": model.conditioner.state_dict()}
+        system = replace(self.system, generation=replace(self.defaults, steps=self.config.steps, sampler=_SOLVER))
+        parts: dict[str, Mapping[str, Tensor]] = {
+            system.part: model.network.state_dict(),
+            "conditioner": model.conditioner.state_dict(),
+            **self.clap.parts,
+        }
+        if isinstance(system, StableAudioConfig):
+            parts["vae"] = read_part(self.folder, "vae")
         save_bundle(folder, system, parts, self.clap.text.tokenizer.to_str())
 
-    def _load_clap(self) -> FrozenClap | None:
-        """Load the text encoder of a teacher that reads text."""
-        if self.system.clap is None:
-            if self.config.captions or self.config.held_out or self.config.cfg is not None:
-                raise UserError(f"captions, held_out, cfg: {self.config.teacher} reads no text; leave them out")
-            return None
-        if not self.config.captions:
-            raise UserError(f"captions: {self.config.teacher} reads text; name data sets with captions")
-        return load_frozen_clap(str(self.folder), self.system.clap)
+    def _teachers_system(self) -> tuple[TextConfig, ClapConfig]:
+        system, name, scale = load_system(self.folder), self.config.teacher, self.config.largest_scale
+        if isinstance(system, ComplexSTFTConfig) or system.clap is None:
+            raise UserError(f"teacher: {name} reads no text, so it has no guidance to distil")
+        if rescale := system.generation.rescale:
+            raise UserError(
+                f"teacher: {name} rescales its guidance (generation.rescale {rescale:g}), which takes two forwards; "
+                "set it to 0 in its config.yaml"
+            )
+        if system.generation.cfg > scale:
+            raise UserError(f"largest_scale: {scale:g} is below the default of {name}, {system.generation.cfg:g}")
+        return system, system.clap
 
-    def _load_teacher(self) -> nn.Module:
-        network = self.system.network()
-        load_part(self.folder, self.system.part, network)
-        if self.clap is None:
-            return network.float().requires_grad_(False)
-        assert not isinstance(self.system, ComplexSTFTConfig) and self.system.context_width is not None
-        conditioner = Conditioner(self.system.timing, self.system.context_width)
+    def _with_guidance(self, theirs: TextConfig) -> TextConfig:
+        """The teacher's system, its network with the scale as an input."""
+        scale = self.config.largest_scale
+        if isinstance(theirs, StableAudioConfig):
+            return replace(theirs, unet=replace(theirs.unet, guidance=scale))
+        return replace(theirs, transformer=replace(theirs.transformer, guidance=scale))
+
+    def _load(self, system: TextConfig) -> Conditioned:
+        """Load the teacher's weights, in float32; what only `system` has begins as it is built."""
+        assert system.clap is not None
+        network, path = system.network(), part_path(self.folder, system.part)
+        new = {key: value for key, value in network.state_dict().items() if key.startswith("guidance.")}
+        load_state(network, new | read_part(self.folder, system.part), str(path), "the config")
+        conditioner = Conditioner(system.timing, system.clap.text_width)
         load_part(self.folder, "conditioner", conditioner)
         return Conditioned(conditioner, network).float().requires_grad_(False)
 
-    def _load_requests(self) -> tuple[Requests | None, Requests | None]:
-        if self.clap is None:
-            return None, None
-        windows, held_out = self.defaults.windows, self.config.held_out
-        requests = Requests(self.config.captions, self.representation, windows)
-        return requests, Requests((held_out,), self.representation, windows) if held_out else None
+    def _draw(self, requests: Requests, number: int, rank: int, world: int, seed: int) -> dict[str, Any]:
+        """Draw requests with noise, scales, and the noise levels of the way.
 
-    def _draw(self, requests: Requests | None, number: int, rank: int, world: int, seed: int) -> dict[str, Any]:
-        size, frames, batch = self.batch_size, self.representation.shape[-1], dict[str, Any]()
+        Of every second batch all levels but the last are lower, by a share of a step: other numbers of steps may be
+        asked for, too.
+        """
+        config, size, everyone = self.config, self.batch_size, world * self.batch_size
+        frames, batch = requests.batch(number, rank, world, size, seed)
+        draws, own = generator(seed, number), slice(rank * size, (rank + 1) * size)
+        dropped = torch.rand(everyone, generator=draws) < config.condition_dropout
+        spread = config.largest_scale ** torch.rand(everyone, generator=draws)
+        default = torch.rand(everyone, generator=draws) < config.default_share
+        scale = torch.where(default, self.defaults.cfg, spread).masked_fill(dropped, 1.0)
+        share = torch.rand((), generator=draws) * (number % 2)
+        levels = self._levels(config.steps)
+        levels[:-2] *= (levels[1:-1] / levels[:-2]) ** share
         numbers = item_numbers(number, rank, world, size)
-        if requests is not None:
-            frames, batch = requests.batch(number, rank, world, size, seed)
-        unprompted = torch.rand(world * size, generator=generator(seed, number)) < self.config.condition_dropout
-        batch["dropped"] = unprompted[rank * size : (rank + 1) * size]
-        return batch | {"eps": item_noise(seed, numbers, (*self.representation.shape[:-1], frames))}
+        eps = item_noise(seed, numbers, (*self.representation.shape[:-1], frames))
+        return batch | {"dropped": dropped[own], "scale": scale[own], "sigmas": levels, "eps": eps}
 
-    def _ended(self, batch: dict[str, Any]) -> Tensor | None:
-        """Frames (B, 1, T) of latents that come after the end of the piece; None for other systems."""
-        if not isinstance(latents := self.representation, LatentRepresentation) or self.clap is None:
-            return None
+    def sounding(self, batch: dict[str, Any]) -> Tensor:
+        """Tell which data, (B, ...) bool, come before the end of a piece; all, for other systems than of latents."""
+        eps = batch["eps"]
+        if not isinstance(latents := self.representation, LatentRepresentation):
+            return torch.ones_like(eps, dtype=torch.bool)
         seconds = batch["seconds_total"] - batch["seconds_start"]
         ends = (seconds * latents.sample_rate / latents.hop - 1e-6).ceil()
-        return (torch.arange(batch["eps"].shape[-1], device=ends.device) >= ends[:, None])[:, None]
+        return (torch.arange(eps.shape[-1], device=eps.device) < ends[:, None])[:, None].expand_as(eps)
+
+    def _held(self, batch: dict[str, Any], denoiser: Denoiser) -> Denoiser:
+        """The denoiser, which knows that there is silence after the end of a piece, as in generation."""
+        if not isinstance(self.representation, LatentRepresentation):
+            return denoiser
+        silent = self._silence[:, -batch["eps"].shape[-1] :].to(batch["eps"].device)
+        return KnownRegion(denoiser, silent, ~self.sounding(batch))
 
     @cached_property
     def _silence(self) -> Tensor:
@@ -346,30 +350,48 @@ class DistillTask(TrainingTask):
     def _device(self) -> torch.device:
         return next(self.modules["model"].parameters()).device
 
-    def _here(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Move a batch to the student's device."""
-        return {k: v.to(self._device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+class _Guided(NetworkDenoiser):
+    """Guidance by two forwards, whatever the network could do, at a scale (B,) for each item."""
+
+    def __init__(self, network: Any, process: Process, condition: Condition, scale: Tensor):
+        both = Condition.concatenate([condition, network.unwanted(condition, None)])
+        super().__init__(network, process, network.context(both))
+        self.scale = scale
+
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        wanted, unwanted = super().predict(torch.cat((x_t, x_t)), torch.cat((t, t))).chunk(2)
+        return guide(wanted, unwanted, append_dims(self.scale, x_t))
 
 
-def arrive(x: Tensor, estimate: Tensor, sigma: float, following: float) -> Tensor:
-    """One step of DDIM from x (B, ...) at level `sigma` to level `following`, by an estimate of x0."""
-    return estimate + following / sigma * (x - estimate)
+class _Lesson:
+    """The student as a denoiser that learns from the teacher wherever it is asked.
+
+    `learn` gets the mean squared error of the prediction in frames that are `sounding`.
+    """
+
+    def __init__(
+        self,
+        teacher: NetworkDenoiser,
+        student: NetworkDenoiser,
+        sounding: Tensor,
+        learn: Callable[[Tensor], None],
+    ):
+        self.teacher, self.student, self.sounding, self.learn = teacher, student, sounding, learn
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        x_t, t = x * append_dims((1 + sigma**2).rsqrt(), x), self.teacher.process.time(sigma)
+        with torch.no_grad():
+            target = self.teacher.predict(x_t, t)
+        with torch.enable_grad():
+            prediction = self.student.predict(x_t, t)
+            self.learn((prediction.float() - target.float())[self.sounding].square().mean())
+        return self.teacher.process.to_x0(prediction.detach(), x_t, sigma)
 
 
-def aim(x: Tensor, reached: Tensor, sigma: float, following: float) -> Tensor:
-    """The estimate of x0 by which `arrive` gets to `reached` (Salimans & Ho 2022, algorithm 2)."""
-    share = following / sigma
-    return (reached - share * x) / (1 - share)
-
-
-def _solve(name: str, denoiser: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
-    """Sample by a solver that draws no noise."""
-    return SAMPLERS[name](denoiser, x, sigmas, noise=lambda: torch.zeros_like(x))
-
-
-def _levels_of(x: Tensor, sigma: float) -> Tensor:
-    """One noise level for each item of x."""
-    return x.new_full((len(x),), sigma)
+def _solve(denoiser: Denoiser, eps: Tensor, sigmas: Tensor) -> Tensor:
+    """Sample from noise eps (B, ...), by a solver that draws no more of it."""
+    return SAMPLERS[_SOLVER](denoiser, eps * sigmas[0], sigmas, noise=lambda: torch.zeros_like(eps))
 
 
 def run(config: DistillConfig) -> Path:

@@ -25,6 +25,7 @@ from stable_audio_lite.data.unreadable import Unreadable
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.lora import LoraConfig, add_lora, merged_state, save_lora
 from stable_audio_lite.models.conditioner import Conditioner
+from stable_audio_lite.models.spectrogram_transformer import SpectrogramTransformer
 from stable_audio_lite.models.unet import Down, ResidualBlock, Transformer, UNet, Up
 from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.representation import (
@@ -319,8 +320,6 @@ class DiffusionTask(TrainingTask):
     def _go_on_from(self, initial: str, model: nn.Module) -> None:
         """Load the network and timing embeddings of a bundle."""
         theirs = load_system(initial)
-        if theirs.generation.distilled is not None:
-            raise UserError(f"initial: {initial} is a student; give the model that it was distilled from")
         if theirs.kind != self.model.kind or load_representation(initial, theirs).hash != self.representation.hash:
             raise UserError(f"initial: {initial} is of kind {theirs.kind} with other data than {self.config.model}")
         if isinstance(model, Conditioned):
@@ -330,7 +329,12 @@ class DiffusionTask(TrainingTask):
         load_part(initial, self.model.part, network_of(model))
 
     def _prepare(self, network: nn.Module) -> None:
-        """Give a U-Net of latents the statistics that it stores, and set how it is sharded and checkpointed."""
+        """Give a U-Net of latents the statistics that it stores, and set how it is sharded and checkpointed.
+
+        An input for the guidance scale, which is learned from a teacher alone (training.distill), stays as it is.
+        """
+        if isinstance(network, UNet | SpectrogramTransformer) and network.guidance is not None:
+            network.guidance.requires_grad_(False)
         if isinstance(network, UNet) and isinstance(latents := self.representation, LatentRepresentation):
             network.gradient_checkpointing = self.config.gradient_checkpointing
             network.latent_mean.copy_(latents.mean[:, 0])

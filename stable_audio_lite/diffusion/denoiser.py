@@ -24,8 +24,13 @@ class Network(Protocol):
 class Conditional(Network, Protocol):
     """A network that can be guided: it prepares conditions and has a learned null condition."""
 
-    def context(self, condition: Condition) -> Any:
-        """Prepare `condition` for the forward pass."""
+    @property
+    def largest_scale(self) -> float:
+        """The largest guidance scale that the network takes as an input; 1 where it takes none."""
+        ...
+
+    def context(self, condition: Condition, scale: Tensor | None = None) -> Any:
+        """Prepare `condition` for the forward pass, with guidance of `scale` (B,) where the network takes it."""
         ...
 
     def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
@@ -56,7 +61,9 @@ class NetworkDenoiser:
 class Guidance(NetworkDenoiser):
     """Classifier-free guidance (Ho & Salimans 2022) with rescaling (Lin et al. 2023, arXiv 2305.08891).
 
-    Both conditions go through the network as one batch, and are projected to keys and values once, here.
+    Both conditions go through the network as one batch, and are projected to keys and values once, here. A network that
+    takes the scale as an input (Meng et al. 2023, arXiv 2210.03142) needs one condition and one forward, unless there
+    is a negative condition or rescaling.
 
     Args:
         network, process: as for `NetworkDenoiser`.
@@ -81,23 +88,26 @@ class Guidance(NetworkDenoiser):
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
-        self.scale, self.rescale = scale, rescale
-        if scale != 1:
+        self.scale, self.rescale, taken = scale, rescale, None
+        if negative is None and not rescale and 1 < scale <= network.largest_scale:
+            taken = torch.full((len(cond.mask),), scale, device=cond.mask.device)
+        self.extrapolates = scale != 1 and taken is None
+        if self.extrapolates:
             if negative is not None and negative.tokens.shape != cond.tokens.shape:
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(negative.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")
             cond = Condition.concatenate([cond, network.unwanted(cond, negative)])
-        super().__init__(network, process, network.context(cond))
+        super().__init__(network, process, network.context(cond, taken))
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided prediction from x_t (B, ...) at times t (B,)."""
-        if self.scale == 1:
+        if not self.extrapolates:
             return super().predict(x_t, t)
         wanted, unwanted = super().predict(torch.cat((x_t, x_t)), torch.cat((t, t))).chunk(2)
         return guide(wanted, unwanted, self.scale, self.rescale)
 
 
-def guide(wanted: Tensor, unwanted: Tensor, scale: float, rescale: float) -> Tensor:
+def guide(wanted: Tensor, unwanted: Tensor, scale: float | Tensor, rescale: float = 0.0) -> Tensor:
     """Extrapolate predictions from `unwanted` past `wanted` (B, ..., T), then rescale (Lin et al., equations 14-16).
 
     Standard deviations are those of each frame, as in stable-audio-tools.

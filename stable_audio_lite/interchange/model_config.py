@@ -103,7 +103,7 @@ def check_expressible(config: StableAudioConfig, whole: bool, where: str) -> Non
         wanted["vae.tanh"] = True
     if whole:
         wanted |= {"unet.attend_padding": True, "unet.rotary": False, "unet.groups": _GROUPS}
-        wanted |= {"unet.pooled_context": False, "unet.pulse": False, "generation.distilled": None}
+        wanted |= {"unet.pooled_context": False, "unet.pulse": False, "unet.guidance": 0}
         wanted |= {"clap.text_width": _TEXT_WIDTH, "clap.max_tokens": MAX_TOKENS}
     for key, value in wanted.items():
         part, name = key.split(".")

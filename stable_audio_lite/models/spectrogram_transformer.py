@@ -23,6 +23,7 @@ from stable_audio_lite.nn.attention import (
     merge_heads,
     split_heads,
 )
+from stable_audio_lite.nn.guidance import GuidanceEmbedding, check_largest_scale
 from stable_audio_lite.nn.steps import step_features
 
 _TIME_MULTIPLIER = 4  # hidden width of the time embedding, in units of the width
@@ -41,6 +42,8 @@ class SpectrogramTransformerConfig:
         feed_forward: hidden width of the feed-forwards, in units of the width.
         time_base: base of the sinusoidal features of a step index, see `step_features`.
         text: whether the blocks cross-attend to a condition.
+        guidance: the largest guidance scale that the network takes as an input, with which one forward is guided
+            (training.distill); 0 where it takes none.
     """
 
     width: int = 256
@@ -50,6 +53,7 @@ class SpectrogramTransformerConfig:
     feed_forward: int = 4
     time_base: float = 1000.0
     text: bool = False
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("width", "blocks", "heads", "patch", "feed_forward"):
@@ -57,6 +61,9 @@ class SpectrogramTransformerConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.width % 2 or self.width % self.heads:
             raise ValueError(f"width must be even and divisible by heads = {self.heads}, got {self.width}")
+        check_largest_scale(self.guidance)
+        if self.guidance and not self.text:
+            raise ValueError("guidance needs text")
         if not self.time_base > 1:
             raise ValueError(f"time_base must be above 1, got {self.time_base}")
 
@@ -67,10 +74,12 @@ class TransformerContext(NamedTuple):
     Attributes:
         layers: keys and values for each block.
         mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
+        guidance: (B, C), what the guidance scale adds to the time embedding, or None.
     """
 
     layers: tuple[KeysValues, ...]
     mask: Tensor | None
+    guidance: Tensor | None = None
 
 
 # Blocks
@@ -153,11 +162,17 @@ class SpectrogramTransformer(nn.Module):
         self.patch_in = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Parameter(POSITION_STD * torch.randn(grid[0] * grid[1], width))
         self.time = nn.Sequential(linear(width, hidden), nn.Tanh(), linear(hidden, width))
+        self.guidance = GuidanceEmbedding(width) if config.guidance else None
         self.blocks = nn.ModuleList(PatchBlock(config, context_width) for _ in range(config.blocks))
         self.patch_out = nn.ConvTranspose2d(width, channels, patch, stride=patch)
         self.null = None
         if context_width is not None and context_tokens is not None:
             self.null = nn.Parameter(torch.randn(context_tokens, context_width))
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest guidance scale that `context` takes; 1 where it takes none."""
+        return max(self.config.guidance, 1.0)
 
     def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
         """The learned null for `batch` items, nothing masked, whatever `mask` says of the prompts.
@@ -173,20 +188,28 @@ class SpectrogramTransformer(nn.Module):
         """Choose the condition that guidance moves away from: `negative`, or where it is None the learned null."""
         return self.null_condition(len(cond.tokens)) if negative is None else negative
 
-    def context(self, cond: Condition) -> TransformerContext:
+    def context(self, cond: Condition, scale: Tensor | None = None) -> TransformerContext:
         """Project a condition for all cross-attentions; do it once per generation.
 
+        Args:
+            cond: of B items.
+            scale: (B,) guidance scales from 1 to `largest_scale`; None: no guidance, which is 1.
+
         Raises:
-            ValueError: the transformer has no text, or the tokens have another width than context_width.
+            ValueError: the transformer has no text or takes no scale, or the tokens have another width than
+                context_width.
         """
         if self.null is None:
             raise ValueError("a transformer without text takes no condition")
+        if scale is not None and self.guidance is None:
+            raise ValueError("this network takes no guidance scale")
         width = self.null.shape[1]
         if cond.tokens.shape[-1] != width:
             raise ValueError(f"condition tokens must be (B, S, {width}), got {tuple(cond.tokens.shape)}")
         tokens = cond.tokens.to(self.null.dtype)
         layers = tuple(block.cross_attention.keys_values(tokens) for block in self.blocks)  # type: ignore[union-attr, operator]
-        return TransformerContext(layers, attention_mask(cond.mask))
+        guidance = None if scale is None or self.guidance is None else self.guidance(scale)
+        return TransformerContext(layers, attention_mask(cond.mask), guidance)
 
     def forward(self, x: Tensor, t: Tensor, context: TransformerContext | None = None) -> Tensor:
         """Predict the clean spectrogram, in x's dtype whatever that of the weights.
@@ -207,6 +230,8 @@ class SpectrogramTransformer(nn.Module):
         mask = None if context is None else context.mask
         patches = self.patch_in(x.to(self.positions.dtype))  # B, C, bins / patch, frames / patch
         time = self.time(step_features(t, self.config.width, self.config.time_base).to(self.positions.dtype))
+        if context is not None and context.guidance is not None:
+            time = time + context.guidance
         tokens = patches.flatten(2).transpose(1, 2) + self.positions + time[:, None]  # B, N, C
         for block, keys_values in zip(self.blocks, layers, strict=True):
             tokens = block(tokens, keys_values, mask)

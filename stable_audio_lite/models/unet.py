@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
+from stable_audio_lite.nn.guidance import GuidanceEmbedding, check_largest_scale
 
 _TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
 SKIP_SCALE = 0.5**0.5
@@ -50,6 +51,8 @@ class UNetConfig:
         pulse: the condition chooses among sines over the window's frames, from which a tempo can be counted: `Pulse`.
         attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and what guidance moves
             away from has the prompt's mask, as in stable-audio-tools.
+        guidance: the largest guidance scale that the network takes as an input, with which one forward is guided
+            (training.distill); 0 where it takes none.
     """
 
     width: int = 256
@@ -64,6 +67,7 @@ class UNetConfig:
     pooled_context: bool = False
     pulse: bool = False
     attend_padding: bool = False
+    guidance: float = 0.0
 
     def __post_init__(self) -> None:
         steps = len(self.multipliers) - 1
@@ -84,6 +88,7 @@ class UNetConfig:
             raise ValueError(f"attentions must be at least 0 each, got {self.attentions}")
         if self.width % 2:
             raise ValueError(f"width must be even, got {self.width}")
+        check_largest_scale(self.guidance)
         for channels in self.level_channels:
             if channels % (2 * self.groups) or channels % self.heads:
                 raise ValueError(
@@ -103,7 +108,7 @@ class UNetContext(NamedTuple):
     Attributes:
         layers: for each transformer (down, bottleneck, up), for each of its layers, keys and values.
         mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
-        pooled: (B, E), what it adds to the time embedding, or None.
+        pooled: (B, E), what it and the guidance scale add to the time embedding, or None.
         gates: (B, harmonics), its gates of the pulse, or None.
     """
 
@@ -387,6 +392,7 @@ class UNet(nn.Module):
             linear(time_width, time_width), nn.GELU(), linear(time_width, time_width), nn.GELU()
         )
         self.pooled = linear(context_width, time_width, zero=True) if config.pooled_context else None
+        self.guidance = GuidanceEmbedding(time_width) if config.guidance else None
         self.pulse = None
         if config.pulse:
             self.pulse = Pulse(channels=channels, hidden=outer, time_width=time_width, context_width=context_width)
@@ -402,6 +408,11 @@ class UNet(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
 
+    @property
+    def largest_scale(self) -> float:
+        """The largest guidance scale that `context` takes; 1 where it takes none."""
+        return max(self.config.guidance, 1.0)
+
     def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
         """The learned null for `batch` items, nothing masked, or with `attend_padding` what `mask` (B, S) masks."""
         null = Condition.unmasked(self.null, batch)
@@ -416,12 +427,18 @@ class UNet(nn.Module):
             return self.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
         return Condition(torch.where(negative.mask[..., None], negative.tokens, self.null.to(cond.tokens)), cond.mask)
 
-    def context(self, cond: Condition) -> UNetContext:
+    def context(self, cond: Condition, scale: Tensor | None = None) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.
 
+        Args:
+            cond: of B items.
+            scale: (B,) guidance scales from 1 to `largest_scale`; None: no guidance, which is 1.
+
         Raises:
-            ValueError: the tokens have another width than context_width.
+            ValueError: the tokens have another width than context_width, or the network takes no guidance scale.
         """
+        if scale is not None and self.guidance is None:
+            raise ValueError("this network takes no guidance scale")
         width = self.null.shape[1]
         if cond.tokens.shape[-1] != width:
             raise ValueError(f"condition tokens must be (B, S, {width}), got {tuple(cond.tokens.shape)}")
@@ -433,6 +450,9 @@ class UNet(nn.Module):
         if self.pooled is not None:
             share = cond.mask / cond.mask.sum(1, keepdim=True)  # of each token in the mean
             pooled = self.pooled((share.to(tokens)[:, None] @ tokens)[:, 0])
+        if scale is not None and self.guidance is not None:
+            added = self.guidance(scale)
+            pooled = added if pooled is None else pooled + added
         gates = None if self.pulse is None else self.pulse.gates(cond)
         mask = attention_mask(cond.mask)
         if mask is not None and self.config.attend_padding:

@@ -117,8 +117,6 @@ class Restorer:
         config = load_system(folder)
         if isinstance(config, StableAudioConfig) or config.clap is not None:
             raise UserError(f"{name}: makes sound from text; to restore, give a model of spectrograms that reads none")
-        if config.generation.distilled is not None:
-            raise UserError(f"{name}: is a student of few noise levels; give the model that it was distilled from")
         where = choose_device(device)
         network = bundle.load_module(folder, config.part, config.network).to(where, choose_dtype(dtype, where))
         return cls(NetworkDenoiser(network, config.process), config, where, bundle.model_hash(folder))
