@@ -17,6 +17,7 @@ from evaluation.benchmarks.peers import PeerVAE, VAEPeer, peer_discriminator, un
 from evaluation.benchmarks.processes import Ran
 from evaluation.benchmarks.table import CostTable, Peer, Row
 from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
+from stable_audio_lite.errors import UserError
 from stable_audio_lite.models.discriminator import Discriminator, DiscriminatorConfig
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
 from stable_audio_lite.nn.attention import Condition
@@ -160,17 +161,49 @@ def test_the_table_comes_as_text_and_as_json(
 
 
 def test_generation_is_measured_in_seconds_of_sound(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timings = [Timing((0.5, 0.25), None), Timing((1.0, 1.0), None)]
-    counts: list[int] = []
+    timings = [Timing(own, None) for own in ((0.5, 0.25), (1.0, 1.0), (0.2, 0.2), (0.4, 0.2))]
+    asked: list[tuple[float, int]] = []
 
     def timed(runs: list, repeats: int) -> list[Timing]:
-        counts.extend(call().settings[0]["steps"] for call in runs)
+        made = [call().settings[0] for call in runs]
+        asked.extend((settings["seconds"], settings["steps"]) for settings in made)
         return timings
 
     monkeypatch.setattr(generation, "time_in_turns", timed)
-    rows = list(generation.generation_rows(str(tiny_bundle), 0.25, [1, 2], "cpu", [torch.float32], 2))
-    assert counts == [1, 2] and [row.figure.most for row in rows] == [1.0, 0.25]
-    assert [row.how for row in rows] == ["float32, 1 steps, 0.25 s", "float32, 2 steps, 0.25 s"]
+    rows = list(generation.generation_rows(str(tiny_bundle), [0.25, 0.1], [1, 2], "cpu", [torch.float32], 2))
+    assert asked == [(0.25, 1), (0.25, 2), (0.1, 1), (0.1, 2)]
+    assert [row.figure.most for row in rows] == pytest.approx([1.0, 0.25, 0.5, 0.5])
+    assert [row.how for row in rows][:2] == ["float32, 1 steps, 0.25 s", "float32, 2 steps, 0.25 s"]
+
+
+def test_a_network_that_takes_the_scale_needs_one_forward_for_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.benchmarks.machine._MATRIX", 64)
+    tiny, sizes = load_model_config(TINY), networks.Sizes(frames=16, seconds=0.1)
+    for guidance, items in ((0.0, 2), (4.0, 1)):
+        config = replace(tiny, unet=replace(tiny.unet, guidance=guidance))
+        (row,) = networks.unet_rows(networks.Subject(config=config), sizes, CPU, [torch.float32], 1)
+        assert row.how == f"float32, {items} x 16 frames"
+
+
+def test_the_memory_of_a_whole_window_is_that_of_a_process_which_makes_it(tiny_bundle: Path) -> None:
+    """It has the window's length, and is more than the process alone takes."""
+    sound = networks.play_window(networks.Subject.of(str(TINY)), CPU, torch.float32)
+    assert sound.shape == (2, load_model_config(TINY).window_samples) and sound.isfinite().all() and sound.std() > 0
+    bare = processes.run_python(["-c", "import torch, evaluation.benchmarks.networks"]).megabytes
+    for model in (str(TINY), str(tiny_bundle)):
+        (row,) = processes.window_rows(model, CPU, torch.float32, 1)
+        assert row.unit == "MB" and bare + 1 < row.figure.median < bare + 2000
+
+
+def test_the_memory_of_a_process_is_its_own() -> None:
+    """Neither less than what it fills, nor that of the larger process which started it."""
+    held = bytearray(b"x" * 2**29)
+    little, more = (processes.run_python(["-c", f"len(b'x' * {size} * 2**20)"]) for size in (1, 100))
+    assert little.megabytes < 60 and more.megabytes == pytest.approx(little.megabytes + 99, abs=5) and held[0]
+    with pytest.raises(UserError, match="failed .ZeroDivisionError"):
+        processes.run_python(["-c", "1 / 0"])
+    with pytest.raises(UserError, match="failed .error: no/such"):
+        processes.run_python(["-m", "stable_audio_lite.cli", "info", "no/such"])
 
 
 def test_starts_are_measured_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

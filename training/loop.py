@@ -144,7 +144,7 @@ def _fit(
 
 def _announce(accelerator: Accelerator, run: RunConfig, notes: Iterable[str], start: int) -> None:
     """Say what the run is about to do, with `notes` on its settings."""
-    count, number_type = accelerator.num_processes, run.precision_on(accelerator.device)
+    count, number_type = accelerator.num_processes, accelerator.mixed_precision
     number_type = "float32" if number_type == "no" else number_type
     words = f"{count} process{'es' if count > 1 else ''} on {accelerator.device.type}, {number_type}, "
     words += f"{run.output}: from step {start} to {run.steps}"

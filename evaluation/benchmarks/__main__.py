@@ -4,10 +4,10 @@
     python -m evaluation.benchmarks runs/student --steps 8 --only load generate -o speed.json
     python -m evaluation.benchmarks configs/stable_audio/paper.yaml --frames 1024 --seconds 24
 
-Parts: load (time to a loaded model, to a first sound, its memory), generate (speed by steps and number type), unet (a
-step with guidance), vae (encode, decode), train (a step of U-Net and of VAE), memory (of coding long files). Networks
-are also given as a share of the rate of this machine's matrix products. Peers with the same weights take turns where
-they are installed: descript-audio-codec, stable-audio-tools, diffusers.
+Parts: load (time to a loaded model, to a first sound, its memory), generate (speed by length, steps and number type),
+unet (a step with guidance), vae (encode, decode), train (a step of U-Net and of VAE), memory (of a sound as long as the
+window, and of coding long files). Networks are also given as a share of the rate of this machine's matrix products.
+Peers with the same weights take turns where they are installed: descript-audio-codec, stable-audio-tools, diffusers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stable_audio_lite.command import Parser, add_overwrite, check_outputs, file_path, guarded
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from evaluation.benchmarks.table import Row
 
 _PARTS = ("load", "generate", "unet", "vae", "train", "memory")
-_WHOLE = ("load", "generate", "memory")  # need a bundle
+_WHOLE = ("load", "generate")  # need a bundle
 
 
 def main() -> int:
@@ -38,7 +37,8 @@ def main() -> int:
     about = "a bundle, or a model's YAML, whose networks get random weights (default: starter)"
     add("model", nargs="?", default="starter", help=about)
     add("--only", nargs="+", choices=_PARTS, metavar="PART", help=f"of {', '.join(_PARTS)} (default: all that can be)")
-    add("--seconds", type=float, default=10.0, help="of sound that is made and coded (default: 10)")
+    about = "of sounds that are made; the first also of what is loaded for and coded (default: 10 4)"
+    add("--seconds", type=float, nargs="+", default=[10.0, 4.0], help=about)
     add("--frames", type=int, help="of latents in a step of the U-Net (default: the model's window)")
     add("--steps", type=int, nargs="+", default=[], help="of generation (default: the model's)")
     add("--dtypes", nargs="+", help="number types (default: this machine's best, and float32)")
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
     from stable_audio_lite.devices import choose_device, choose_dtype
     from stable_audio_lite.files import replacing
 
-    sizes = {"seconds": args.seconds, "frames": args.frames, "repeats": args.repeats}
+    sizes = {"seconds": min(args.seconds), "frames": args.frames, "repeats": args.repeats}
     sizes |= {"steps": min(args.steps, default=1), "minutes": min(args.minutes), "clips": min(args.clips, default=1)}
     for name, value in sizes.items():
         if value is not None and not value > 0:
@@ -81,21 +81,18 @@ def _run(args: argparse.Namespace) -> None:
 def _rows(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dtype]) -> Iterator[Row]:
     """Measure the parts that are asked for, each row as soon as it is there."""
     from evaluation.benchmarks import generation, networks, processes
-    from stable_audio_lite import bundle
-    from stable_audio_lite.systems import load_model_config
 
-    folder = None if Path(args.model).suffix in (".yaml", ".yml") else bundle.resolve(args.model)
-    config = load_model_config(args.model if folder is None else folder)
+    subject = networks.Subject.of(args.model)
+    folder, config = subject.folder, subject.config
     parts = args.only or [part for part in _PARTS if folder is not None or part not in _WHOLE]
     if folder is None and (whole := [part for part in parts if part in _WHOLE]):
         raise UserError(f"--only {whole[0]}: {args.model} has no weights; give a bundle")
-    if args.seconds > config.window_seconds and {"load", "generate"} & set(parts):
+    if max(args.seconds) > config.window_seconds and {"load", "generate"} & set(parts):
         print(f"sounds longer than {config.window_seconds:.1f} s are made in several windows", file=sys.stderr)
-    subject = networks.Subject(config=config, folder=folder)
-    sizes = networks.Sizes(frames=args.frames or config.latent_frames, seconds=args.seconds)
+    sizes = networks.Sizes(frames=args.frames or config.latent_frames, seconds=args.seconds[0])
     measured = (subject, sizes, device, dtypes, args.repeats)
     if "load" in parts:
-        yield from processes.load_rows(str(folder), args.seconds, str(device), args.repeats)
+        yield from processes.load_rows(str(folder), args.seconds[0], str(device), args.repeats)
     if "generate" in parts:
         asked = (args.seconds, args.steps, str(device), dtypes, args.repeats)
         yield from generation.generation_rows(str(folder), *asked)
@@ -106,6 +103,8 @@ def _rows(args: argparse.Namespace, device: torch.device, dtypes: list[torch.dty
     if "train" in parts:
         yield from networks.training_rows(*measured)
     if "memory" in parts:
+        yield from processes.window_rows(args.model, device, dtypes[0], args.repeats)
+    if "memory" in parts and folder is not None:
         yield from processes.codec_rows(str(folder), args.minutes, args.repeats)
         yield from processes.evaluation_rows(str(folder), args.clips, args.repeats)
 

@@ -23,14 +23,16 @@ from evaluation.benchmarks.peers import PeerVAE, peer_discriminator, unet_peer, 
 from evaluation.benchmarks.table import Peer, Row
 from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
 from stable_audio_lite.audio.io import write_audio
-from stable_audio_lite.bundle import load_part
+from stable_audio_lite.bundle import load_part, resolve
 from stable_audio_lite.config import save_config
+from stable_audio_lite.diffusion.denoiser import Guidance
+from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.discriminator import DiscriminatorConfig
 from stable_audio_lite.models.unet import UNet
 from stable_audio_lite.models.vae import VAE, Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
 from stable_audio_lite.nn.attention import Condition
-from stable_audio_lite.systems import StableAudioConfig, build_vae
+from stable_audio_lite.systems import StableAudioConfig, build_vae, load_model_config
 from training.losses import MultiResolutionSTFTLoss, feature_matching, hinge_discriminator, hinge_generator
 from training.plan import FlopCounter
 from training.task import OptimizerConfig, RunConfig
@@ -71,6 +73,16 @@ class Subject:
     config: StableAudioConfig
     folder: Path | None = None
 
+    @classmethod
+    def of(cls, model: str) -> Subject:
+        """The system of a bundle, or of a model's YAML.
+
+        Raises:
+            UserError: there is none, or it is of another kind.
+        """
+        folder = None if Path(model).suffix in (".yaml", ".yml") else resolve(model)
+        return cls(config=load_model_config(model if folder is None else folder), folder=folder)
+
     def unet(self, device: torch.device, dtype: torch.dtype) -> UNet:
         """The U-Net, random weights being cheap ones in `dtype` from the start (1.8 GB for the paper's in bfloat16)."""
         if self.folder is not None:
@@ -104,7 +116,10 @@ class Subject:
 def unet_rows(
     subject: Subject, sizes: Sizes, device: torch.device, dtypes: Sequence[torch.dtype], repeats: int
 ) -> Iterator[Row]:
-    """Time a step with guidance, both halves in one call, its condition being ready as within a generation."""
+    """Time a step with guidance, its condition being ready as within a generation.
+
+    It is one forward of a pair, or of one item where the network takes the guidance scale.
+    """
     for dtype in dtypes:
         unet = subject.unet(device, dtype).eval().requires_grad_(False)
         yield _unet_row(unet, subject.config, sizes.frames, repeats)
@@ -112,15 +127,32 @@ def unet_rows(
 
 @torch.no_grad()
 def _unet_row(unet: UNet, config: StableAudioConfig, frames: int, repeats: int) -> Row:
-    device, dtype, pair = unet.null.device, unet.null.dtype, 2
-    x, t = torch.randn(pair, unet.channels, frames, device=device).to(dtype), torch.rand(pair, device=device)
-    tokens = torch.randn(pair, config.context_tokens, config.context_width, device=device).to(dtype)
-    context = unet.context(Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)))
+    device, dtype, items = unet.null.device, unet.null.dtype, 2 if unet.guidance is None else 1
+    x, t = torch.randn(items, unet.channels, frames, device=device).to(dtype), torch.rand(items, device=device)
+    tokens = torch.randn(items, config.context_tokens, config.context_width, device=device).to(dtype)
+    condition = Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))
+    scale = None if unet.guidance is None else torch.full((items,), unet.largest_scale, device=device)
+    context = unet.context(condition, scale)
     peer = unet_peer(unet, config)
     others = {} if peer is None else {"stable-audio-tools": lambda: peer(x, t, tokens)}
     timed = _timed(lambda: unet(x, t, context), others, device, dtype, repeats)
-    how = f"{_name(dtype)}, {pair} x {frames} frames"
+    how = f"{_name(dtype)}, {items} x {frames} frames"
     return timed.row(part="unet", what="U-Net step with guidance", how=how)
+
+
+@torch.no_grad()
+def play_window(subject: Subject, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Make one sound of the whole window, with guidance, in two steps; returns (C, samples) float32 on the CPU."""
+    config, vae = subject.config, subject.vae().eval().prepare_for_inference()
+    unet = subject.unet(device, dtype).eval().requires_grad_(False)
+    vae = vae.to(device, torch.float32 if vae.float32 else dtype)
+    tokens = torch.randn(1, config.context_tokens, config.context_width, device=device)
+    condition = Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))
+    denoiser = Guidance(unet, config.process, condition, scale=config.generation.cfg)
+    sigmas = polyexponential_sigmas(2, config.generation.sigma_min, config.generation.sigma_max)
+    noise = ItemNoise([0], config.latent_shape, device)
+    latents = SAMPLERS["dpmpp-2m"](denoiser, noise() * sigmas[0], sigmas, noise=noise)
+    return vae.decode_chunked(latents.to(next(vae.parameters()).dtype))[0].float().cpu()
 
 
 def vae_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from evaluation.benchmarks.networks import Subject, play_window
 from evaluation.benchmarks.table import Row
 from evaluation.benchmarks.timing import Spread
 from stable_audio_lite.audio.io import write_audio_blocks
@@ -22,6 +23,32 @@ NOISE_RATE = 44100
 _PROMPT = "solo piano, slow, classical"
 _REFERENCE = 20  # clips
 _LOAD = "import sys; from stable_audio_lite import StableAudio; StableAudio.from_pretrained(sys.argv[1], sys.argv[2])"
+_MEASURED = """
+import atexit, resource, runpy, sys
+_, report, kind, what, *arguments = sys.argv
+
+def tell():
+    if sys.platform == "linux":  # where what getrusage says begins with the parent's
+        with open("/proc/self/status") as lines:
+            peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+    with open(report, "w") as file:
+        file.write(str(peak))
+
+atexit.register(tell)
+sys.argv = [what, *arguments]
+if kind == "-m":
+    runpy.run_module(what, run_name="__main__", alter_sys=True)
+else:
+    exec(what, {"__name__": "__main__"})
+"""
+"""Runs what `python` would, -m or -c, and leaves its peak memory in MB in a file."""
+_WINDOW = """
+import sys, torch
+from evaluation.benchmarks.networks import Subject, play_window
+play_window(Subject.of(sys.argv[1]), torch.device(sys.argv[2]), getattr(torch, sys.argv[3]))
+"""
 
 
 @dataclass(frozen=True)
@@ -39,15 +66,14 @@ def run_python(arguments: Sequence[str]) -> Ran:
         UserError: it fails; with the last line that it printed about it.
     """
     begun = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if status:
-            errors.seek(0)
-            said = (errors.read().strip().splitlines() or [""])[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", _MEASURED, str(report := Path(folder) / "peak"), *arguments]
+        process = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seconds = time.perf_counter() - begun
+        if process.returncode:
+            said = (process.stderr.strip().splitlines() or [""])[-1]
             raise UserError(f"python {' '.join(arguments)}: failed ({said[:200]})")
-    return Ran(time.perf_counter() - begun, usage.ru_maxrss / (1024 if sys.platform == "linux" else 1024**2))
+        return Ran(seconds, float(report.read_text(encoding="utf-8")))
 
 
 def load_rows(bundle: str, seconds: float, device: str, repeats: int) -> Iterator[Row]:
@@ -116,6 +142,25 @@ def noise(seconds: float) -> Iterator[np.ndarray]:
     while left > 0:
         yield (0.1 * rng.standard_normal((2, min(left, NOISE_RATE)))).astype(np.float32)
         left -= NOISE_RATE
+
+
+def window_rows(model: str, device: torch.device, dtype: torch.dtype, repeats: int) -> Iterator[Row]:
+    """Measure the memory that a sound of the whole window takes, sampled and decoded in one go; on a GPU, its own.
+
+    Raises:
+        UserError: a command fails.
+    """
+    subject, peaks = Subject.of(model), []
+    name = str(dtype).removeprefix("torch.")
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            play_window(subject, device, dtype)
+            peaks.append(torch.cuda.max_memory_allocated(device) / 2**20)
+        else:
+            peaks.append(run_python(["-c", _WINDOW, model, str(device), name]).megabytes)
+    how = f"{name}, {subject.config.window_seconds:.1f} s"
+    yield Row(part="memory", what="whole window, peak memory", how=how, unit="MB", figure=Spread.of(peaks))
 
 
 def evaluation_rows(clap: str, clips: Sequence[int], repeats: int) -> Iterator[Row]:
