@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from training_runs import (
     ROOT,
+    TINY,
     assert_same_curve,
     assert_same_weights,
     diffusion_settings,
@@ -326,6 +327,12 @@ def test_a_student_can_be_trained_further_and_distilled_again(
     before, after = (load_file(path / "unet.safetensors") for path in (student, tuned))
     changed = {key for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed and not any(key.startswith("guidance.") for key in changed)
+    plain = train_diffusion.DiffusionTask(  # with a model that has no such input, it goes on without
+        load(train_diffusion.TrainDiffusionConfig, settings | {"model": str(TINY)}, tmp_path)
+    )
+    network = plain.modules["model"].network.state_dict()
+    assert network.keys() == {k for k in before if not k.startswith("guidance.")}
+    assert all(torch.equal(value, before[key]) for key, value in network.items() if not key.startswith("latent_"))
     task = task_of(settings_of(tuned, data, tmp_path / "again", 1), tmp_path)
     state = task.modules["model"].state_dict()
     assert torch.equal(state["network.guidance.to_out.weight"], before["guidance.to_out.weight"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stable_audio_lite.bundle import load_part, read_part, save_bundle
+from stable_audio_lite.bundle import load_part, part_path, read_part, save_bundle
 from stable_audio_lite.config import to_dict
 from stable_audio_lite.data.crops import Crops, item_numbers
 from stable_audio_lite.data.manifest import read_items
@@ -35,6 +35,7 @@ from stable_audio_lite.representation import (
     load_representation,
 )
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, load_model_config, load_system
+from stable_audio_lite.weights import load_state
 from training.command import main
 from training.denoising import Conditioned, DemosConfig, loss_by_level, stratified_shares
 from training.examples import Examples, LatentWindows, SoundExamples, latent_statistics
@@ -326,7 +327,10 @@ class DiffusionTask(TrainingTask):
             assert self.clap is not None
             self.clap.check_same(read_part(initial, "text_encoder"), initial, self.config.clap or "")
             load_part(initial, "conditioner", model.conditioner)
-        load_part(initial, self.model.part, network_of(model))
+        state, own = read_part(initial, self.model.part), network_of(model)
+        if getattr(own, "guidance", None) is None:  # without the input it is the same network, guided by two forwards
+            state = {key: value for key, value in state.items() if not key.startswith("guidance.")}
+        load_state(own, state, str(part_path(initial, self.model.part)), "the config")
 
     def _prepare(self, network: nn.Module) -> None:
         """Give a U-Net of latents the statistics that it stores, and set how it is sharded and checkpointed.
