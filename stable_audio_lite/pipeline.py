@@ -244,7 +244,7 @@ class StableAudio:
             seconds_start: where in the described piece the sound begins, in seconds; 0 by default.
             seconds_total: length of the described piece; None: it ends with the sound.
             steps: sampling steps.
-            cfg: guidance scale; 1 is no guidance, and twice as fast.
+            cfg: guidance scale; 1 is no guidance.
             rescale: 0..1, how far guidance is pulled back to the unguided standard deviation of each frame.
             negative: prompt to steer away from; replaces the learned null in guidance.
             sampler: one of `stable_audio_lite.diffusion.samplers.SAMPLERS`.

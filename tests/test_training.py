@@ -39,11 +39,12 @@ from training_runs import (
 from stable_audio_lite.bundle import SHIPPED
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.config import load_config, read_yaml
+from stable_audio_lite.devices import choose_dtype
 from stable_audio_lite.errors import UserError
 from training import assemble, command, distill, pre_encode, train_clap, train_diffusion, train_vae
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, save_checkpoint, tidy
 from training.loop import _checkpoint, _resume
-from training.task import RunConfig
+from training.task import RunConfig, device_to_train_on
 from training.update import Update
 
 
@@ -552,6 +553,28 @@ def test_half_precision_needs_a_gpu(data: Path, tmp_path: Path) -> None:
             train_vae.run(config)
     finally:
         forget_precision()
+
+
+def test_a_processor_that_accelerate_is_told_to_use_decides_on_the_number_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is a GPU beside it."""
+    monkeypatch.setattr("training.task.choose_device", lambda name: torch.device("cuda"))
+    assert device_to_train_on().type == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert device_to_train_on().type == "cpu"
+
+
+@pytest.mark.long
+def test_two_processes_choose_the_number_type_of_their_device(
+    data: Path, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer, _, settings = trainer_of("diffusion", data, bundles)
+    (config := tmp_path / "auto.yaml").write_text(yaml.safe_dump(settings(tmp_path / "auto", 2, precision="auto")))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", trainer.__name__, "--config", str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=ONE_THREAD | {"ACCELERATE_USE_CPU": "true"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    kind = str(choose_dtype(None, torch.device("cpu"))).removeprefix("torch.").replace("bfloat16", "bf16")
+    assert f"2 processes on cpu, {kind}, " in done.stderr.decode()
 
 
 @pytest.mark.long

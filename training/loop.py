@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stable_audio_lite.config import read_yaml, save_config, to_dict
-from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from stable_audio_lite.files import locked
 from training.checkpoint import Resumable, checkpoints, load_checkpoint, prune, read_info, save_checkpoint, tidy
@@ -31,7 +30,7 @@ from training.fingerprint import changed_settings, check_fingerprint, fingerprin
 from training.monitor import Monitor
 from training.shard import shard, sharding
 from training.signals import Signals, Stopped
-from training.task import RunConfig, TrainingTask
+from training.task import RunConfig, TrainingTask, device_to_train_on
 from training.update import Health, Update
 
 
@@ -198,7 +197,7 @@ def _accelerator(run: RunConfig, output: Path, sharded: bool) -> Accelerator:
         raise UserError(f"tracker: {run.tracker} is not installed; pip install {run.tracker}, or choose none")
     # Autocast would keep a copy of every weight that was whole for a while.
     handlers = [AutocastKwargs(cache_enabled=False)] if sharded else []
-    precision = run.precision_on(choose_device("auto"))
+    precision = run.precision_on(device_to_train_on())
     accelerator = Accelerator(
         mixed_precision=precision, log_with=trackers, project_dir=str(output), kwargs_handlers=handlers
     )

@@ -27,13 +27,12 @@ from torch.utils.flop_counter import flop_registry
 
 from stable_audio_lite.bundle import read_config
 from stable_audio_lite.config import load_config, read_yaml
-from stable_audio_lite.devices import choose_device
 from stable_audio_lite.errors import UserError
 from training.checkpoint import checkpoints
 from training.distill import DistillConfig, DistillTask
 from training.loop import one_step
 from training.profile import Profile, profile
-from training.task import RunConfig, TrainingTask
+from training.task import RunConfig, TrainingTask, device_to_train_on
 from training.train_clap import ClapTask, TrainClapConfig
 from training.train_diffusion import DiffusionTask, TrainDiffusionConfig
 from training.train_vae import TrainVAEConfig, VAETask
@@ -195,7 +194,7 @@ def _trainer(path: str | Path) -> tuple[str, type[Any], type[TrainingTask]]:
 
 
 def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, processes: int, profiled: bool) -> RunPlan:
-    precision = run.precision_on(choose_device("auto"))
+    precision = run.precision_on(device_to_train_on())
     accelerator = Accelerator(mixed_precision=precision)
     plain = {name: module.to(accelerator.device) for name, module in task.modules.items()}
     optimizers = {name: c.build(plain[name]) for name, c in task.optimizers.items()}

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stable_audio_lite.clap.tokenizer import unread_parts
-from stable_audio_lite.devices import choose_dtype
+from stable_audio_lite.devices import choose_device, choose_dtype
 from training.muon import Muon
 from training.shard import Parts
 
@@ -78,6 +79,11 @@ class RunConfig:
     def precision_on(self, device: torch.device) -> str:
         """Name the `precision` of autocast on `device`, "auto" decided."""
         return _PRECISIONS[choose_dtype(None, device)] if self.precision == "auto" else self.precision
+
+
+def device_to_train_on() -> torch.device:
+    """The device that accelerate will choose, without starting its state, which what comes later wants to set up."""
+    return torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else choose_device("auto")
 
 
 @dataclass(frozen=True, kw_only=True)
