@@ -601,7 +601,16 @@ class StableAudio:
         condition, negative = self._condition([text or "" for text in texts], request), None
         if request.negative is not None:
             negative = self._condition([request.negative] * len(texts), request)
-        return Guidance(network, self.process, condition, negative, scale=request.cfg, rescale=request.rescale)
+        start = request.start * self.sample_rate / self.representation.hop
+        return Guidance(
+            network,
+            self.process,
+            condition,
+            negative,
+            scale=request.cfg,
+            rescale=request.rescale,
+            start=torch.full((len(texts),), start, device=self.device),
+        )
 
     def _condition(self, texts: list[str], request: Request) -> Condition:
         assert self.text_encoder is not None and self.conditioner is not None

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,16 +108,24 @@ def test_stretches_that_overlap_or_touch_are_one(model: StableAudio) -> None:
     assert made[0].settings[0]["inpaint"] == "0.3-0.7 0.9-1"
 
 
-def test_a_continuation_is_in_windows_that_go_on_from_one_another(model: StableAudio) -> None:
+def test_a_continuation_is_in_windows_that_go_on_from_one_another(
+    model: StableAudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Any length, to the sample; the same taken in pieces or whole; each window is told where it is."""
     told: list[tuple[float, float]] = []
+    frames: list[float] = []  # before the window, by which the network counts
     assert model.conditioner is not None
+    network: Any = model.network
+    context = network.context
+    counted = lambda cond, scale, start: frames.append(float(start[0])) or context(cond, scale, start)  # noqa: E731
+    monkeypatch.setattr(network, "context", counted)
     hook = model.conditioner.register_forward_pre_hook(
         lambda _, given: told.append((float(given[1][0]), float(given[2][0])))
     )
     sound = source(0.7)
     for seconds in (0.2, 3.0):
         told.clear()
+        frames.clear()
         extension = model.extend("piano", after=sound, seconds=seconds, seed=1, steps=4)
         pieces = list(extension.pieces)
         whole = torch.cat(pieces, 1)
@@ -124,6 +133,7 @@ def test_a_continuation_is_in_windows_that_go_on_from_one_another(model: StableA
         windows = plan_windows(round(seconds * RATE), 1024, 64, int(0.7 * RATE) // 1024)
         assert [piece.shape[1] for piece in pieces] == [made for _, made in windows]
         assert [total for _, total in told] == pytest.approx([0.7 + seconds] * len(windows))
+        assert frames == pytest.approx([RATE * start / 1024 for start, _ in told], abs=1e-3)
         done = 0
         for (start, _), (known, made) in zip(told, windows, strict=True):
             assert start == pytest.approx(0.7 + (done - known * 1024) / RATE, abs=1e-5)

@@ -6,6 +6,8 @@ import math
 import pytest
 import torch
 
+from stable_audio_lite.diffusion.denoiser import Guidance
+from stable_audio_lite.diffusion.process import CosineProcess
 from stable_audio_lite.models.unet import (
     PULSE_HARMONICS,
     PULSE_PERIOD,
@@ -105,7 +107,7 @@ def test_pooled_context_and_pulse_start_as_nothing_and_then_say_what_they_should
     assert drift().min() > 1e-2
 
 
-def test_a_pulse_is_a_fourier_series_over_the_frames_of_the_window():
+def test_a_pulse_is_a_fourier_series_over_the_frames_of_the_piece():
     pulse = Pulse(channels=6, hidden=8, time_width=4, context_width=12)
     gates = torch.zeros(2, PULSE_HARMONICS)
     gates[0, 3], gates[1, PULSE_HARMONICS - 1] = 2.0, 1.0
@@ -116,6 +118,25 @@ def test_a_pulse_is_a_fourier_series_over_the_frames_of_the_window():
     torch.testing.assert_close(cosines[1, :, -1], (PULSE_HARMONICS * frames).cos(), atol=1e-5, rtol=0)
     assert sines[0].count_nonzero(0).ne(0).sum() == 1
     assert torch.equal(pulse.series(40, gates), series[:, :40])
+    assert torch.equal(pulse.series(40, gates, torch.zeros(2)), series[:, :40])
+    later = pulse.series(40, gates, torch.tensor([7.0, 300.0]))
+    torch.testing.assert_close(later, torch.stack((series[0, 7:47], series[1, 300:340])), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("unet", [True], indirect=True, ids=["pulse"])
+def test_the_pulse_of_a_later_window_goes_on_from_the_earlier_one(unet):
+    """In what the network expects of the data, and with guidance in both halves."""
+    x, t, cond = inputs()
+    start = torch.full((3,), 8.0)
+    whole, later = (unet.expected(frames, unet.context(cond, None, s)) for frames, s in ((32, None), (24, start)))
+    shift = (whole[..., 8:] - later).detach()  # each is less its own mean over T
+    assert shift.std(-1).max() < 1e-4 and whole.std() > 1e-2
+    process = CosineProcess("v")
+    with torch.no_grad():
+        both = Guidance(unet, process, cond, scale=3.0, start=start).predict(x, t)
+        wanted, unwanted = (unet(x, t, unet.context(c, None, start)) for c in (cond, unet.null_condition(3)))
+        torch.testing.assert_close(both, unwanted + 3 * (wanted - unwanted), atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(wanted, unet(x, t, unet.context(cond)), atol=1e-3)
 
 
 def test_masked_tokens_do_not_matter_and_others_do(unet):

@@ -54,11 +54,14 @@ class DemosConfig:
 
 
 class Conditioned(nn.Module):
-    """A network with its timing embeddings: everything that is trained, in one forward pass."""
+    """A network with its timing embeddings: everything that is trained, in one forward pass.
 
-    def __init__(self, conditioner: Conditioner, network: nn.Module):
+    `frame_rate` is that of the data, in Hz.
+    """
+
+    def __init__(self, conditioner: Conditioner, network: nn.Module, frame_rate: float):
         super().__init__()
-        self.conditioner, self.network = conditioner, network
+        self.conditioner, self.network, self.frame_rate = conditioner, network, frame_rate
 
     def forward(
         self,
@@ -75,7 +78,7 @@ class Conditioned(nn.Module):
         of the data: `UNet.expected`. Seconds beyond the timing embeddings count as the last, as in stable-audio-tools.
         """
         network: Any = self.network
-        context = network.context(self.condition(text, timing, dropped), scale)
+        context = network.context(self.condition(text, timing, dropped), scale, timing[0] * self.frame_rate)
         expected = network.expected(x.shape[-1], context) if isinstance(network, UNet) else None
         return network(x, t, context), expected
 

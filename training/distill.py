@@ -220,8 +220,9 @@ class DistillTask(TrainingTask):
         model, network = self.modules["model"], self.teacher.to(device).network
         text = self.clap.text.to(device).encode(batch["captions"])
         about = text, (batch["seconds_start"], batch["seconds_total"]), batch["dropped"]
+        start = batch["seconds_start"] * self.teacher.frame_rate
         with torch.no_grad():
-            guided = _Guided(network, self.process, self.teacher.condition(*about), scale)
+            guided = _Guided(network, self.process, self.teacher.condition(*about), scale, start)
         return guided, NetworkDenoiser(lambda x, t, context: model(x, t, *about, scale)[0], self.process)
 
     def evaluate(self, step: int) -> dict[str, float]:
@@ -299,7 +300,8 @@ class DistillTask(TrainingTask):
         load_state(network, new | read_part(self.folder, system.part), str(path), "the config")
         conditioner = Conditioner(system.timing, system.clap.text_width)
         load_part(self.folder, "conditioner", conditioner)
-        return Conditioned(conditioner, network).float().requires_grad_(False)
+        rate = self.representation.sample_rate / self.representation.hop
+        return Conditioned(conditioner, network, rate).float().requires_grad_(False)
 
     def _draw(self, requests: Requests, number: int, rank: int, world: int, seed: int) -> dict[str, Any]:
         """Draw requests with noise, scales, and the noise levels of the way.
@@ -354,9 +356,9 @@ class DistillTask(TrainingTask):
 class _Guided(NetworkDenoiser):
     """Guidance by two forwards, whatever the network could do, at a scale (B,) for each item."""
 
-    def __init__(self, network: Any, process: Process, condition: Condition, scale: Tensor):
+    def __init__(self, network: Any, process: Process, condition: Condition, scale: Tensor, start: Tensor):
         both = Condition.concatenate([condition, network.unwanted(condition, None)])
-        super().__init__(network, process, network.context(both))
+        super().__init__(network, process, network.context(both, None, torch.cat((start, start))))
         self.scale = scale
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ class DiffusionTask(TrainingTask):
         model: nn.Module = self.model.network()
         if self.clap is not None:
             assert not isinstance(self.model, ComplexSTFTConfig) and self.model.context_width is not None
-            model = Conditioned(Conditioner(self.model.timing, self.model.context_width), model)
+            rate = self.representation.sample_rate / self.representation.hop
+            model = Conditioned(Conditioner(self.model.timing, self.model.context_width), model, rate)
             self.frozen = {"text_encoder": self.clap.text}
         if config.initial:
             self._go_on_from(config.initial, model)

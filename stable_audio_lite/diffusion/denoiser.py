@@ -29,8 +29,11 @@ class Conditional(Network, Protocol):
         """The largest guidance scale that the network takes as an input; 1 where it takes none."""
         ...
 
-    def context(self, condition: Condition, scale: Tensor | None = None) -> Any:
-        """Prepare `condition` for the forward pass, with guidance of `scale` (B,) where the network takes it."""
+    def context(self, condition: Condition, scale: Tensor | None = None, start: Tensor | None = None) -> Any:
+        """Prepare `condition` for the forward pass, with guidance of `scale` (B,) where the network takes it.
+
+        The window begins `start` (B,) frames after the piece does.
+        """
         ...
 
     def null_condition(self, batch: int, mask: Tensor | None = None) -> Condition:
@@ -71,6 +74,7 @@ class Guidance(NetworkDenoiser):
         negative: condition to move away from, of B items; None is the learned null.
         scale: 1 is no guidance (and one plain forward).
         rescale: phi in 0..1, how far each frame's standard deviation returns to the unguided one.
+        start: (B,) frames of the piece before the window; None: none.
 
     Raises:
         ValueError: rescale is outside 0..1, or cond and negative differ in shape.
@@ -85,6 +89,7 @@ class Guidance(NetworkDenoiser):
         *,
         scale: float,
         rescale: float = 0.0,
+        start: Tensor | None = None,
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
@@ -97,7 +102,8 @@ class Guidance(NetworkDenoiser):
                 shapes = f"{tuple(cond.tokens.shape)} and {tuple(negative.tokens.shape)}"
                 raise ValueError(f"condition and negative must have the same shape, got {shapes}")
             cond = Condition.concatenate([cond, network.unwanted(cond, negative)])
-        super().__init__(network, process, network.context(cond, taken))
+            start = None if start is None else torch.cat((start, start))
+        super().__init__(network, process, network.context(cond, taken, start))
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided prediction from x_t (B, ...) at times t (B,)."""

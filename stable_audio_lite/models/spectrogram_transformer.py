@@ -188,12 +188,13 @@ class SpectrogramTransformer(nn.Module):
         """Choose the condition that guidance moves away from: `negative`, or where it is None the learned null."""
         return self.null_condition(len(cond.tokens)) if negative is None else negative
 
-    def context(self, cond: Condition, scale: Tensor | None = None) -> TransformerContext:
+    def context(self, cond: Condition, scale: Tensor | None = None, start: Tensor | None = None) -> TransformerContext:
         """Project a condition for all cross-attentions; do it once per generation.
 
         Args:
             cond: of B items.
             scale: (B,) guidance scales from 1 to `largest_scale`; None: no guidance, which is 1.
+            start: not used: where in a piece the window begins.
 
         Raises:
             ValueError: the transformer has no text or takes no scale, or the tokens have another width than

@@ -48,7 +48,7 @@ class UNetConfig:
         groups: groups of the residual blocks' norms; a transformer's norm has twice as many.
         rotary: rotary positions in self-attention; in the paper only the convolutions know the order of frames.
         pooled_context: the mean of the condition's tokens is added to the time embedding, so that FiLM sees it too.
-        pulse: the condition chooses among sines over the window's frames, from which a tempo can be counted: `Pulse`.
+        pulse: the condition chooses among sines over the piece's frames, from which a tempo can be counted: `Pulse`.
         attend_padding: masked tokens stay in cross-attention, with keys and values of zero, and what guidance moves
             away from has the prompt's mask, as in stable-audio-tools.
         guidance: the largest guidance scale that the network takes as an input, with which one forward is guided
@@ -110,12 +110,14 @@ class UNetContext(NamedTuple):
         mask: (B, 1, 1, S) bool, True = attend, or None where nothing is masked.
         pooled: (B, E), what it and the guidance scale add to the time embedding, or None.
         gates: (B, harmonics), its gates of the pulse, or None.
+        start: (B,), frames of the piece before the window, or None for none.
     """
 
     layers: tuple[tuple[KeysValues, ...], ...]
     mask: Tensor | None
     pooled: Tensor | None = None
     gates: Tensor | None = None
+    start: Tensor | None = None
 
 
 LayersMask = tuple[tuple[KeysValues, ...], Tensor | None]
@@ -318,7 +320,7 @@ class Up(UNetLevel):
 
 
 class Pulse(nn.Module):
-    """A pulse that the condition chooses: a Fourier series over the window's frames, with gates on its harmonics.
+    """A pulse that the condition chooses: a Fourier series over the piece's frames, with gates on its harmonics.
 
     The gates are a function of the set of tokens (Zaheer et al. 2017, "Deep Sets"). A projection of the gated series is
     what the condition alone says about the data, and is trained to be their mean: of a beat, which is a small part of
@@ -341,9 +343,11 @@ class Pulse(nn.Module):
         features = F.relu(self.token(cond.tokens.to(self.token.weight.dtype))) * cond.mask[..., None]
         return self.to_gates(features.sum(1) / _TYPICAL_TOKENS)
 
-    def series(self, frames: int, gates: Tensor) -> Tensor:
-        """Gates (B, harmonics) -> gated sines, then cosines, (B, T, 2 * harmonics), of a window's first T frames."""
+    def series(self, frames: int, gates: Tensor, start: Tensor | None = None) -> Tensor:
+        """Gates (B, harmonics) -> gated sines, then cosines, (B, T, 2 * harmonics), of T frames from `start` (B,)."""
         numbers = torch.arange(frames, device=gates.device)[:, None]
+        if start is not None:
+            numbers = numbers + start.to(gates.device, torch.float32)[:, None, None]
         turns = numbers * torch.arange(1, PULSE_HARMONICS + 1, device=gates.device) % PULSE_PERIOD / PULSE_PERIOD
         angles = 2 * math.pi * turns
         return torch.cat([wave.to(gates.dtype) * gates[:, None] for wave in (angles.sin(), angles.cos())], -1)
@@ -427,12 +431,13 @@ class UNet(nn.Module):
             return self.null_condition(len(cond.tokens), cond.mask) if negative is None else negative
         return Condition(torch.where(negative.mask[..., None], negative.tokens, self.null.to(cond.tokens)), cond.mask)
 
-    def context(self, cond: Condition, scale: Tensor | None = None) -> UNetContext:
+    def context(self, cond: Condition, scale: Tensor | None = None, start: Tensor | None = None) -> UNetContext:
         """Project a condition for all cross-attentions; do it once per generation.
 
         Args:
             cond: of B items.
             scale: (B,) guidance scales from 1 to `largest_scale`; None: no guidance, which is 1.
+            start: (B,) frames of the piece before the window, from which the pulse is counted; None: none.
 
         Raises:
             ValueError: the tokens have another width than context_width, or the network takes no guidance scale.
@@ -458,7 +463,7 @@ class UNet(nn.Module):
         if mask is not None and self.config.attend_padding:
             seen = mask.to(tokens).transpose(2, 3)  # B, 1, S, 1
             layers, mask = tuple(tuple((k * seen, v * seen) for k, v in layer) for layer in layers), None
-        return UNetContext(layers, mask, pooled, gates)
+        return UNetContext(layers, mask, pooled, gates, start)
 
     def forward(self, x: Tensor, t: Tensor, context: UNetContext) -> Tensor:
         """Predict v, (B, C, T), in x's dtype whatever that of the weights.
@@ -482,7 +487,7 @@ class UNet(nn.Module):
         """
         if self.pulse is None or context.gates is None:
             return None
-        mean = self.pulse.to_mean(self.pulse.series(frames, context.gates)).transpose(1, 2)
+        mean = self.pulse.to_mean(self.pulse.series(frames, context.gates, context.start)).transpose(1, 2)
         return mean - mean.mean(-1, keepdim=True)
 
     def _levels(self, x: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
@@ -492,7 +497,7 @@ class UNet(nn.Module):
         x = run(self.block_in, x, embedding)
         series = None
         if self.pulse is not None and context.gates is not None:
-            series = self.pulse.series(x.shape[1], context.gates)
+            series = self.pulse.series(x.shape[1], context.gates, context.start)
             x = x + self.pulse.to_hidden(series)
         first = x
         skips = []
