@@ -8,6 +8,7 @@ import torch
 
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.process import CosineProcess
+from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
 from stable_audio_lite.models.unet import (
     PULSE_HARMONICS,
     PULSE_PERIOD,
@@ -19,6 +20,7 @@ from stable_audio_lite.models.unet import (
     Upsample,
 )
 from stable_audio_lite.nn.attention import Condition
+from training.denoising import Conditioned
 
 TINY = UNetConfig(
     width=16,
@@ -282,3 +284,17 @@ def test_bad_inputs_are_refused(unet):
         unet(x[:, :5], t, unet.context(cond))
     with pytest.raises(ValueError, match="12"):
         unet.context(Condition(cond.tokens[..., :7], cond.mask))
+
+
+def test_training_tells_the_network_where_a_window_begins(unet):
+    """In frames of the piece, as generation does."""
+    model = Conditioned(Conditioner(TimingConfig(max_seconds=20), 12), unet, frame_rate=40.0)
+    x, t, cond = inputs()
+    text = Condition(cond.tokens[:, :3], cond.mask[:, :3])
+    timing, dropped = (torch.tensor([0.0, 2.0, 5.5]), torch.full((3,), 9.0)), torch.zeros(3, dtype=torch.bool)
+    with torch.no_grad():
+        condition = model.condition(text, timing, dropped)
+        there = unet(x, t, unet.context(condition, None, torch.tensor([0.0, 80.0, 220.0])))
+        at_once = unet(x, t, unet.context(condition))
+        assert torch.equal(model(x, t, text, timing, dropped)[0], there)
+    assert torch.equal(there[0], at_once[0]) and torch.equal(there, at_once) == (unet.pulse is None)
