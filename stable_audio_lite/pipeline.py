@@ -596,12 +596,13 @@ class StableAudio:
         network: Any = self.network
         if self.conditioner is None:
             return NetworkDenoiser(network, self.process)
+        frames = request.start * self.sample_rate / self.representation.hop
+        start = torch.full((len(texts),), frames, device=self.device)
         if None in texts:
-            return Guidance(network, self.process, network.null_condition(len(texts)), scale=1.0)
+            return Guidance(network, self.process, network.null_condition(len(texts)), scale=1.0, start=start)
         condition, negative = self._condition([text or "" for text in texts], request), None
         if request.negative is not None:
             negative = self._condition([request.negative] * len(texts), request)
-        start = request.start * self.sample_rate / self.representation.hop
         return Guidance(
             network,
             self.process,
@@ -609,7 +610,7 @@ class StableAudio:
             negative,
             scale=request.cfg,
             rescale=request.rescale,
-            start=torch.full((len(texts),), start, device=self.device),
+            start=start,
         )
 
     def _condition(self, texts: list[str], request: Request) -> Condition:

@@ -143,6 +143,10 @@ def test_a_continuation_is_in_windows_that_go_on_from_one_another(
         joined = torch.cat((sound.audio, whole), 1)
         step = (joined[:, round(0.7 * RATE)] - joined[:, round(0.7 * RATE) - 1]).abs().max()
         assert step <= 1.01 * joined.diff(dim=1).abs().max()
+        prompted = frames[: len(windows)]
+        frames.clear()
+        list(model.extend(after=sound, seconds=seconds, seed=1, steps=4).pieces)
+        assert frames == prompted  # without a prompt, too
     hook.remove()
 
 
