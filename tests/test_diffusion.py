@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide
+from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser, guide, plan_forwards, restore_deviation
 from stable_audio_lite.diffusion.process import CosineProcess, DiscreteProcess, ScheduleConfig, append_dims
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.unet import UNet, UNetConfig
@@ -213,9 +213,26 @@ def test_guidance_is_the_formula_in_one_forward():
 def test_full_rescale_restores_each_frames_deviation():
     torch.manual_seed(0)
     wanted, unwanted = torch.randn(2, 3, 4, 50) * torch.tensor([1.0, 2.0, 5.0])[:, None, None]
-    full, none = guide(wanted, unwanted, 6.0, 1.0), guide(wanted, unwanted, 6.0, 0.0)
+    none = guide(wanted, unwanted, 6.0)
+    full = restore_deviation(none, wanted, 1.0)
     torch.testing.assert_close(full.std(1), wanted.std(1))
-    torch.testing.assert_close(guide(wanted, unwanted, 6.0, 0.25), 0.25 * full + 0.75 * none)
+    torch.testing.assert_close(restore_deviation(none, wanted, 0.25), 0.25 * full + 0.75 * none)
+
+
+@pytest.mark.parametrize("largest", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.5, 2.0, 5.0, 9.0, 20.0])
+@pytest.mark.parametrize("negative", [False, True])
+def test_forwards_add_up_to_the_guided_prediction(largest: float, scale: float, negative: bool) -> None:
+    """Of a network that takes scales exactly; it isn't asked for any below 1 or above its largest."""
+    values = {"wanted": 2.0, "negative": -5.0, "null": 0.7}
+    forwards = plan_forwards(scale, largest, negative)
+    got = sum(f.weight * (values["null"] + f.scale * (values[f.condition] - values["null"])) for f in forwards)
+    away = values["negative"] if negative else values["null"]
+    assert got == pytest.approx(away + scale * (values["wanted"] - away))
+    assert sum(f.weight for f in forwards) == pytest.approx(1)
+    assert all(1 <= f.scale <= largest for f in forwards)
+    if largest == 1:
+        assert len(forwards) == (1 if scale in (0, 1) else 2)
 
 
 def test_bad_guidance_is_refused():

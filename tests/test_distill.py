@@ -196,10 +196,28 @@ def test_a_student_needs_one_forward_a_step(student: Path, tiny_bundle: Path) ->
     assert forwards(model, steps=4, cfg=2.0) == [1] * 4
 
 
-@pytest.mark.parametrize("asked", [{"negative": "noise"}, {"rescale": 0.5}, {"cfg": 5.1}, {"cfg": 0.5}])
-def test_guidance_of_other_kinds_takes_two_forwards(asked: dict[str, Any], student: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "count"),
+    [({"rescale": 0.5}, 2), ({"cfg": 5.1}, 2), ({"cfg": 0.5}, 2), ({"negative": "noise"}, 3)],
+)
+def test_guidance_of_other_kinds_takes_more_forwards(asked: dict[str, Any], count: int, student: Path) -> None:
     model = StableAudio.from_pretrained(student, "cpu", "float32")
-    assert forwards(model, **asked) == [2, 2, 2]
+    assert forwards(model, **asked) == [count] * 3
+
+
+@torch.no_grad()
+def test_a_negative_prompt_of_a_student_leaves_each_frames_deviation(student: Path) -> None:
+    model = StableAudio.from_pretrained(student, "cpu", "float32")
+    text = model.text_encoder.encode(["warm slow piano", "drums"])
+    both = model.conditioner(text, torch.zeros(2), torch.full((2,), 1.4))
+    cond, negative = (Condition(both.tokens[i : i + 1], both.mask[i : i + 1]) for i in (0, 1))
+    x, t = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(1)), torch.tensor([0.9])
+    plain = Guidance(model.network, model.process, cond, scale=3.0).predict(x, t)
+    moved = Guidance(model.network, model.process, cond, negative, scale=3.0).predict(x, t)
+    torch.testing.assert_close(moved.std(1), plain.std(1))
+    assert (moved - plain).norm() > 1e-3 * plain.norm()
+    same = Guidance(model.network, model.process, cond, negative, scale=1.0).predict(x, t)
+    torch.testing.assert_close(same, Guidance(model.network, model.process, cond, scale=1.0).predict(x, t))
 
 
 def test_without_guidance_the_scale_is_not_heard() -> None:

@@ -7,11 +7,14 @@ import re
 
 import pytest
 import torch
+import torchaudio
 from torch import Tensor
 
 from evaluation.metrics.levels import sound_end
 from evaluation.metrics.music import tempo
 from stable_audio_lite.bundle import SHIPPED
+from stable_audio_lite.clap.checkpoints import load_clap
+from stable_audio_lite.clap.mel import log_mel, repeat_pad
 from stable_audio_lite.codec import Codec
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.pipeline import StableAudio
@@ -90,6 +93,24 @@ def test_key_mode_and_tempo_count_and_wording_does_not(starter: StableAudio) -> 
     pieces = ("solo piano, classical", "solo flute, folk", "church organ, classical", "violin, jazz", "choir, folk")
     wording, mode, key, bpm = torch.stack([differences(piece) for piece in pieces]).mean(0).tolist()
     assert mode > 2 * wording and bpm > 2 * wording and key > 4 * wording
+
+
+def test_a_negative_prompt_is_heard_less_and_deafens_nobody(starter: StableAudio) -> None:
+    """By the starter's own CLAP; what it adds to guidance doesn't run away."""
+    clap = load_clap("starter").eval()
+    asked = {"seconds": 5, "seed": 1, "count": 6}
+    without, against = (starter.generate("piano and flute, jazz", **asked, negative=x).audio for x in (None, "piano"))
+    other = starter.generate("solo flute, folk", **asked, negative="drums").audio
+    assert without.abs().max() < 2 and against.abs().max() < 5 and other.abs().max() < 5
+
+    @torch.inference_mode()
+    def piano_in(sounds: Tensor) -> float:
+        level = 0.1 / sounds.square().mean((1, 2), keepdim=True).sqrt()
+        mono = torchaudio.functional.resample((level * sounds).mean(1), 44100, 48000)
+        found = clap.embed_mels([log_mel(clap.config, repeat_pad(sound)) for sound in mono])
+        return float((found @ clap.embed_text(["solo piano"])[0]).mean())
+
+    assert piano_in(against) < piano_in(without) - 0.05
 
 
 def test_silence_is_silent() -> None:

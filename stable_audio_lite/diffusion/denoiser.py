@@ -6,7 +6,7 @@ else about the model.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,12 +61,38 @@ class NetworkDenoiser:
         return self.network(x_t, t, self.context)
 
 
+class Forward(NamedTuple):
+    """One forward of a guided step: which condition, at what scale as the network's input, and its weight."""
+
+    condition: Literal["wanted", "negative", "null"]
+    scale: float
+    weight: float
+
+
+def plan_forwards(scale: float, largest: float, negative: bool) -> list[Forward]:
+    """Choose the forwards whose weighted sum is the guided prediction, the weights adding up to 1.
+
+    That is null + s (wanted - null) + (1 - s) (negative - null), where the nulls cancel if there is a negative. A
+    network that takes scales up to `largest` gives null + s (condition - null) by itself: it is asked for as much of
+    either difference as it takes, and extrapolated from there. One that takes none has a largest scale of 1.
+    """
+    amounts: list[tuple[Literal["wanted", "negative"], float]] = [("wanted", scale)]
+    if negative:
+        amounts.append(("negative", 1 - scale))
+    forwards = []
+    for condition, amount in amounts:
+        taken = min(max(abs(amount), 1.0), largest)
+        forwards.append(Forward(condition, taken, amount / taken))
+    forwards.append(Forward("null", 1.0, 1 - sum(f.weight for f in forwards)))
+    return [f for f in forwards if abs(f.weight) > 1e-9]
+
+
 class Guidance(NetworkDenoiser):
     """Classifier-free guidance (Ho & Salimans 2022) with rescaling (Lin et al. 2023, arXiv 2305.08891).
 
-    Both conditions go through the network as one batch, and are projected to keys and values once, here. A network that
-    takes the scale as an input (Meng et al. 2023, arXiv 2210.03142) needs one condition and one forward, unless there
-    is a negative condition or rescaling.
+    All conditions go through the network as one batch, and are projected to keys and values once, here. A network that
+    takes the scale as an input (Meng et al. 2023, arXiv 2210.03142) needs one forward. With a negative condition it
+    needs three, and what that adds is held, frame by frame, to the standard deviation of the prediction without it.
 
     Args:
         network, process: as for `NetworkDenoiser`.
@@ -93,34 +119,57 @@ class Guidance(NetworkDenoiser):
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
-        self.scale, self.rescale, taken = scale, rescale, None
-        if negative is None and not rescale and 1 < scale <= network.largest_scale:
-            taken = torch.full((len(cond.mask),), scale, device=cond.mask.device)
-        self.extrapolates = scale != 1 and taken is None
-        if self.extrapolates:
-            if negative is not None and negative.tokens.shape != cond.tokens.shape:
-                shapes = f"{tuple(cond.tokens.shape)} and {tuple(negative.tokens.shape)}"
-                raise ValueError(f"condition and negative must have the same shape, got {shapes}")
-            cond = Condition.concatenate([cond, network.unwanted(cond, negative)])
-            start = None if start is None else torch.cat((start, start))
-        super().__init__(network, process, network.context(cond, taken, start))
+        if negative is not None and negative.tokens.shape != cond.tokens.shape:
+            shapes = f"{tuple(cond.tokens.shape)} and {tuple(negative.tokens.shape)}"
+            raise ValueError(f"condition and negative must have the same shape, got {shapes}")
+        self.rescale = rescale if scale != 1 else 0.0
+        self.forwards = plan_forwards(scale, network.largest_scale, negative is not None)
+        self.steadied = negative is not None and self.forwards[0].scale > 1
+        if self.rescale and self._unguided is None:
+            self.forwards.append(Forward("wanted", 1.0, 0.0))
+        conditions = [self._condition(network, f, cond, negative) for f in self.forwards]
+        scales = torch.tensor([f.scale for f in self.forwards], device=cond.mask.device)
+        taken = None if bool((scales == 1).all()) else scales.repeat_interleave(len(cond.mask))
+        start = None if start is None else start.repeat(len(conditions))
+        super().__init__(network, process, network.context(Condition.concatenate(conditions), taken, start))
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided prediction from x_t (B, ...) at times t (B,)."""
-        if not self.extrapolates:
+        count = len(self.forwards)
+        if count == 1:
             return super().predict(x_t, t)
-        wanted, unwanted = super().predict(torch.cat((x_t, x_t)), torch.cat((t, t))).chunk(2)
-        return guide(wanted, unwanted, self.scale, self.rescale)
+        several = super().predict(torch.cat([x_t] * count), torch.cat([t] * count)).chunk(count)
+        weighted = [(f.weight, out) for f, out in zip(self.forwards, several, strict=True) if f.weight]
+        base = weighted[-1][1]
+        guided = base + sum(weight * (out - base) for weight, out in weighted[:-1])
+        if self.steadied:
+            guided = restore_deviation(guided, several[0], 1.0)
+        return guided if self._unguided is None else restore_deviation(guided, several[self._unguided], self.rescale)
+
+    @property
+    def _unguided(self) -> int | None:
+        """Which of the forwards is the unguided one, if any is."""
+        return next((i for i, f in enumerate(self.forwards) if f.condition == "wanted" and f.scale == 1), None)
+
+    @staticmethod
+    def _condition(network: Conditional, forward: Forward, cond: Condition, negative: Condition | None) -> Condition:
+        if forward.condition == "wanted":
+            return cond
+        return network.unwanted(cond, negative if forward.condition == "negative" else None)
 
 
-def guide(wanted: Tensor, unwanted: Tensor, scale: float | Tensor, rescale: float = 0.0) -> Tensor:
-    """Extrapolate predictions from `unwanted` past `wanted` (B, ..., T), then rescale (Lin et al., equations 14-16).
+def guide(wanted: Tensor, unwanted: Tensor, scale: float | Tensor) -> Tensor:
+    """Extrapolate predictions from `unwanted` past `wanted` (B, ..., T)."""
+    return unwanted + scale * (wanted - unwanted)
+
+
+def restore_deviation(guided: Tensor, unguided: Tensor, share: float) -> Tensor:
+    """Return predictions (B, ..., T) by a share of the way to unguided deviations (Lin et al., equations 14-16).
 
     Standard deviations are those of each frame, as in stable-audio-tools.
     """
-    guided = unwanted + scale * (wanted - unwanted)
-    if not rescale:
+    if not share:
         return guided
-    axes = tuple(range(1, wanted.ndim - 1))
-    ratio = wanted.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-8)
-    return guided * (rescale * ratio + (1 - rescale))
+    axes = tuple(range(1, guided.ndim - 1))
+    ratio = unguided.std(axes, keepdim=True) / guided.std(axes, keepdim=True).clamp(min=1e-8)
+    return guided * (share * ratio + (1 - share))
