@@ -354,8 +354,8 @@ class StableAudio:
         step = _counter(progress, len(batches) * edit.steps(request.steps))
         samples = round(request.seconds * self.sample_rate)
         silent = self._silence() if type(edit) is Edit else None
-        sounding = samples if silent is None else min(samples, self._end_frame(request) * self.representation.hop)
-        frames = edit.frames(self.representation, sounding, self.config.generation.windows)
+        # What of the sound follows the described piece is silence, and needn't be sampled.
+        frames = self._frames(edit, request, samples if silent is None else 1)
         for part in batches:
             sampling = self._sampling([plan.items[i] for i in part], request, frames, step)
             for i, x in zip(part, edit.sample(self.representation, sampling), strict=True):
@@ -544,6 +544,15 @@ class StableAudio:
         frames = (request.total - request.start) * self.sample_rate / self.representation.hop
         return max(math.ceil(frames - 1e-6), 1)
 
+    def _frames(self, edit: Edit, request: Request, samples: int) -> int:
+        """Frames to sample for so many samples or more from the request's start.
+
+        A window that is shorter than the longest holds the rest of the described piece, as those in training did.
+        """
+        if self._silence() is not None and type(edit) in (Edit, After):
+            samples = max(samples, self._end_frame(request) * self.representation.hop)
+        return edit.frames(self.representation, samples, self.config.generation.windows)
+
     def _noise(self, items: list[tuple[str | None, int]], frames: int | None = None) -> ItemNoise:
         return ItemNoise([seed for _, seed in items], self.representation.shape, self.device, frames)
 
@@ -573,9 +582,8 @@ class StableAudio:
         after: Tensor | None = None  # how the last window would go on
         for number, (known, samples) in enumerate(windows):
             edit: Edit = Edit() if held is None else held
-            frames = edit.frames(self.representation, known * hop + samples, self.config.generation.windows)
-            noise.frames = frames
             own = replace(request, start=max(request.start + done / rate - known * hop / rate, 0.0))
+            noise.frames = frames = self._frames(edit, own, known * hop + samples)
             x = edit.sample(self.representation, self._sampling(items, own, frames, on_step, noise))
             unused = (frames - known) * hop - samples
             more = min(fade, unused) if number + 1 < len(windows) else 0

@@ -71,6 +71,24 @@ def test_a_network_that_knows_several_windows_samples_what_is_asked_for(model: S
         assert torch.equal(whole()[..., :5], part())
 
 
+@pytest.mark.parametrize(
+    ("start", "total", "window"),
+    [(0.0, 0.4, 32), (0.0, 0.9, 64), (0.0, 15.0, 64), (14.7, 15.0, 32), (0.0, 0.1, 16)],
+)
+def test_a_short_window_holds_the_rest_of_the_described_piece(
+    model: StableAudio, start: float, total: float, window: int
+) -> None:
+    """As in training, where pieces end in short windows: what is cut out of something longer doesn't fade."""
+    seen: list[int] = []
+    hook = model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    varied = model.with_defaults(windows=(16, 32))
+    about = {"seconds_start": start, "seconds_total": total, "seed": 1, "steps": 1}
+    assert varied.generate("piano", seconds=0.3, **about).audio.shape[-1] == round(0.3 * 44100)
+    list(varied.extend("piano", seconds=0.3, **about).pieces)
+    hook.remove()
+    assert seen == [window, window]
+
+
 @pytest.mark.parametrize("windows", [(), (32,)])
 def test_silence_follows_the_end_of_the_described_piece(model: StableAudio, windows: tuple[int, ...]) -> None:
     """As the VAE decodes it, whether the frames there were sampled or not; before the end there is other sound."""
