@@ -18,11 +18,11 @@ from torch import Tensor
 
 from stable_audio_lite import bundle
 from stable_audio_lite.audio.spectrogram import Spectrogram, SpectrogramConfig
-from stable_audio_lite.models.vae import VAE
+from stable_audio_lite.models.vae import VAE, first_samples
 from stable_audio_lite.systems import StableAudioConfig, SystemConfig, build_vae
 from stable_audio_lite.weights import read_safetensors, state_hash
 
-# Latent frames decoded past the wanted end, more than a decoder's receptive field, so that trimming changes no sample.
+# Latent frames beyond the wanted end that a decoder sees, more than its receptive field.
 _DECODE_MARGIN = 32
 
 
@@ -110,11 +110,10 @@ class LatentRepresentation(Representation):
         return torch.cat(list(self.decode_stream(x, samples)), 2)
 
     def decode_stream(self, x: Tensor, samples: int) -> Iterator[Tensor]:
-        frames = math.ceil(samples / self.hop) + _DECODE_MARGIN
-        for piece in self.vae.decode_stream(x[..., :frames] * self.std + self.mean):
-            yield piece[..., :samples].float()
-            if (samples := samples - piece.shape[2]) <= 0:
-                return
+        frames = math.ceil(samples / self.hop)
+        latents = x[..., : frames + _DECODE_MARGIN] * self.std + self.mean
+        for piece in first_samples(self.vae.decode_stream(latents, frames=frames), samples):
+            yield piece.float()
 
     def decode_between(self, x: Tensor, source: Tensor, first: int, last: int) -> Tensor:
         latents = x[..., : source.shape[2] // self.hop] * self.std + self.mean

@@ -186,6 +186,20 @@ def test_decoding_is_the_same_whole_and_as_a_stream(frames: int) -> None:
     assert torch.equal(vae.decode(latents), whole)
 
 
+@pytest.mark.parametrize(("latents", "frames"), [(60, 40), (200, 126), (200, 150), (60, 60), (60, 70)])
+def test_decoding_the_first_frames_alone(latents: int, frames: int) -> None:
+    """Levels are those of the whole to the end, and no sample differs far from it, or at all where silence follows."""
+    vae, data = lively(), torch.randn(1, 64, latents)
+    with torch.no_grad():
+        whole, part = vae.decode(data), torch.cat(list(vae.decode_stream(data, frames=frames)), 2)
+        count = min(frames, latents) * 1024
+        assert part.shape[2] == count
+        steady = (min(frames, latents) - 24) * 1024
+        torch.testing.assert_close(part[..., :steady], whole[..., :steady], atol=1e-4, rtol=0)
+        one, other = (vae.transform.spectra(x[..., :count]).abs()[:, :, -12:] for x in (whole, part))
+    assert float((one - other).norm() / one.norm()) < 0.1
+
+
 def test_an_item_sounds_the_same_in_a_batch() -> None:
     vae, latents = lively(), torch.randn(3, 64, 20)
     alone = vae.decode(latents[1:2])

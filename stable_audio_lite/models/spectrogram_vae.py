@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stable_audio_lite.audio.phase import GriffinLim, advance
-from stable_audio_lite.models.vae import VAE, Posterior, check_chunks
+from stable_audio_lite.models.vae import VAE, Posterior, check_chunks, first_samples
 
 WINDOW_SAMPLES, HOP_SAMPLES = 2048, 512
 """Length of a spectrum's window, and the step from one spectrum to the next, in samples."""
@@ -274,19 +274,23 @@ class SpectrogramVAE(VAE):
         """Latent frames on each side that a frame's features depend on."""
         return 3 + 3 * self.config.decoder_blocks
 
-    def decode_stream(self, latents: Tensor, chunk_frames: int = _PIECE) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, chunk_frames: int = _PIECE, frames: int | None = None) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, 2, any), in float32.
 
         Phases are found in pieces of a fixed length, whatever `chunk_frames` is, each continuing the one before, so
-        that the same latents always give the same sound.
+        that the same latents always give the same sound. With `frames`, only the sound of the first so many: levels
+        are what they are before the others, and phases as before a few of them.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
         """
         check_chunks(chunk_frames)
         self.check_latents(latents)
-        stream = SpectrumStream(self.transform, self.config.iterations)
-        return stream.sound(lambda first, last: self._features(latents, first, last), len(latents), latents.shape[2])
+        stream, length = SpectrumStream(self.transform, self.config.iterations), latents.shape[2]
+        wanted = length if frames is None else min(frames, length)
+        followed = min(wanted + _CONTEXT // PAIR, length)
+        pieces = stream.sound(lambda first, last: self._features(latents, first, last), len(latents), followed)
+        return first_samples(pieces, wanted * self.hop)
 
     def decode_between(self, latents: Tensor, source: Tensor, first: int, last: int) -> Tensor:
         self.check_latents(latents)

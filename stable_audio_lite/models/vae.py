@@ -75,8 +75,10 @@ class VAE(nn.Module, ABC):
         """The training target of audio (B, audio_channels, T), in the form of the output."""
 
     @abstractmethod
-    def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, chunk_frames: int = 32, frames: int | None = None) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, any), in float32 and constant memory.
+
+        With `frames`, only the sound of the first so many, heard as the others follow them.
 
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
@@ -170,3 +172,11 @@ def check_chunks(frames: int) -> None:
     """Raise ValueError if pieces would be empty."""
     if frames < 1:
         raise ValueError(f"chunk_frames must be at least 1, got {frames}")
+
+
+def first_samples(pieces: Iterator[Tensor], samples: int) -> Iterator[Tensor]:
+    """Pass on pieces (B, C, any) of a sound until so many samples are complete."""
+    for piece in pieces:
+        yield piece[..., :samples]
+        if (samples := samples - piece.shape[2]) <= 0:
+            return

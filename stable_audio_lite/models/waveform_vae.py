@@ -203,7 +203,7 @@ class WaveformVAE(VAE):
         self.check_latents(latents)
         return self.decoder(latents.to(self._dtype))
 
-    def decode_stream(self, latents: Tensor, chunk_frames: int = 32) -> Iterator[Tensor]:
+    def decode_stream(self, latents: Tensor, chunk_frames: int = 32, frames: int | None = None) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, chunk_frames * hop), in float32.
 
         The layers of the lowest rate, whose receptive field spans whole frames, run over long pieces; the others, whose
@@ -217,8 +217,9 @@ class WaveformVAE(VAE):
         rate = self.config.strides[-1]
         halo_low, halo_high = _receptive_field(low), _receptive_field(high)
         outer = 16 * chunk_frames
-        for start in range(0, x.shape[2], outer):
-            stop = min(start + outer, x.shape[2])
+        total = x.shape[2] if frames is None else min(frames, x.shape[2])
+        for start in range(0, total, outer):
+            stop = min(start + outer, total)
             # Rate-`rate` context that the second stage will need on both sides of this piece.
             first = max(start * rate - halo_high, 0)
             last = min(stop * rate + halo_high, x.shape[2] * rate)
