@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear
+from stable_audio_lite.nn.attention import Condition, KeysValues, TransformerBlock, attention_mask, linear, rotations_of
 from stable_audio_lite.nn.guidance import GuidanceEmbedding, check_largest_scale
 
 _TIME_MULTIPLIER = 4  # width of the time embedding, in units of the base width
@@ -231,9 +231,9 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else Conv(channels, out_channels, kernel=1, zero=zero_skip)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Transform x (B, T, C) given the time embedding (B, E)."""
+        """Transform x (B, T, C) given the time embedding (B, E), SiLU applied."""
         hidden = self.conv_in(F.silu(self.norm_in(x)))
-        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(F.silu(embedding)))))
+        hidden = self.conv_out(F.silu(self.norm_out(hidden, self.film(embedding))))
         return self.skip(x) + hidden
 
 
@@ -242,11 +242,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: UNetConfig, channels: int, depth: int, context_width: int) -> None:
         super().__init__()
+        self.heads, self.rotary = config.heads, config.rotary
         self.norm = GroupNorm(2 * config.groups, channels, eps=1e-6)
         self.to_in = nn.Linear(channels, channels)
         self.blocks = nn.ModuleList(
-            TransformerBlock(channels, config.heads, config.feed_forward, context_width, rotary=config.rotary)
-            for _ in range(depth)
+            TransformerBlock(channels, config.heads, config.feed_forward, context_width) for _ in range(depth)
         )
         self.to_out = nn.Linear(channels, channels)
         for projection in (self.to_in, self.to_out):
@@ -261,8 +261,9 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[KeysValues, ...], mask: Tensor | None) -> Tensor:
         """Transform x (B, T, C)."""
         x = self.to_in(self.norm(x))
+        rotations = rotations_of(x, self.heads) if self.rotary else None
         for block, layer in zip(self.blocks, keys_values, strict=True):
-            x = block(x, layer, mask)
+            x = block(x, layer, mask, rotations)
         return self.to_out(x)
 
 
@@ -354,7 +355,7 @@ class Pulse(nn.Module):
 
     def sound(self, series: Tensor, hidden: Tensor, embedding: Tensor) -> Tensor:
         """Addition to the prediction, (B, T, C), as activations (B, T, H) and the time embedding (B, E) ask."""
-        return self.to_mean(series) * self.sounds(F.silu(self.norm(hidden, self.film(F.silu(embedding)))))
+        return self.to_mean(series) * self.sounds(F.silu(self.norm(hidden, self.film(embedding))))
 
 
 # Model
@@ -476,7 +477,7 @@ class UNet(nn.Module):
         frames, dtype = x.shape[-1], self.null.dtype
         hidden = F.pad(x.to(dtype), (0, -frames % math.prod(self.config.factors))).transpose(1, 2)
         embedding = self.time[2](self.time[1](self.time[0](t).to(dtype)))
-        embedding = self.mapping(embedding if context.pooled is None else embedding + context.pooled)
+        embedding = F.silu(self.mapping(embedding if context.pooled is None else embedding + context.pooled))
         out = self._levels(hidden.contiguous(), embedding, context)
         return out[:, :frames].transpose(1, 2).contiguous().to(x.dtype)
 

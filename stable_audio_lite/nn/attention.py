@@ -17,6 +17,8 @@ ROTARY_BASE = 1000.0
 """The slowest pair of features rotates once in about 2 pi times as many positions."""
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values of one attention layer, each (B, heads, S, C / heads)."""
+Rotations = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (T, C / heads / 2)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,47 +94,55 @@ class Attention(nn.Module):
         keys, values = self.to_kv(self.norm_context(context)).chunk(2, dim=-1)
         return split_heads(keys, self.heads), split_heads(values, self.heads)
 
-    def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None, *, rotary: bool = False) -> Tensor:
+    def attend(
+        self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None, rotations: Rotations | None = None
+    ) -> Tensor:
         """Attend from x (B, T, C); `mask` (B, 1, 1, S) is True where a key counts, None where all do.
 
-        With `rotary`, which needs queries and keys of the same sequence, both get rotary positions.
+        With `rotations`, which need queries and keys of the same sequence, both get rotary positions.
         """
         queries = split_heads(self.to_q(self.norm(x)), self.heads)
         keys, values = keys_values
-        if rotary:
-            queries, keys = rotate(queries), rotate(keys)
+        if rotations is not None:
+            queries, keys = rotate(queries, rotations), rotate(keys, rotations)
         return self.to_out(merge_heads(F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)))
 
 
-def rotate(x: Tensor) -> Tensor:
+def rotations_of(x: Tensor, heads: int) -> Rotations:
+    """Rotations for the heads of (B, T, C) sequences, C / heads even, in x's dtype."""
+    half = x.shape[-1] // heads // 2
+    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rates
+    return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+
+
+def rotate(x: Tensor, rotations: Rotations) -> Tensor:
     """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of (B, heads, T, D), D even.
 
     Pairs of features rotate with their position in the sequence, so that products of queries and keys depend on their
     distance.
     """
-    half = x.shape[-1] // 2
-    rates = ROTARY_BASE ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None] * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = rotations
     one, other = x.chunk(2, dim=-1)
     return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and a feed-forward, each added to its input; `rotary` positions on request."""
+    """Self-attention, cross-attention and a feed-forward, each added to its input."""
 
-    def __init__(self, width: int, heads: int, feed_forward: int, context_width: int, *, rotary: bool = False) -> None:
+    def __init__(self, width: int, heads: int, feed_forward: int, context_width: int) -> None:
         super().__init__()
-        self.rotary = rotary
         self.attention = Attention(width, heads, width)
         self.cross_attention = Attention(width, heads, context_width)
         self.feed_forward = nn.Sequential(
             linear(width, feed_forward * width), nn.GELU(), linear(feed_forward * width, width, zero=True)
         )
 
-    def forward(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """Transform x (B, T, C), reading the condition's keys and values."""
-        x = x + self.attention.attend(x, self.attention.keys_values(x), rotary=self.rotary)
+    def forward(
+        self, x: Tensor, keys_values: KeysValues, mask: Tensor | None, rotations: Rotations | None = None
+    ) -> Tensor:
+        """Transform x (B, T, C), reading the condition's keys and values; `rotations` are of self-attention."""
+        x = x + self.attention.attend(x, self.attention.keys_values(x), rotations=rotations)
         x = x + self.cross_attention.attend(x, keys_values, mask)
         return x + self.feed_forward(x)
 
