@@ -133,7 +133,14 @@ def unet_peer(unet: UNet, config: StableAudioConfig) -> Callable[[Tensor, Tensor
     state = {name.removeprefix("model."): v for name, v in _foreign(described, {"unet": unet}).items()}
     peer.load_state_dict(state)
     peer = _ready(peer)
-    return lambda x, t, tokens: peer(x, t, cross_attn_cond=tokens)
+    dtype = unet.null.dtype
+
+    def step(x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+        # It makes float32 of times and of attention's weights, which without autocast don't multiply with others.
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not torch.float32):
+            return peer(x, t, cross_attn_cond=tokens)
+
+    return step
 
 
 def _expressible(config: StableAudioConfig, whole: bool) -> bool:
