@@ -210,6 +210,20 @@ def test_guidance_is_the_formula_in_one_forward():
     torch.testing.assert_close(against_itself, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_predictions_can_be_modified_and_learned_from() -> None:
+    unet, cond = tiny_unet(), condition(2)
+    denoiser, t = NetworkDenoiser(unet, V, unet.context(cond)), torch.tensor([0.3, 0.7])
+    x = torch.randn(2, 4, 8, requires_grad=True)
+    assert denoiser.predict(x, t).requires_grad
+    with torch.no_grad():
+        found = denoiser.predict(x, t)
+    found += 1
+    scale = torch.ones((), requires_grad=True)
+    (scale * found).square().sum().backward()
+    assert scale.grad is not None
+    torch.testing.assert_close(found, denoiser.predict(x, t).detach() + 1)
+
+
 def test_full_rescale_restores_each_frames_deviation():
     torch.manual_seed(0)
     wanted, unwanted = torch.randn(2, 3, 4, 50) * torch.tensor([1.0, 2.0, 5.0])[:, None, None]
