@@ -152,7 +152,7 @@ class Guidance(NetworkDenoiser):
 
     @property
     def _unguided(self) -> int | None:
-        """Which of the forwards is the unguided one, if any is."""
+        """Index of the unguided forward, if there is one."""
         return next((i for i, f in enumerate(self.forwards) if f.condition == "wanted" and f.scale == 1), None)
 
     @staticmethod
