@@ -47,11 +47,13 @@ class VAE(nn.Module, ABC):
         config: with `audio_channels`, `latent_channels` and `hop`, samples per latent frame.
         encoder: all weights that latents depend on.
         float32: whether it computes in float32 whatever the networks beside it do.
+        encode_frames: latent frames that are encoded at once where nothing else is asked for.
     """
 
     config: Any
     encoder: nn.Module
     float32 = False
+    encode_frames = 128
 
     @property
     def hop(self) -> int:
@@ -125,12 +127,12 @@ class VAE(nn.Module, ABC):
         """
         return self.decode_chunked(latents)
 
-    def encode_chunked(self, audio: Tensor, chunk_frames: int = 128) -> Posterior:
-        """Encode in pieces of `chunk_frames` latent frames."""
+    def encode_chunked(self, audio: Tensor, chunk_frames: int | None = None) -> Posterior:
+        """Encode in pieces of `chunk_frames` latent frames; None: of `encode_frames`."""
         pieces = list(self.encode_stream([audio], chunk_frames))
         return Posterior(torch.cat([p.mean for p in pieces], 2), torch.cat([p.std for p in pieces], 2))
 
-    def encode_stream(self, blocks: Iterable[Tensor], chunk_frames: int = 128) -> Iterator[Posterior]:
+    def encode_stream(self, blocks: Iterable[Tensor], chunk_frames: int | None = None) -> Iterator[Posterior]:
         """Yield posteriors of up to `chunk_frames` frames of audio that arrives in (B, audio_channels, any) blocks.
 
         Each is computed with all the context that it depends on, so together they equal `encode` of the whole; only
@@ -139,6 +141,7 @@ class VAE(nn.Module, ABC):
         Raises:
             ValueError: the blocks' shape is not (B, audio_channels, T), all blocks are empty, or chunks are empty.
         """
+        chunk_frames = self.encode_frames if chunk_frames is None else chunk_frames
         check_chunks(chunk_frames)
         halo = self.encoder_halo
         held: Tensor | None = None

@@ -21,6 +21,7 @@ from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1
 from stable_audio_lite.nn.snake import FoldedSnake, Snake, SnakeBeta
 
 _DILATIONS = (1, 3, 9)
+_ENCODED_AT_ONCE = 32  # latent frames, whose activations at the higher rates stay in the cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,7 @@ class WaveformVAE(VAE):
 
     config: WaveformVAEConfig
     encoder: WaveformEncoder
+    encode_frames = 512  # of which each piece takes nine more on both sides
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
@@ -197,7 +199,19 @@ class WaveformVAE(VAE):
         return audio
 
     def _encode(self, audio: Tensor) -> Posterior:
-        return Posterior.of(self.encoder(audio.to(self._dtype)))
+        """As `VAE._encode`; without gradients the layers of the higher rates run over pieces, as in `decode_stream`."""
+        x, layers = audio.to(self._dtype), self.encoder.layers
+        if torch.is_grad_enabled():
+            return Posterior.of(self.encoder(x))
+        high, low, pieces = layers[:-3], layers[-3:], []
+        frames, rate = x.shape[2] // self.hop, self.config.strides[-1]
+        halo = math.ceil(_receptive_field(high) / self.hop)
+        for start in range(0, frames, _ENCODED_AT_ONCE):
+            stop = min(start + _ENCODED_AT_ONCE, frames)
+            left, right = max(start - halo, 0), min(stop + halo, frames)
+            hidden = high(channels_last(x[:, :, left * self.hop : right * self.hop]))
+            pieces.append(hidden[:, :, (start - left) * rate : (stop - left) * rate])
+        return Posterior.of(self.encoder.project(low(channels_last(torch.cat(pieces, 2)))))
 
     def decode(self, latents: Tensor) -> Tensor:
         self.check_latents(latents)
