@@ -155,6 +155,17 @@ def test_a_continuation_is_in_windows_that_go_on_from_one_another(
     hook.remove()
 
 
+def test_a_continuation_that_does_not_end_the_piece_is_sampled_in_the_whole_window(model: StableAudio) -> None:
+    """Short windows were trained with pieces that end in them."""
+    seen: list[int] = []
+    hook = model.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    for total, whole in ((None, False), (15.0, True)):
+        list(model.extend("piano", after=source(0.3), seconds=0.1, seconds_total=total, seed=1, steps=1).pieces)
+        assert {frames == 64 for frames in seen} == {whole}, seen
+        seen.clear()
+    hook.remove()
+
+
 def test_long_sounds_are_the_pieces_that_extend_yields(model: StableAudio) -> None:
     """In batches too, but for rounding, which grows where phases are found by iterating."""
     seen: list[tuple[int, int]] = []

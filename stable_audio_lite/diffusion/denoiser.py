@@ -132,8 +132,10 @@ class Guidance(NetworkDenoiser):
         if self.rescale and self._unguided is None:
             self.forwards.append(Forward("wanted", 1.0, 0.0))
         conditions = [self._condition(network, f, cond, negative) for f in self.forwards]
-        scales = torch.tensor([f.scale for f in self.forwards], device=cond.mask.device)
-        taken = None if bool((scales == 1).all()) else scales.repeat_interleave(len(cond.mask))
+        taken = None
+        if any(f.scale != 1 for f in self.forwards):
+            scales = torch.tensor([f.scale for f in self.forwards], device=cond.mask.device)
+            taken = scales.repeat_interleave(len(cond.mask))
         start = None if start is None else start.repeat(len(conditions))
         super().__init__(network, process, network.context(Condition.concatenate(conditions), taken, start))
 

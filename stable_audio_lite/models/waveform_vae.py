@@ -183,7 +183,7 @@ class WaveformVAE(VAE):
 
     config: WaveformVAEConfig
     encoder: WaveformEncoder
-    encode_frames = 512  # of which each piece takes nine more on both sides
+    encode_frames = 512  # long beside the context on both sides, nine frames at the paper's size, that is encoded again
 
     def __init__(self, config: WaveformVAEConfig):
         super().__init__()
