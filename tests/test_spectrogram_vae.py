@@ -188,7 +188,7 @@ def test_decoding_is_the_same_whole_and_as_a_stream(frames: int) -> None:
 
 @pytest.mark.parametrize(("latents", "frames"), [(60, 40), (200, 126), (200, 150), (60, 60), (60, 70)])
 def test_decoding_the_first_frames_alone(latents: int, frames: int) -> None:
-    """Levels are those of the whole to the end, and far from it every sample is."""
+    """Every sample is that of the whole, nearly so at the very end."""
     vae, data = lively(), torch.randn(1, 64, latents)
     with torch.no_grad():
         whole, part = vae.decode(data), torch.cat(list(vae.decode_stream(data, frames=frames)), 2)
@@ -196,8 +196,8 @@ def test_decoding_the_first_frames_alone(latents: int, frames: int) -> None:
         assert part.shape[2] == count
         steady = (min(frames, latents) - 24) * 1024
         torch.testing.assert_close(part[..., :steady], whole[..., :steady], atol=1e-4, rtol=0)
-        one, other = (vae.transform.spectra(x[..., :count]).abs()[:, :, -12:] for x in (whole, part))
-    assert float((one - other).norm() / one.norm()) < 0.1
+        end = whole[..., count - 1024 : count]
+    assert float((part[..., -1024:] - end).norm() / end.norm()) < 0.1  # half, if nothing followed
 
 
 def test_an_item_sounds_the_same_in_a_batch() -> None:
