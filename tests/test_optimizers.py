@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from training import muon
 from training.ema import EMA
 from training.muon import Muon, orthogonalize
 from training.task import OptimizerConfig, RunConfig
@@ -52,6 +55,26 @@ def test_muon_moves_every_direction_alike() -> None:
         assert torch.linalg.svdvals(update)[:6] == pytest.approx(torch.ones(6), abs=0.35)
         assert torch.linalg.svdvals(update).max() < 1.35
         assert ((u.T @ update @ v.T).diagonal() > 0).all()
+
+
+def test_muon_updates_matrices_of_one_shape_together_as_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 6), nn.Conv1d(3, 4, 2), nn.Linear(6, 4)]
+    together = nn.ModuleList(layers)
+    alone = copy.deepcopy(together)
+    counts: list[int] = []
+    monkeypatch.setattr(muon, "orthogonalize", lambda m: counts.append(len(m)) or orthogonalize(m))
+    for module, entries in ((together, 60), (alone, 1)):  # two matrices of 24 entries fit into 60
+        monkeypatch.setattr(muon, "_TOGETHER", entries)
+        optimizer = Muon(module, lr=0.01, muon_lr=0.1, weight_decay=0.1)
+        for step in range(3):
+            torch.manual_seed(step)
+            for parameter in module.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    assert counts == [2, 1, 1, 1] * 3 + [1] * 15
+    for one, other in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_muon_updates_gains_by_adamw() -> None:

@@ -7,6 +7,9 @@ ones.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -16,18 +19,19 @@ from training.shard import full, sharded_like
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 _MOMENTUM = 0.9  # Nesterov's
+_TOGETHER = 2**22  # entries of small matrices that are orthogonalised at once, which a GPU does as fast as one of them
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """A matrix with `matrix`'s singular vectors and singular values near 1 (0.7 to 1.2); same shape."""
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices with the singular vectors of `matrices` (..., rows, columns) and singular values near 1 (.7 to 1.2)."""
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).float()
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(_ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return x.mT if tall else x
 
 
 class Muon(AdamW):
@@ -62,9 +66,8 @@ class Muon(AdamW):
         """Update all parameters once."""
         for group in self.param_groups:
             if group["muon"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._orthogonal_step(parameter, group)
+                for parameters in _batches([p for p in group["params"] if p.grad is not None]):
+                    self._orthogonal_step(parameters, group)
         # AdamW skips parameters without a gradient: hide those that Muon updates.
         done = [(p, p.grad) for g in self.param_groups if g["muon"] for p in g["params"]]
         for parameter, _ in done:
@@ -73,19 +76,35 @@ class Muon(AdamW):
         for parameter, grad in done:
             parameter.grad = grad
 
-    def _orthogonal_step(self, parameter: Tensor, group: dict) -> None:
+    def _orthogonal_step(self, parameters: Sequence[Tensor], group: dict) -> None:
+        """Update parameters of one shape."""
+        updates = torch.stack([full(self._momentum(parameter)).flatten(1) for parameter in parameters])
+        # Rows longer than columns would otherwise move less per entry (the usual shape factor).
+        shape_factor = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+        for parameter, update in zip(parameters, orthogonalize(updates), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            update = sharded_like(update.reshape(parameter.shape), parameter)
+            parameter.add_(update, alpha=-group["lr"] * group["scale"] * shape_factor)
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        """Add the parameter's gradient to its momentum; returns Nesterov's."""
         state, gradient = self.state[parameter], parameter.grad
         assert gradient is not None
         if "momentum" not in state:
             state["step"] = torch.zeros(())  # AdamW expects to find one when it is loaded
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
-        update = full(gradient.lerp(state["momentum"], _MOMENTUM)).flatten(1)
-        # Rows longer than columns would otherwise move less per entry (the usual shape factor).
-        shape_factor = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        update = sharded_like(orthogonalize(update).view(parameter.shape), parameter)
-        parameter.add_(update, alpha=-group["lr"] * group["scale"] * shape_factor)
+        return gradient.lerp(state["momentum"], _MOMENTUM)
+
+
+def _batches(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield all parameters in lists of one shape, which are short where matrices are large."""
+    alike = defaultdict(list)
+    for parameter in parameters:
+        alike[parameter.shape].append(parameter)
+    for shape, those in alike.items():
+        count = max(1, _TOGETHER // shape.numel())
+        yield from (those[i : i + count] for i in range(0, len(those), count))
 
 
 def _is_matrix(parameter: Tensor) -> bool:
