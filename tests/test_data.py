@@ -228,11 +228,10 @@ def test_random_windows_know_where_they_begin(tmp_path: Path) -> None:
     cache.write(0, [CachedLatent(0, torch.arange(50.0).expand(2, -1), about)])
     cache.finish()
     windows = LatentWindows([tmp_path], latents_of(2))
-    drawn = [windows.window(0, random.Random(i)) for i in range(40)]
-    for window in drawn:
-        assert window.seconds_start == pytest.approx(3.0 + 0.1 * float(window.latent[0, 0]))
-        assert window.seconds_total == 8.0 and window.latent.shape == (2, 8)
-    assert len({window.seconds_start for window in drawn}) > 15
+    drawn = windows.windows([0] * 40, map(random.Random, range(40)))
+    assert drawn["x0"].shape == (40, 2, 8) and drawn["seconds_total"].tolist() == [8.0] * 40
+    torch.testing.assert_close(drawn["seconds_start"], 3.0 + 0.1 * drawn["x0"][:, 0, 0])
+    assert len(set(drawn["seconds_start"].tolist())) > 15
 
 
 def test_what_can_not_be_read_is_left_out_by_crops(folder: Path, tmp_path: Path) -> None:
@@ -287,7 +286,8 @@ def test_latents_of_other_files_or_with_gaps(folder: Path, tmp_path: Path) -> No
     latents = [None if index == 1 else torch.full((4, 300), float(index)) for index in range(3)]
     cache = write_cache(tmp_path, [(item.name, latent) for item, latent in zip(items, latents, strict=True)])
     windows = LatentWindows([tmp_path], latents_of(4))
-    assert {float(windows.window(i, random.Random(0)).latent.max()) for i in range(len(windows))} == {0.0, 2.0}
+    drawn = windows.windows(range(len(windows)), map(random.Random, range(len(windows))))
+    assert set(drawn["x0"].amax((1, 2)).tolist()) == {0.0, 2.0}
     with pytest.raises(UserError, match="none of the 3 items"):
         write_cache(tmp_path / "empty", [("", None)] * 3)
     names = [item.name for item in items]
@@ -320,9 +320,9 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     representation = latents_of(64)
     representation.normalise = lambda z: (z - mean) / std
     windows = LatentWindows(folders, representation)
-    captions = [windows.window(i, random.Random(0)).caption for i in range(len(windows))]
-    assert captions == ["a0", "a1", "a2", "b0", "b1"]
-    given = torch.cat([windows.window(i, random.Random(0)).latent for i in range(5)], 1)
+    drawn = windows.windows(range(5), map(random.Random, range(5)))
+    assert len(windows) == 5 and drawn["captions"] == ["a0", "a1", "a2", "b0", "b1"]
+    given = drawn["x0"].transpose(0, 1).flatten(1)
     assert given.mean(1).abs().max() < 1e-2 and (given.std(1, correction=0) - 1).abs().max() < 1e-2
 
 

@@ -106,9 +106,9 @@ def test_no_window_is_mostly_silence_where_there_are_others(tmp_path: Path) -> N
     silent = {frame for begin, end in silences for frame in range(begin, end)}
     begins = set()
     for index in range(300):
-        window = windows.window(0, random.Random(index))
-        begin = round(10 * window.seconds_start)
-        assert window.latent[0].tolist() == list(range(begin, begin + 16))
+        window = windows.windows([0], [random.Random(index)])
+        begin = round(10 * float(window["seconds_start"]))
+        assert window["x0"][0, 0].tolist() == list(range(begin, begin + 16))
         assert len(silent & set(range(begin, begin + 16))) <= 4
         begins.add(begin)
     assert {0, 18, 56, 84} <= begins and not begins & set(range(19, 56))
@@ -117,11 +117,12 @@ def test_no_window_is_mostly_silence_where_there_are_others(tmp_path: Path) -> N
 def test_of_a_sparse_piece_the_fullest_windows_are_drawn(tmp_path: Path) -> None:
     windows = windows_of(tmp_path, 60, ((2, 30), (32, 60)))
     for index in range(50):
-        begin = round(10 * windows.window(0, random.Random(index)).seconds_start)
+        begin = round(10 * float(windows.windows([0], [random.Random(index)])["seconds_start"]))
         assert begin in (0, *range(16, 31))
 
 
 def test_caches_of_before_have_no_silences(tmp_path: Path) -> None:
     windows = windows_of(tmp_path, 100, ())
     assert windows.entries[0].about.silences == ()
-    assert {round(10 * windows.window(0, random.Random(i)).seconds_start) for i in range(900)} == set(range(85))
+    drawn = windows.windows([0] * 900, map(random.Random, range(900)))
+    assert set((10 * drawn["seconds_start"]).round().int().tolist()) == set(range(85))

@@ -208,7 +208,7 @@ def test_a_run_keeps_its_statistics(data: Path, bundles: dict[str, Path], tmp_pa
     assert torch.equal(latents.std[:, 0], first["latent_std"])
     entry = task.examples.entries[0].latent.float()[:, :1]
     x0 = (entry - first["latent_mean"][:, None]) / first["latent_std"][:, None]
-    assert torch.equal(task.examples.window(0, random.Random(0)).latent[:, :1], x0)
+    assert torch.equal(task.examples.windows([0], [random.Random(0)])["x0"][0, :, :1], x0)
 
 
 @pytest.mark.parametrize(("sigma_min", "share"), [(0.3, 0.1855), (0.03, 0.0191)])

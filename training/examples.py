@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,16 +42,6 @@ class Examples(Protocol):
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
         """Draw the examples with these numbers, each a function of its own number and the seed."""
         ...
-
-
-@dataclass(frozen=True)
-class Window:
-    """A training example: normalised `latent` (C, window), one of the item's captions, and its timing in seconds."""
-
-    latent: Tensor
-    caption: str
-    seconds_start: float
-    seconds_total: float
 
 
 class Buckets:
@@ -125,16 +114,26 @@ class LatentWindows:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def window(self, index: int, rng: random.Random, frames: int | None = None) -> Window:
-        """Draw a uniformly placed window of item `index`, by default of the longest length, and one of its captions."""
-        entry, frames = self.entries[index], frames or self.lengths[-1]
-        start = rng.choice(self._starts(entry, frames))
-        piece = self.latents.normalise(entry.latent[:, start : start + frames].float())
-        if rest := frames - piece.shape[1]:
-            piece = torch.cat((piece, self.latents.silence[:, -rest:]), 1)
-        begin = entry.about.seconds_start + start * self.frame_seconds
-        total = entry.about.seconds_start + entry.about.seconds
-        return Window(piece, rng.choice(entry.about.captions), begin, total)
+    def windows(self, items: Sequence[int], rngs: Iterable[random.Random], frames: int | None = None) -> dict[str, Any]:
+        """Draw a uniformly placed window of each of `items` and one of its captions, by generators of their own.
+
+        `frames` is the length of the windows, by default the longest.
+        """
+        frames = frames or self.lengths[-1]
+        x0 = torch.empty(len(items), self.latents.shape[0], frames)
+        rows: list[tuple[str, float, float]] = []
+        for row, index, rng in zip(x0, items, rngs, strict=True):
+            entry = self.entries[index]
+            start = rng.choice(self._starts(entry, frames))
+            piece = entry.latent[:, start : start + frames]
+            row[:, : piece.shape[1]] = self.latents.normalise(piece.float())
+            if rest := frames - piece.shape[1]:
+                row[:, -rest:] = self.latents.silence[:, -rest:]
+            begin = entry.about.seconds_start + start * self.frame_seconds
+            rows.append((rng.choice(entry.about.captions), begin, entry.about.seconds_start + entry.about.seconds))
+        captions, starts, totals = zip(*rows, strict=True)
+        timing = {"seconds_start": torch.tensor(starts), "seconds_total": torch.tensor(totals)}
+        return {"x0": x0, "captions": list(captions)} | timing
 
     @staticmethod
     def _starts(entry: CachedLatent, frames: int) -> Sequence[int]:
@@ -154,20 +153,12 @@ class LatentWindows:
         frames, group = self._buckets.batch(number, size * world, seed)
         rngs = (random.Random(f"{seed}/{n}") for n in item_numbers(number, rank, world, size))
         own = group[rank * size : (rank + 1) * size]
-        return _stack([self.window(index, rng, frames) for index, rng in zip(own, rngs, strict=True)])
+        return self.windows(own, rngs, frames)
 
     def draw(self, numbers: range, seed: int) -> dict[str, Any]:
         """As `Examples`."""
-        return _stack([self.window(epoch_index(n, len(self), seed), random.Random(f"{seed}/{n}")) for n in numbers])
-
-
-def _stack(windows: list[Window]) -> dict[str, Any]:
-    return {
-        "x0": torch.stack([w.latent for w in windows]),
-        "captions": [w.caption for w in windows],
-        "seconds_start": torch.tensor([w.seconds_start for w in windows]),
-        "seconds_total": torch.tensor([w.seconds_total for w in windows]),
-    }
+        items = [epoch_index(n, len(self), seed) for n in numbers]
+        return self.windows(items, (random.Random(f"{seed}/{n}") for n in numbers))
 
 
 def latent_statistics(folders: Sequence[str | Path], encoder: str) -> tuple[Tensor, Tensor]:
