@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from stable_audio_lite.errors import UserError
+from stable_audio_lite.models import waveform_vae
 from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
 from stable_audio_lite.models.vae import Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
+from stable_audio_lite.nn import conv
 from stable_audio_lite.nn.snake import Snake
 
 SMALL = WaveformVAEConfig(encoder_width=4, decoder_width=32)
@@ -127,6 +129,19 @@ def test_pieces_equal_whole(frames: int, chunk: int) -> None:
         streamed = list(vae.encode_stream(audio.split(1500, 2), chunk))
         assert {p.mean.shape[2] for p in streamed[:-1]} <= {chunk}
         torch.testing.assert_close(torch.cat([p.mean for p in streamed], 2), one.mean, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gpu_computes_the_same_in_longer_pieces_and_another_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = lively(WaveformVAE(SMALL)).prepare_for_inference()
+    audio = torch.randn(1, 2, 300 * vae.hop)
+    with torch.no_grad():
+        posterior, pieces = vae.encode_chunked(audio), list(vae.decode_stream(latents := torch.randn(1, 64, 300)))
+        monkeypatch.setattr(waveform_vae, "_at_once", lambda x: waveform_vae._AT_ONCE_ON_GPU)
+        monkeypatch.setattr(conv, "_suits_images", lambda x: x.shape[1] % 8 == 0)
+        on_gpu, longer = vae.encode_chunked(audio), list(vae.decode_stream(latents))
+    assert [len(pieces), len(longer)] == [10, 2]
+    torch.testing.assert_close(on_gpu.mean, posterior.mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(longer, 2), torch.cat(pieces, 2), atol=1e-4, rtol=1e-4)
 
 
 def test_streams_hold_no_more_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

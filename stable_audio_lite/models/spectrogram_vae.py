@@ -274,7 +274,9 @@ class SpectrogramVAE(VAE):
         """Latent frames on each side that a frame's features depend on."""
         return 3 + 3 * self.config.decoder_blocks
 
-    def decode_stream(self, latents: Tensor, chunk_frames: int = _PIECE, frames: int | None = None) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, chunk_frames: int | None = None, frames: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, 2, any), in float32.
 
         Phases are found in pieces of a fixed length, whatever `chunk_frames` is, each continuing the one before, so
@@ -284,7 +286,7 @@ class SpectrogramVAE(VAE):
         Raises:
             ValueError: the shape is not (B, latent_channels, F) with F > 0, or chunks are empty.
         """
-        check_chunks(chunk_frames)
+        check_chunks(_PIECE if chunk_frames is None else chunk_frames)
         self.check_latents(latents)
         stream, length = SpectrumStream(self.transform, self.config.iterations), latents.shape[2]
         wanted = length if frames is None else min(frames, length)

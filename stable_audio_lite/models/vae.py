@@ -77,7 +77,9 @@ class VAE(nn.Module, ABC):
         """The training target of audio (B, audio_channels, T), in the form of the output."""
 
     @abstractmethod
-    def decode_stream(self, latents: Tensor, chunk_frames: int = 32, frames: int | None = None) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, chunk_frames: int | None = None, frames: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, any), in float32 and constant memory.
 
         With `frames`, only the sound of the first so many, heard as the others follow them.
@@ -112,8 +114,8 @@ class VAE(nn.Module, ABC):
         """
         return self.decode_chunked(latents)
 
-    def decode_chunked(self, latents: Tensor, chunk_frames: int = 32) -> Tensor:
-        """Decode in float32 and in pieces that stay in the processor's cache."""
+    def decode_chunked(self, latents: Tensor, chunk_frames: int | None = None) -> Tensor:
+        """Decode in float32 and in pieces, by default of the size that the device is fastest with."""
         return torch.cat(list(self.decode_stream(latents, chunk_frames)), 2)
 
     def decode_between(self, latents: Tensor, source: Tensor, first: int, last: int) -> Tensor:

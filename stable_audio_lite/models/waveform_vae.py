@@ -21,7 +21,7 @@ from stable_audio_lite.nn.conv import WeightNormConv1d, WeightNormConvTranspose1
 from stable_audio_lite.nn.snake import FoldedSnake, Snake, SnakeBeta
 
 _DILATIONS = (1, 3, 9)
-_ENCODED_AT_ONCE = 32  # latent frames, whose activations at the higher rates stay in the cache
+_AT_ONCE, _AT_ONCE_ON_GPU = 32, 256  # latent frames: their activations stay in the cache; a GPU is kept busy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +205,9 @@ class WaveformVAE(VAE):
             return Posterior.of(self.encoder(x))
         high, low, pieces = layers[:-3], layers[-3:], []
         frames, rate = x.shape[2] // self.hop, self.config.strides[-1]
-        halo = math.ceil(_receptive_field(high) / self.hop)
-        for start in range(0, frames, _ENCODED_AT_ONCE):
-            stop = min(start + _ENCODED_AT_ONCE, frames)
+        halo, at_once = math.ceil(_receptive_field(high) / self.hop), _at_once(x)
+        for start in range(0, frames, at_once):
+            stop = min(start + at_once, frames)
             left, right = max(start - halo, 0), min(stop + halo, frames)
             hidden = high(channels_last(x[:, :, left * self.hop : right * self.hop]))
             pieces.append(hidden[:, :, (start - left) * rate : (stop - left) * rate])
@@ -217,13 +217,18 @@ class WaveformVAE(VAE):
         self.check_latents(latents)
         return self.decoder(latents.to(self._dtype))
 
-    def decode_stream(self, latents: Tensor, chunk_frames: int = 32, frames: int | None = None) -> Iterator[Tensor]:
+    def decode_stream(
+        self, latents: Tensor, chunk_frames: int | None = None, frames: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, chunk_frames * hop), in float32.
+
+        By default a piece is of 32 frames, or on a GPU 256.
 
         The layers of the lowest rate, whose receptive field spans whole frames, run over long pieces; the others, whose
         receptive field is a fraction of a frame but whose activations are large, run over pieces of `chunk_frames`
         frames. Each piece is computed with all the context that it depends on, so the pieces equal the whole.
         """
+        chunk_frames = _at_once(latents) if chunk_frames is None else chunk_frames
         check_chunks(chunk_frames)
         self.check_latents(latents)
         x = latents.to(self._dtype)
@@ -264,6 +269,11 @@ class WaveformVAE(VAE):
             if isinstance(module, nn.Sequential):
                 _fold_snakes(module)
         return self.eval().requires_grad_(False)
+
+
+def _at_once(x: Tensor) -> int:
+    """Latent frames whose higher rates are computed at once."""
+    return _AT_ONCE_ON_GPU if x.is_cuda else _AT_ONCE
 
 
 def _fold_snakes(layers: nn.Sequential) -> None:
