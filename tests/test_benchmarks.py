@@ -144,7 +144,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_the_table_comes_as_text_and_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("evaluation.benchmarks.machine._MATRIX", 64)
+    monkeypatch.setattr("evaluation.benchmarks.machine._ROWS", 64)
     output = tmp_path / "speed.json"
     asked = ["--only", "unet", "vae", "--seconds", "0.1", "--frames", "16", "--dtypes", "float32", "--repeats", "2"]
     assert run(monkeypatch, str(TINY), *asked, "-o", str(output)) == 0
@@ -179,7 +179,7 @@ def test_generation_is_measured_in_seconds_of_sound(tiny_bundle: Path, monkeypat
 
 
 def test_a_network_that_takes_the_scale_needs_one_forward_for_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evaluation.benchmarks.machine._MATRIX", 64)
+    monkeypatch.setattr("evaluation.benchmarks.machine._ROWS", 64)
     tiny, sizes = load_model_config(TINY), networks.Sizes(frames=16, seconds=0.1)
     for guidance, items in ((0.0, 2), (4.0, 1)):
         config = replace(tiny, unet=replace(tiny.unet, guidance=guidance))

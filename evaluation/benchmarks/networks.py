@@ -25,6 +25,7 @@ from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import load_part, resolve
 from stable_audio_lite.config import save_config
+from stable_audio_lite.diffusion import replay
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.discriminator import DiscriminatorConfig
@@ -116,7 +117,7 @@ class Subject:
 def unet_rows(
     subject: Subject, sizes: Sizes, device: torch.device, dtypes: Sequence[torch.dtype], repeats: int
 ) -> Iterator[Row]:
-    """Time a step with guidance, its condition being ready as within a generation.
+    """Time a step with guidance as generation takes it, its condition being ready.
 
     It is one forward of a pair, or of one item where the network takes the guidance scale.
     """
@@ -135,7 +136,10 @@ def _unet_row(unet: UNet, config: StableAudioConfig, frames: int, repeats: int) 
     context = unet.context(condition, scale)
     peer = unet_peer(unet, config)
     others = {} if peer is None else {"stable-audio-tools": lambda: peer(x, t, tokens)}
-    timed = _timed(lambda: unet(x, t, context), others, device, dtype, repeats)
+    step = partial(replay.forward, unet, x, t, context)
+    if x.is_cuda:
+        step()  # the next is recorded
+    timed = _timed(step, others, device, dtype, repeats, counted=lambda: unet(x, t, context))
     how = f"{_name(dtype)}, {items} x {frames} frames"
     return timed.row(part="unet", what="U-Net step with guidance", how=how)
 
@@ -231,10 +235,11 @@ def _timed(
     device: torch.device,
     dtype: torch.dtype,
     repeats: int,
+    counted: Callable[[], Any] | None = None,
 ) -> _Timed:
-    """Count the operations of `run`, and time it, a matrix product and `others` in turns."""
+    """Time `run`, a matrix product and `others` in turns; operations are those of `counted`, by default `run`."""
     with FlopCounter() as counter:
-        run()
+        (counted or run)()
     product, flops = matrix_product(device, dtype)
     own, yardstick, *timings = time_in_turns((run, product, *others.values()), repeats)
     pairs = zip(own.rates(counter.total), yardstick.rates(flops), strict=True)
