@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation.benchmarks import __main__, generation, networks, processes
+from evaluation.benchmarks import __main__, generation, networks, peers, processes
 from evaluation.benchmarks.peers import PeerVAE, VAEPeer, peer_discriminator, unet_peer, vae_peers
 from evaluation.benchmarks.processes import Ran
 from evaluation.benchmarks.table import CostTable, Peer, Row
@@ -84,6 +84,19 @@ def test_the_peer_of_the_unet_predicts_alike(dtype: torch.dtype, atol: float) ->
         own = unet(x, t, unet.context(Condition(tokens, torch.ones(2, config.context_tokens, dtype=torch.bool))))
         theirs = peer(x, t, tokens)
         assert theirs.dtype == dtype and float((own - theirs).abs().max() / theirs.abs().max()) < atol
+
+
+def test_a_peer_that_can_not_be_imported_is_left_out_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_peer").mkdir()
+    (tmp_path / "broken_peer/__init__.py").write_text("import what_it_needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers._imported("broken_peer.models") is None and peers._imported("no_such_peer.models") is None
+    assert capsys.readouterr().err == (
+        "broken-peer is left out: it can't be imported (No module named 'what_it_needs')\n"
+    )
+    assert peers._imported("json.decoder").JSONDecoder
 
 
 def test_peer_discriminator_is_the_same_in_the_usual_layout() -> None:

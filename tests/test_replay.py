@@ -156,6 +156,15 @@ def test_where_memory_is_too_short_to_record_forwards_go_on_launched() -> None:
 
 
 @on_a_gpu
+def test_nothing_is_recorded_under_autocast() -> None:
+    network, x, t = Counted().cuda(), torch.ones(3, 2, device="cuda"), torch.zeros(3, device="cuda")
+    for _ in range(4):
+        with torch.autocast("cuda", torch.bfloat16):
+            replay.forward(network, x, t, ())
+    assert network.calls == 4
+
+
+@on_a_gpu
 def test_gradients_flow_where_they_are_asked_for() -> None:
     network, context, shape = system("stable_audio/tiny")
     denoiser = NetworkDenoiser(network, CosineProcess("v"), context)

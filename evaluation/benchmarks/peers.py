@@ -6,8 +6,10 @@ AutoencoderOobleck of diffusers.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -86,11 +88,9 @@ def vae_peers(vae: VAE, config: StableAudioConfig) -> Iterator[VAEPeer]:
     if vae.config.blocks == "dac" and not vae.config.tanh and importlib.util.find_spec("dac"):
         dac = _ready(PeerVAE(vae.config).load(vae))
         yield VAEPeer("descript-audio-codec", dac, lambda audio: dac.posterior(audio).mean, dac.decoder)
-    if importlib.util.find_spec("stable_audio_tools") and _expressible(config, whole=False):
-        from stable_audio_tools.models.autoencoders import create_autoencoder_from_config
-
+    if _expressible(config, whole=False) and (models := _imported("stable_audio_tools.models.autoencoders")):
         described = Described(config)
-        tools = create_autoencoder_from_config(_model_json(described))
+        tools = models.create_autoencoder_from_config(_model_json(described))
         tools.load_state_dict(_foreign(described, {"vae": vae}))
         tools = _ready(tools)
         yield VAEPeer(
@@ -98,10 +98,8 @@ def vae_peers(vae: VAE, config: StableAudioConfig) -> Iterator[VAEPeer]:
         )
     shape = vae.config
     same = shape.blocks == "oobleck" and not shape.tanh and shape.encoder_width == 2 * shape.latent_channels
-    if same and importlib.util.find_spec("diffusers"):
-        from diffusers import AutoencoderOobleck
-
-        oobleck = AutoencoderOobleck(
+    if same and (diffusers := _imported("diffusers")):
+        oobleck = diffusers.AutoencoderOobleck(
             encoder_hidden_size=shape.encoder_width,
             downsampling_ratios=list(shape.strides),
             channel_multiples=list(shape.multipliers[1:]),
@@ -122,14 +120,12 @@ def unet_peer(unet: UNet, config: StableAudioConfig) -> Callable[[Tensor, Tensor
     # Without masked tokens it makes no difference, and theirs is always so; and the VAE has no part in it.
     vae = WaveformVAEConfig(latent_channels=config.vae.latent_channels, tanh=True)
     config = replace(config, unet=replace(config.unet, attend_padding=True), vae=vae)
-    if not importlib.util.find_spec("stable_audio_tools") or not _expressible(config, whole=True):
+    if not _expressible(config, whole=True) or not (models := _imported("stable_audio_tools.models.diffusion")):
         return None
-    from stable_audio_tools.models.diffusion import UNetCFG1DWrapper
-
     described = Described(config, scale=1.0)
     settings = _model_json(described)["model"]["diffusion"]["config"]
     with torch.device(unet.null.device):
-        peer = UNetCFG1DWrapper(**settings).to(unet.null.dtype)
+        peer = models.UNetCFG1DWrapper(**settings).to(unet.null.dtype)
     state = {name.removeprefix("model."): v for name, v in _foreign(described, {"unet": unet}).items()}
     peer.load_state_dict(state)
     peer = _ready(peer)
@@ -141,6 +137,19 @@ def unet_peer(unet: UNet, config: StableAudioConfig) -> Callable[[Tensor, Tensor
             return peer(x, t, cross_attn_cond=tokens)
 
     return step
+
+
+def _imported(name: str) -> Any:
+    """A peer's module; None where it isn't installed, or something that it needs isn't, which is said."""
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a peer's own, of any kind
+        reason = " ".join(str(error).split())[:160]
+        print(f"{package.replace('_', '-')} is left out: it can't be imported ({reason})", file=sys.stderr)
+        return None
 
 
 def _expressible(config: StableAudioConfig, whole: bool) -> bool:

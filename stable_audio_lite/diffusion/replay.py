@@ -23,9 +23,10 @@ def forward(network: Callable[..., Tensor], x: Tensor, t: Tensor, context: Any) 
     """Return `network(x, t, context)` without gradients, as a tensor of its own.
 
     On a CUDA device the forward of a module is recorded the second time that inputs have the same shapes, and replayed
-    from then on. `context` is None, or tensors and None in tuples.
+    from then on; not under autocast, which keeps copies of weights for a while. `context` is None, or tensors and None
+    in tuples.
     """
-    if not x.is_cuda or not isinstance(network, nn.Module):
+    if not x.is_cuda or not isinstance(network, nn.Module) or torch.is_autocast_enabled("cuda"):
         with torch.inference_mode():  # a millisecond less than `no_grad`, which is much for a small network
             prediction = network(x, t, context)
         return prediction.clone()  # which, unlike that, can be modified and learned from
@@ -67,13 +68,15 @@ class Recorded:
     @classmethod
     def of(cls, network: nn.Module, inputs: Any) -> Recorded | None:
         """Record the forward of `inputs`, whose kernels have run before; None where memory is too short for that."""
-        graph, own = torch.cuda.CUDAGraph(), _copied(inputs)
-        try:
-            # Other threads may go on with the device meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = network(*own)
-        except torch.OutOfMemoryError:
-            return None
+        own = _copied(inputs)
+        with torch.cuda.device(own[0].device):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            try:
+                # Other threads may go on with the device meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    output = network(*own)
+            except torch.OutOfMemoryError:
+                return None
         return cls(graph, own, output)
 
     def replay(self, inputs: Any) -> Tensor:
