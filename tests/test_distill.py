@@ -100,10 +100,11 @@ def text_transformer(folder: Path, like: Path) -> Path:
 
 
 def test_the_teacher_is_guided_as_in_generation_each_item_by_its_own_scale(
-    tiny_bundle: Path, data: Path, tmp_path: Path
+    tiny_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"condition_dropout": 0.0, "batch_size": 4, "default_share": 0.0}
-    task = task_of(settings_of(tiny_bundle, data, tmp_path / "run", 1) | changes, tmp_path)
+    monkeypatch.setattr(distill, "_UNPROMPTED", 0.0)
+    monkeypatch.setattr(distill, "_AT_DEFAULT", 0.0)
+    task = task_of(settings_of(tiny_bundle, data, tmp_path / "run", 1) | {"batch_size": 4}, tmp_path)
     batch, model = task.batch(0, 0, 1), StableAudio.from_pretrained(tiny_bundle, "cpu", "float32")
     assert batch["scale"].unique().numel() == 4 and 1 <= batch["scale"].min() and batch["scale"].max() <= 5
     x, sigma = 3 * batch["eps"], torch.full((4,), 3.0)
@@ -116,18 +117,20 @@ def test_the_teacher_is_guided_as_in_generation_each_item_by_its_own_scale(
             torch.testing.assert_close(made[i : i + 1], alone(x[i : i + 1], sigma[:1]), rtol=1e-4, atol=1e-4)
 
 
-def test_without_guidance_there_is_nothing_to_learn(tiny_bundle: Path, data: Path, tmp_path: Path) -> None:
+def test_without_guidance_there_is_nothing_to_learn(
+    tiny_bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The student begins as the teacher without guidance, whatever the scale."""
 
-    def errors(**changes: Any) -> list[float]:
-        settings = settings_of(tiny_bundle, data, tmp_path / "run", 1) | changes
-        task, losses = task_of(settings, tmp_path), []
+    def errors(unprompted: float) -> list[float]:
+        monkeypatch.setattr(distill, "_UNPROMPTED", unprompted)
+        task, losses = task_of(settings_of(tiny_bundle, data, tmp_path / "run", 1), tmp_path), []
         figures = task.step(task.batch(0, 0, 1), 0, lambda name, loss: losses.append(float(loss.detach())))
         assert set(figures) == {"loss/v", "loss/step1", "loss/step2", "loss/step3"} and len(losses) == 3
         return [float(figures[f"loss/step{i}"]) for i in (1, 2, 3)]
 
-    assert max(errors(condition_dropout=1.0)) < 1e-8
-    assert min(errors(condition_dropout=0.0)) > 1e-6
+    assert max(errors(unprompted=1.0)) < 1e-8
+    assert min(errors(unprompted=0.0)) > 1e-6
 
 
 def test_what_comes_after_the_end_of_a_piece_is_not_learned(tiny_bundle: Path, data: Path, tmp_path: Path) -> None:
@@ -322,7 +325,6 @@ def test_mistakes_are_named(tiny_bundle: Path, data: Path, tmp_path: Path) -> No
         (lambda: {"steps": 1}, "batch_size must be at least 1 and steps 2"),
         (lambda: {"largest_scale": 1.0}, "largest_scale must lie above 1 and up to 100"),
         (lambda: {"largest_scale": 2.0}, "largest_scale: 2 is below the default of .*, 3"),
-        (lambda: {"default_share": 2.0}, "default_share and condition_dropout must lie in 0..1"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             task_of(good | change(), tmp_path)

@@ -56,6 +56,8 @@ TextConfig = StableAudioConfig | SpectrogramDiffusionConfig
 _SOLVER = "dpmpp-2m"
 _HELD_OUT = 2  # batches
 _NOTHING = 1e-8  # an error of rounding alone
+_UNPROMPTED = 0.05  # share of the sounds made without a prompt
+_AT_DEFAULT = 0.5  # share of those with the teacher's default scale; others' are spread evenly in their logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,6 @@ class DistillConfig:
         largest_scale: the largest guidance scale that the student takes; beyond it guidance takes two forwards.
         steps: sampling steps of the ways on which it learns, and its default.
         batch_size: sounds in a batch; each is an example at every step.
-        default_share: share of the sounds with the teacher's default scale; the others' are spread evenly in their
-            logarithm.
-        condition_dropout: share of the sounds made without a prompt.
     """
 
     teacher: str
@@ -81,8 +80,6 @@ class DistillConfig:
     largest_scale: float = 8.0
     steps: int = 8
     batch_size: int = 4
-    default_share: float = 0.5
-    condition_dropout: float = 0.05
     run: RunConfig
     optimizer: OptimizerConfig
 
@@ -91,11 +88,6 @@ class DistillConfig:
             raise ValueError(f"batch_size must be at least 1 and steps 2, got {self.batch_size} and {self.steps}")
         if not 1 < self.largest_scale <= MAX_CFG:
             raise ValueError(f"largest_scale must lie above 1 and up to {MAX_CFG:g}, got {self.largest_scale}")
-        if not (0 <= self.default_share <= 1 and 0 <= self.condition_dropout <= 1):
-            raise ValueError(
-                f"default_share and condition_dropout must lie in 0..1, got {self.default_share} and "
-                f"{self.condition_dropout}"
-            )
 
 
 class Requests:
@@ -312,9 +304,9 @@ class DistillTask(TrainingTask):
         config, size, everyone = self.config, self.batch_size, world * self.batch_size
         frames, batch = requests.batch(number, rank, world, size, seed)
         draws, own = generator(seed, number), slice(rank * size, (rank + 1) * size)
-        dropped = torch.rand(everyone, generator=draws) < config.condition_dropout
+        dropped = torch.rand(everyone, generator=draws) < _UNPROMPTED
         spread = config.largest_scale ** torch.rand(everyone, generator=draws)
-        default = torch.rand(everyone, generator=draws) < config.default_share
+        default = torch.rand(everyone, generator=draws) < _AT_DEFAULT
         scale = torch.where(default, self.defaults.cfg, spread).masked_fill(dropped, 1.0)
         share = torch.rand((), generator=draws) * (number % 2)
         levels = self._levels(config.steps)
