@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from training_runs import load, trainer_of
 from stable_audio_lite import cli
 from training.plan import FlopCounter, SavedTensorMemory, plan
 from training.profile import profile
+from training.train_diffusion import DiffusionTask
 
 
 def test_what_autograd_keeps_is_counted_once_and_given_back() -> None:
@@ -56,6 +58,25 @@ def test_sizes_are_those_of_the_run(name: str, data: Path, bundles: dict[str, Pa
     # Each file has a header; and in its only step a discriminator that starts later has had no update.
     assert found.checkpoint == pytest.approx(on_disk, rel=0.25)
     assert plan(tmp_path / "c.yaml", steps=1).done == 1
+
+
+def test_memory_is_that_of_the_longest_windows(
+    data: Path, bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of a few lengths: activations are of the fullest, and an item's from two batches of that length."""
+    path = tmp_path / "c.yaml"
+    chosen = trainer_of("diffusion", data, bundles)[2](tmp_path / "run", 1)
+    path.write_text(yaml.safe_dump(chosen))
+    whole, drawn = plan(path, steps=1), DiffusionTask.batch
+
+    def shorter(task: DiffusionTask, number: int, rank: int, world: int) -> dict[str, Any]:
+        batch, longest = drawn(task, number, rank, world), 3 if task.batch_size == chosen["batch_size"] else 5
+        return batch if number == longest else {k: v[..., :4] if k in ("x0", "eps") else v for k, v in batch.items()}
+
+    monkeypatch.setattr(DiffusionTask, "batch", shorter)
+    found = plan(path, steps=1)
+    assert found.activations == pytest.approx(whole.activations, rel=0.02)
+    assert found.per_item == pytest.approx(whole.per_item, rel=0.02)
 
 
 def test_fsdp_divides_what_is_trained(bundles: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ TRAINERS: dict[str, tuple[type, type[TrainingTask]]] = {
     "train_diffusion": (TrainDiffusionConfig, DiffusionTask),
     "distill": (DistillConfig, DistillTask),
 }
+_LOOKED_AT = 6  # steps, of whose batches the fullest counts
 _SPARE = 0.05  # of a GPU's memory, for what PyTorch doesn't count
 
 
@@ -203,7 +204,7 @@ def _measure(trainer: str, task: TrainingTask, run: RunConfig, steps: int, proce
             module.compile(dynamic=False)
     update = Update(accelerator, run, task, optimizers)
     whole, part = task.batch_size, max(1, task.batch_size // 2)
-    counts = {size: _counted_step(task, size, index, update) for index, size in enumerate({part: 0, whole: 0})}
+    counts = {size: _counted_step(task, size, _fullest(task, size, run), update) for size in {part: 0, whole: 0}}
     kept = {size: count.kept for size, count in counts.items()}
     per_item = (kept[whole] - kept[part]) / (whole - part) if whole > part else kept[whole]
 
@@ -266,6 +267,18 @@ class _Counts:
 
     kept: int
     flops: int
+
+
+def _fullest(task: TrainingTask, size: int, run: RunConfig) -> int:
+    """Find which of the first steps has most data in batches of `size`, whose windows may differ in length."""
+    before, task.batch_size = task.batch_size, size
+    amounts = [sum(_bytes(_tensors(batch)) for batch in _batches(task, step, run)) for step in range(_LOOKED_AT)]
+    task.batch_size = before
+    return amounts.index(max(amounts))
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    return [value for value in batch.values() if isinstance(value, Tensor)]
 
 
 def _counted_step(task: TrainingTask, size: int, step: int, update: Update) -> _Counts:
