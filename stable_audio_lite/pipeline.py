@@ -25,6 +25,7 @@ from stable_audio_lite.clap.text_encoder import TextEncoder
 from stable_audio_lite.devices import choose_device, choose_dtype
 from stable_audio_lite.diffusion.denoiser import Guidance, NetworkDenoiser
 from stable_audio_lite.diffusion.editing import KnownRegion
+from stable_audio_lite.diffusion.replay import Recorder
 from stable_audio_lite.diffusion.samplers import SAMPLERS, Denoiser, ItemNoise
 from stable_audio_lite.edits import CROSSFADE_SECONDS, After, Edit, Sampling, Sound, plan_windows, steps_around
 from stable_audio_lite.errors import UserError
@@ -107,6 +108,7 @@ class StableAudio:
         self.folder, self.config, self.representation, self.network = folder, config, representation, network
         self.text_encoder, self.conditioner, self.lora = text_encoder, conditioner, lora or {}
         self.process, self.hash = config.process, bundle.model_hash(folder)
+        self._recorder = Recorder(network)
 
     @classmethod
     def from_pretrained(
@@ -193,7 +195,9 @@ class StableAudio:
         except ValueError as error:
             raise UserError(str(error)) from error
         parts = (self.representation, self.network, self.text_encoder, self.conditioner, self.lora)
-        return StableAudio(self.folder, config, *parts)
+        model = StableAudio(self.folder, config, *parts)
+        model._recorder = self._recorder
+        return model
 
     @property
     def sample_rate(self) -> int:
@@ -603,11 +607,12 @@ class StableAudio:
     def _denoiser(self, texts: list[str | None], request: Request) -> Denoiser:
         network: Any = self.network
         if self.conditioner is None:
-            return NetworkDenoiser(network, self.process)
+            return NetworkDenoiser(network, self.process, recorder=self._recorder)
         frames = request.start * self.sample_rate / self.representation.hop
         start = torch.full((len(texts),), frames, device=self.device)
         if None in texts:
-            return Guidance(network, self.process, network.null_condition(len(texts)), scale=1.0, start=start)
+            nothing = network.null_condition(len(texts))
+            return Guidance(network, self.process, nothing, scale=1.0, start=start, recorder=self._recorder)
         condition, negative = self._condition([text or "" for text in texts], request), None
         if request.negative is not None:
             negative = self._condition([request.negative] * len(texts), request)
@@ -619,6 +624,7 @@ class StableAudio:
             scale=request.cfg,
             rescale=request.rescale,
             start=start,
+            recorder=self._recorder,
         )
 
     def _condition(self, texts: list[str], request: Request) -> Condition:

@@ -1,6 +1,5 @@
 """Forwards that are replayed as CUDA graphs give what they give launched one by one."""
 
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from stable_audio_lite.diffusion import replay
 from stable_audio_lite.diffusion.denoiser import NetworkDenoiser
 from stable_audio_lite.diffusion.process import CosineProcess
+from stable_audio_lite.diffusion.replay import Recorder
 from stable_audio_lite.nn.attention import Condition
+from stable_audio_lite.pipeline import StableAudio
 from stable_audio_lite.systems import ComplexSTFTConfig, StableAudioConfig, load_system
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -36,28 +37,28 @@ class Counted(nn.Module):
         return total
 
 
-def system(name: str) -> tuple[nn.Module, Any, tuple[int, ...]]:
-    """A network of random weights, its context for a batch of two, and the shape of its data."""
+def system(name: str) -> tuple[nn.Module, list[Any], tuple[int, ...]]:
+    """A network of random weights, two contexts of a batch of two, and the shape of its data."""
     config: Any = load_system(CONFIGS / f"{name}.yaml")
     torch.manual_seed(0)
     network: Any = config.network().cuda().eval().requires_grad_(False)
     for parameter in network.parameters():  # layers that start at zero would hide the rest
         parameter.add_(0.05 * torch.randn_like(parameter))
     if isinstance(config, ComplexSTFTConfig):
-        return network, None, (2, config.spectrogram.bins, 32)
-    tokens = torch.randn(2, *network.null.shape, device="cuda")
-    mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cuda")
+        return network, [None, None], (2, config.spectrogram.bins, 32)
+    mask = torch.ones(2, len(network.null), dtype=torch.bool, device="cuda")
     mask[0, 1:] = False
-    context = network.context(Condition(tokens, mask), None, torch.zeros(2, device="cuda"))
+    tokens = torch.randn(2, *mask.shape, network.null.shape[1], device="cuda")
+    contexts = [network.context(Condition(those, mask), None, torch.zeros(2, device="cuda")) for those in tokens]
     if isinstance(config, StableAudioConfig):
-        return network, context, config.latent_shape
-    return network, context, (2, config.spectrogram.bins, config.spectrogram.frames)
+        return network, contexts, config.latent_shape
+    return network, contexts, (2, config.spectrogram.bins, config.spectrogram.frames)
 
 
 def test_where_nothing_is_replayed_results_can_be_modified_and_learned_from() -> None:
     network = Counted()
     x, t = torch.randn(3, 2), torch.ones(3)
-    result = replay.forward(network, x, t, (None,))
+    result = Recorder(network)(x, t, (None,))
     assert torch.equal(result, x + 1) and network.calls == 1
     (result.add_(1).requires_grad_() * 2).sum().backward()
     assert torch.equal(result.grad, torch.full((3, 2), 2.0))
@@ -66,109 +67,142 @@ def test_where_nothing_is_replayed_results_can_be_modified_and_learned_from() ->
 @on_a_gpu
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_replayed_steps_of_each_system_are_the_launched_ones(name: str) -> None:
-    network, context, shape = system(name)
-    for _ in range(5):
-        x, t = torch.randn(2, *shape, device="cuda"), torch.rand(2, device="cuda")
+    network, contexts, shape = system(name)
+    recorder = Recorder(network)
+    for number in range(6):
+        x, t, context = torch.randn(2, *shape, device="cuda"), torch.rand(2, device="cuda"), contexts[number % 2]
         with torch.no_grad():
             wanted = network(x, t, context)
-        torch.testing.assert_close(replay.forward(network, x, t, context), wanted, rtol=0, atol=0)
-
-
-@on_a_gpu
-def test_a_network_that_prepares_its_own_context_is_replayed_too() -> None:
-    network, _, shape = system("spectrogram_transformer/tiny")
-    for _ in range(3):
-        x, t = torch.randn(2, *shape, device="cuda"), torch.rand(2, device="cuda")
-        with torch.no_grad():
-            wanted = network(x, t)
-        torch.testing.assert_close(replay.forward(network, x, t, None), wanted)
+        torch.testing.assert_close(recorder(x, t, context), wanted, rtol=0, atol=0)
+    assert [type(recorded) for recorded in recorder._recorded.values()] == [replay.Recorded]
 
 
 @pytest.fixture(params=["imitated", pytest.param("cuda", marks=on_a_gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A GPU; or a processor, where what is recorded runs again at each replay, not counted."""
+    """A GPU; or a processor that counts as one, where what is recorded runs again at each replay, not counted."""
     if request.param == "cuda":
         return "cuda"
 
-    def imitated(network: Counted, inputs: Any) -> replay.Recorded:
+    def imitated(network: nn.Module, inputs: Any, pool: Any) -> replay.Recorded:
         own = replay._copied(inputs)
         output = network(*own)
 
         def again() -> None:
-            calls = network.calls
+            counted = next(module for module in network.modules() if isinstance(module, Counted))
+            calls = counted.calls
             output.copy_(network(*own))
-            network.calls = calls
+            counted.calls = calls
 
-        return replay.Recorded(SimpleNamespace(replay=again), own, output)  # type: ignore[arg-type]
+        return replay.Recorded(SimpleNamespace(replay=again, pool=lambda: None), own, output.detach())  # type: ignore[arg-type]
 
-    recorders = defaultdict(replay.Recorder)
+    monkeypatch.setattr(replay, "_launches_one_by_one", lambda network, x: False)
     monkeypatch.setattr(replay.Recorded, "of", imitated)
-    monkeypatch.setattr(replay, "forward", lambda network, *inputs: recorders[network](network, *inputs))
     return "cpu"
 
 
+@torch.no_grad()
 def test_results_stay_and_inputs_of_other_shapes_and_contexts_have_their_own(device: str) -> None:
     network, t = Counted().to(device), torch.arange(3.0, device=device)
+    recorder = Recorder(network)
     results, wanted = [], []
     for number in range(24):
         x = torch.randn(3, 2 + number % 2, device=device)
         context = (torch.full((), float(number), device=device), None if number % 3 else x)
-        results.append(replay.forward(network, x, t, context))
+        results.append(recorder(x, t, context))
         wanted.append(x + t[:, None] + number + (0 if number % 3 else x))
     assert network.calls == 8  # of each of four shapes the first two
     for result, value in zip(results, wanted, strict=True):
         torch.testing.assert_close(result, value)
-    (results[-1].requires_grad_() * 2).sum().backward()  # they can be learned from
+    with torch.enable_grad():
+        (results[-1].requires_grad_() * 2).sum().backward()  # they can be learned from
 
 
-def test_weights_that_are_trained_or_replaced_count(device: str) -> None:
-    network, x, t = Counted().to(device), torch.ones(3, 2, device=device), torch.zeros(3, device=device)
-    for gain in (1.0, 2.0, 3.0, 4.0):
-        with torch.no_grad():
-            network.gain.fill_(gain)
-        assert torch.equal(replay.forward(network, x, t, ()), gain * x)
-    assert network.calls == 2
-    kept, network.gain = network.gain, nn.Parameter(torch.full((), 7.0, device=device))
-    assert torch.equal(replay.forward(network, x, t, ()), 7 * x)
-    assert network.calls == 3 and kept is not network.gain
+@torch.no_grad()
+def test_a_network_that_is_changed_is_recorded_anew(device: str) -> None:
+    """Other values of weights count at once; other weights, layers or modes with the next sound."""
+    network = nn.Sequential(nn.Identity(), Counted()).to(device)
+    network.forward = lambda *inputs: network[1](*inputs)  # type: ignore[method-assign]
+    recorder, counted = Recorder(network), network[1]
+    x, t = torch.ones(3, 2, device=device), torch.zeros(3, device=device)
+
+    def three(gain: float) -> int:
+        before = network[1].calls
+        recorder.refresh()
+        for _ in range(3):
+            assert torch.equal(recorder(x, t, ()), gain * x)
+        return network[1].calls - before
+
+    assert three(1.0) == 2 and three(1.0) == 0
+    counted.gain.fill_(2.0)
+    assert three(2.0) == 0
+    kept, counted.gain = counted.gain, nn.Parameter(torch.full((), 7.0, device=device))
+    assert three(7.0) == 2 and kept is not counted.gain
+    network.eval()
+    assert three(7.0) == 2
+    network[1] = Counted().to(device)
+    assert three(1.0) == 2
 
 
-def test_only_the_latest_shapes_are_kept(device: str) -> None:
+@torch.no_grad()
+def test_only_the_latest_are_kept(device: str) -> None:
     network = Counted().to(device)
-    for size in (*range(1, 9), 8, 8, 1):
-        replay.forward(network, torch.ones(1, size, device=device), torch.zeros(1, device=device), ())
-    assert network.calls == 10  # the last of size 1 is as the first
+    recorder = Recorder(network)
+    for size in (*range(1, 9), *range(1, 9), *range(8, 4, -1), 1):
+        recorder(torch.ones(1, size, device=device), torch.zeros(1, device=device), ())
+    assert network.calls == 17  # twice each, and of the first once more
+    assert sum(isinstance(recorded, replay.Recorded) for recorded in recorder._recorded.values()) == 4
 
 
 @on_a_gpu
+@torch.no_grad()
 def test_where_memory_is_too_short_to_record_forwards_go_on_launched() -> None:
     class Hungry(Counted):
+        attempts = 0
+
         def forward(self, x: Tensor, t: Tensor, context: tuple[Tensor | None, ...]) -> Tensor:
             if torch.cuda.is_current_stream_capturing():
-                self.attempts = getattr(self, "attempts", 0) + 1
+                self.attempts += 1
                 torch.empty(2**50, device="cuda")
             return super().forward(x, t, context)
 
     network, x, t = Hungry().cuda(), torch.ones(3, 2, device="cuda"), torch.zeros(3, device="cuda")
+    recorder = Recorder(network)
     for _ in range(4):
-        assert torch.equal(replay.forward(network, x, t, ()), x)
+        assert torch.equal(recorder(x, t, ()), x)
     assert network.calls == 4 and network.attempts == 1
 
 
 @on_a_gpu
-def test_nothing_is_recorded_under_autocast() -> None:
+@torch.no_grad()
+def test_nothing_is_recorded_under_autocast_or_of_a_compiled_network() -> None:
     network, x, t = Counted().cuda(), torch.ones(3, 2, device="cuda"), torch.zeros(3, device="cuda")
+    recorder = Recorder(network)
     for _ in range(4):
         with torch.autocast("cuda", torch.bfloat16):
-            replay.forward(network, x, t, ())
+            recorder(x, t, ())
     assert network.calls == 4
+    network.compile(backend="eager")
+    for _ in range(4):
+        recorder(x, t, ())
+    assert not recorder._recorded
 
 
 @on_a_gpu
 def test_gradients_flow_where_they_are_asked_for() -> None:
-    network, context, shape = system("stable_audio/tiny")
-    denoiser = NetworkDenoiser(network, CosineProcess("v"), context)
+    network, contexts, shape = system("stable_audio/tiny")
+    denoiser = NetworkDenoiser(network, CosineProcess("v"), contexts[0], recorder=Recorder(network))
     for _ in range(3):
         x = torch.randn(2, *shape, device="cuda", requires_grad=True)
         denoiser(x, torch.ones(2, device="cuda")).sum().backward()
         assert x.grad is not None and bool(x.grad.abs().sum() > 0)
+
+
+def test_generation_goes_through_the_models_recorder(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of another model with the same network too; and it is asked whether that network is still the same."""
+    model, calls = StableAudio.from_pretrained(tiny_bundle, "cpu", "float32"), []
+    call, refresh = Recorder.__call__, Recorder.refresh
+    monkeypatch.setattr(Recorder, "__call__", lambda self, *inputs: calls.append(self) or call(self, *inputs))
+    monkeypatch.setattr(Recorder, "refresh", lambda self: calls.append("refresh") or refresh(self))
+    model.generate("warm slow piano", seconds=0.1, steps=3, seed=0)
+    model.with_defaults(cfg=2.0).generate(seconds=0.1, steps=2, seed=0)
+    assert calls == ["refresh", *[model._recorder] * 3, "refresh", *[model._recorder] * 2]

@@ -25,8 +25,8 @@ from evaluation.benchmarks.timing import Spread, Timing, time_in_turns
 from stable_audio_lite.audio.io import write_audio
 from stable_audio_lite.bundle import load_part, resolve
 from stable_audio_lite.config import save_config
-from stable_audio_lite.diffusion import replay
 from stable_audio_lite.diffusion.denoiser import Guidance
+from stable_audio_lite.diffusion.replay import Recorder
 from stable_audio_lite.diffusion.samplers import SAMPLERS, ItemNoise, polyexponential_sigmas
 from stable_audio_lite.models.discriminator import DiscriminatorConfig
 from stable_audio_lite.models.unet import UNet
@@ -136,7 +136,7 @@ def _unet_row(unet: UNet, config: StableAudioConfig, frames: int, repeats: int) 
     context = unet.context(condition, scale)
     peer = unet_peer(unet, config)
     others = {} if peer is None else {"stable-audio-tools": lambda: peer(x, t, tokens)}
-    step = partial(replay.forward, unet, x, t, context)
+    step = partial(Recorder(unet), x, t, context)
     if x.is_cuda:
         step()  # the next is recorded
     timed = _timed(step, others, device, dtype, repeats, counted=lambda: unet(x, t, context))
@@ -152,7 +152,7 @@ def play_window(subject: Subject, device: torch.device, dtype: torch.dtype) -> T
     vae = vae.to(device, torch.float32 if vae.float32 else dtype)
     tokens = torch.randn(1, config.context_tokens, config.context_width, device=device)
     condition = Condition(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=device))
-    denoiser = Guidance(unet, config.process, condition, scale=config.generation.cfg)
+    denoiser = Guidance(unet, config.process, condition, scale=config.generation.cfg, recorder=Recorder(unet))
     sigmas = polyexponential_sigmas(2, config.generation.sigma_min, config.generation.sigma_max)
     noise = ItemNoise([0], config.latent_shape, device)
     latents = SAMPLERS["dpmpp-2m"](denoiser, noise() * sigmas[0], sigmas, noise=noise)

@@ -154,9 +154,10 @@ def window_rows(model: str, device: torch.device, dtype: torch.dtype, repeats: i
     name = str(dtype).removeprefix("torch.")
     for _ in range(repeats):
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             play_window(subject, device, dtype)
-            peaks.append(torch.cuda.max_memory_allocated(device) / 2**20)
+            peaks.append(torch.cuda.max_memory_reserved(device) / 2**20)
         else:
             peaks.append(run_python(["-c", _WINDOW, model, str(device), name]).megabytes)
     how = f"{name}, {subject.config.window_seconds:.1f} s"

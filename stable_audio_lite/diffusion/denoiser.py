@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from stable_audio_lite.diffusion import replay
 from stable_audio_lite.diffusion.process import Process, append_dims
+from stable_audio_lite.diffusion.replay import Recorder, launched
 from stable_audio_lite.nn.attention import Condition
 
 
@@ -47,10 +47,17 @@ class Conditional(Network, Protocol):
 
 
 class NetworkDenoiser:
-    """A network under one prepared `context`, as a denoiser; `process` is the one that it was trained with."""
+    """A network under one prepared `context`, as a denoiser; `process` is the one that it was trained with.
 
-    def __init__(self, network: Network, process: Process, context: Any = None) -> None:
-        self.network, self.process, self.context = network, process, context
+    Forwards without gradients go through the network's `recorder` where one is given.
+    """
+
+    def __init__(
+        self, network: Network, process: Process, context: Any = None, *, recorder: Recorder | None = None
+    ) -> None:
+        self.network, self.process, self.context, self.recorder = network, process, context, recorder
+        if recorder is not None:
+            recorder.refresh()
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x0 from x (B, ...) = x0 + sigma eps, sigma (B,)."""
@@ -61,7 +68,9 @@ class NetworkDenoiser:
         """Predict from x_t (B, ...) at times t (B,)."""
         if torch.is_grad_enabled():
             return self.network(x_t, t, self.context)
-        return replay.forward(self.network, x_t, t, self.context)
+        if self.recorder is not None:
+            return self.recorder(x_t, t, self.context)
+        return launched(self.network, x_t, t, self.context)
 
 
 class Forward(NamedTuple):
@@ -104,6 +113,7 @@ class Guidance(NetworkDenoiser):
         scale: 1 is no guidance (and one plain forward).
         rescale: phi in 0..1, how far each frame's standard deviation returns to the unguided one.
         start: (B,) frames of the piece before the window; None: none.
+        recorder: as for `NetworkDenoiser`.
 
     Raises:
         ValueError: rescale is outside 0..1, or cond and negative differ in shape.
@@ -119,6 +129,7 @@ class Guidance(NetworkDenoiser):
         scale: float,
         rescale: float = 0.0,
         start: Tensor | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if not 0 <= rescale <= 1:
             raise ValueError(f"rescale must be in 0..1, got {rescale}")
@@ -136,7 +147,8 @@ class Guidance(NetworkDenoiser):
             scales = torch.tensor([f.scale for f in self.forwards], device=cond.mask.device)
             taken = scales.repeat_interleave(len(cond.mask))
         start = None if start is None else start.repeat(len(conditions))
-        super().__init__(network, process, network.context(Condition.concatenate(conditions), taken, start))
+        context = network.context(Condition.concatenate(conditions), taken, start)
+        super().__init__(network, process, context, recorder=recorder)
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided prediction from x_t (B, ...) at times t (B,)."""

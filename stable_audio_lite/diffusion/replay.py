@@ -6,57 +6,63 @@ paper's U-Net. The same kernels run on the same numbers, so results are the same
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-_KEPT = 4  # recorded forwards of a network, each of which holds memory for its activations
-_recorders: WeakKeyDictionary[nn.Module, Recorder] = WeakKeyDictionary()
-
-
-def forward(network: Callable[..., Tensor], x: Tensor, t: Tensor, context: Any) -> Tensor:
-    """Return `network(x, t, context)` without gradients, as a tensor of its own.
-
-    On a CUDA device the forward of a module is recorded the second time that inputs have the same shapes, and replayed
-    from then on; not under autocast, which keeps copies of weights for a while. `context` is None, or tensors and None
-    in tuples.
-    """
-    if not x.is_cuda or not isinstance(network, nn.Module) or torch.is_autocast_enabled("cuda"):
-        with torch.inference_mode():  # a millisecond less than `no_grad`, which is much for a small network
-            prediction = network(x, t, context)
-        return prediction.clone()  # which, unlike that, can be modified and learned from
-    return _recorders.setdefault(network, Recorder())(network, x, t, context)
+_KEPT = 4  # recorded forwards of a network
+_recording = threading.Lock()  # CUDA records one graph at a time
 
 
 class Recorder:
-    """The recorded forwards of one network, those of the latest shapes."""
+    """Runs forwards of one network without gradients; on CUDA they are recorded, and replayed from then on.
 
-    def __init__(self) -> None:
+    The second forward of inputs of the same shapes is recorded, and those of the latest shapes are kept, which share
+    memory for their activations. Contexts are None, or tensors and None in tuples.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
         # True: is to be recorded the next time; False: can't be.
         self._recorded: OrderedDict[tuple[object, ...], Recorded | bool] = OrderedDict()
+        self._state: tuple[object, ...] = ()
         self._lock = threading.Lock()  # a recorded forward has one place for its inputs
 
-    def __call__(self, network: nn.Module, x: Tensor, t: Tensor, context: Any) -> Tensor:
-        """Run or replay the forward; see `forward`."""
-        inputs = (x, t, context)
-        weights = next(network.parameters()).data_ptr()  # which others may have taken the place of
-        key = (weights, *(None if value is None else (value.shape, value.dtype) for value in _leaves(inputs)))
+    def refresh(self) -> None:
+        """Forget what is recorded if weights, layers or their types have been replaced; call it for each sound."""
         with self._lock:
-            with torch.inference_mode():
-                recorded = self._recorded.get(key)
-                if recorded is True:
-                    recorded = Recorded.of(network, inputs) or False
-                prediction = recorded.replay(inputs) if isinstance(recorded, Recorded) else network(*inputs)
+            if self._recorded and _state(self.network) != self._state:
+                self._recorded.clear()
+
+    def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor:
+        """Return `network(x, t, context)` as a tensor of its own."""
+        if _launches_one_by_one(self.network, x):
+            return launched(self.network, x, t, context)
+        inputs = (x, t, context)
+        key = tuple(None if value is None else (value.shape, value.dtype) for value in _leaves(inputs))
+        with self._lock:
+            if not self._recorded:
+                self._state = _state(self.network)
+            recorded = self._recorded.get(key)
+            if recorded is True:
+                recorded = self._record(inputs) or False
             self._recorded[key] = True if recorded is None else recorded
             self._recorded.move_to_end(key)
-            while len(self._recorded) > _KEPT:
-                self._recorded.popitem(last=False)
-            return prediction.clone()
+            return recorded.replay(inputs) if isinstance(recorded, Recorded) else launched(self.network, *inputs)
+
+    def _record(self, inputs: Any) -> Recorded | None:
+        kept = {key: recorded for key, recorded in self._recorded.items() if isinstance(recorded, Recorded)}
+        if len(kept) >= _KEPT:
+            oldest = next(iter(kept))
+            del kept[oldest], self._recorded[oldest]
+        pools = [recorded.graph.pool() for recorded in kept.values()]
+        return Recorded.of(self.network, inputs, pools[-1] if pools else None)
 
 
 class Recorded:
@@ -66,26 +72,58 @@ class Recorded:
         self.graph, self.inputs, self.output = graph, inputs, output
 
     @classmethod
-    def of(cls, network: nn.Module, inputs: Any) -> Recorded | None:
-        """Record the forward of `inputs`, whose kernels have run before; None where memory is too short for that."""
-        own = _copied(inputs)
-        with torch.cuda.device(own[0].device):
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    def of(cls, network: nn.Module, inputs: Any, pool: Any) -> Recorded | None:
+        """Record the forward of `inputs`, whose kernels have run before; None where memory is too short, say."""
+        device = inputs[0].device
+        with (
+            _recording,
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+        ):
             try:
+                own, graph = _copied(inputs), torch.cuda.CUDAGraph()
                 # Other threads may go on with the device meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool, _stream(device.index), capture_error_mode="thread_local"):
                     output = network(*own)
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 return None
         return cls(graph, own, output)
 
     def replay(self, inputs: Any) -> Tensor:
-        """The forward of `inputs`, of the shapes that were recorded; the next call overwrites it."""
+        """The forward of `inputs`, of the shapes that were recorded."""
         for place, value in zip(_leaves(self.inputs), _leaves(inputs), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
         self.graph.replay()
-        return self.output
+        return self.output.clone()
+
+
+def launched(network: Any, x: Tensor, t: Tensor, context: Any) -> Tensor:
+    """Return `network(x, t, context)`, without gradients, as a tensor of its own."""
+    with torch.inference_mode():  # a millisecond less than `no_grad`, which is much for a small network
+        prediction = network(x, t, context)
+    return prediction.clone()  # which, unlike that, can be modified and learned from
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream of a device on which forwards are recorded: libraries keep memory for each."""
+    return torch.cuda.Stream(device)
+
+
+def _launches_one_by_one(network: nn.Module, x: Tensor) -> bool:
+    """Tell where forwards are not recorded: also of compiled networks, and under autocast, which copies weights."""
+    compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
+    return not x.is_cuda or compiled or torch.is_autocast_enabled("cuda")
+
+
+def _state(network: nn.Module) -> tuple[object, ...]:
+    """All that a recorded forward depends on besides its inputs and the values of weights."""
+    layers = ((id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules())
+    tensors = ((v.data_ptr(), v.dtype, v.shape) for v in itertools.chain(network.parameters(), network.buffers()))
+    return (*layers, *tensors)
 
 
 def _leaves(inputs: Any) -> Iterator[Tensor | None]:

@@ -150,10 +150,8 @@ class TransformerBlock(nn.Module):
 def attention_mask(mask: Tensor) -> Tensor | None:
     """Turn a (B, S) mask into (B, 1, 1, S), or into None (which is faster) if nothing is masked.
 
-    Reading the mask waits for the device, so call this once per batch and outside a compiled forward. Where that can't
-    be, the mask stays.
+    Reading the mask waits for the device, so call this once per batch and outside a compiled forward.
     """
-    recording = mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not recording and not mask.is_meta and bool(mask.all()):
+    if not torch.compiler.is_compiling() and not mask.is_meta and bool(mask.all()):
         return None
     return mask[:, None, None, :]

@@ -151,6 +151,6 @@ def _lora_folder(path: str | Path) -> Path:
 
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()  # or what nobody uses any more would count as used
+        return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
