@@ -22,6 +22,7 @@ from stable_audio_lite.nn.snake import FoldedSnake, Snake, SnakeBeta
 
 _DILATIONS = (1, 3, 9)
 _AT_ONCE, _AT_ONCE_ON_GPU = 32, 256  # latent frames: their activations stay in the cache; a GPU is kept busy
+_LOW_AT_ONCE = 512  # of which the layers of the lowest rate decode more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,7 @@ class WaveformVAE(VAE):
     ) -> Iterator[Tensor]:
         """Yield what `decode` returns in successive pieces (B, audio_channels, chunk_frames * hop), in float32.
 
-        By default a piece is of 32 frames, or on a GPU 256.
+        By default a piece is of 32 frames, or on a GPU up to 256.
 
         The layers of the lowest rate, whose receptive field spans whole frames, run over long pieces; the others, whose
         receptive field is a fraction of a frame but whose activations are large, run over pieces of `chunk_frames`
@@ -235,7 +236,7 @@ class WaveformVAE(VAE):
         low, high = self.decoder.layers[:2], self.decoder.layers[2:]
         rate = self.config.strides[-1]
         halo_low, halo_high = _receptive_field(low), _receptive_field(high)
-        outer = 16 * chunk_frames
+        outer = chunk_frames * max(_LOW_AT_ONCE // chunk_frames, 1)
         total = x.shape[2] if frames is None else min(frames, x.shape[2])
         for start in range(0, total, outer):
             stop = min(start + outer, total)
@@ -272,8 +273,8 @@ class WaveformVAE(VAE):
 
 
 def _at_once(x: Tensor) -> int:
-    """Latent frames whose higher rates are computed at once."""
-    return _AT_ONCE_ON_GPU if x.is_cuda else _AT_ONCE
+    """Latent frames of (B, ..., T) data whose higher rates are computed at once."""
+    return max(_AT_ONCE, _AT_ONCE_ON_GPU // len(x)) if x.is_cuda else _AT_ONCE
 
 
 def _fold_snakes(layers: nn.Sequential) -> None:
