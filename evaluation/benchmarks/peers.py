@@ -85,7 +85,7 @@ def vae_peers(vae: VAE, config: StableAudioConfig) -> Iterator[VAEPeer]:
     """Build the peers of a VAE on waveforms, whose weights are not folded yet, in evaluation mode."""
     if not isinstance(vae, WaveformVAE):
         return
-    if vae.config.blocks == "dac" and not vae.config.tanh and importlib.util.find_spec("dac"):
+    if vae.config.blocks == "dac" and not vae.config.tanh and _imported("dac.model.dac"):
         dac = _ready(PeerVAE(vae.config).load(vae))
         yield VAEPeer("descript-audio-codec", dac, lambda audio: dac.posterior(audio).mean, dac.decoder)
     if _expressible(config, whole=False) and (models := _imported("stable_audio_tools.models.autoencoders")):
@@ -98,8 +98,8 @@ def vae_peers(vae: VAE, config: StableAudioConfig) -> Iterator[VAEPeer]:
         )
     shape = vae.config
     same = shape.blocks == "oobleck" and not shape.tanh and shape.encoder_width == 2 * shape.latent_channels
-    if same and (diffusers := _imported("diffusers")):
-        oobleck = diffusers.AutoencoderOobleck(
+    if same and (models := _imported("diffusers.models.autoencoders.autoencoder_oobleck")):
+        oobleck = models.AutoencoderOobleck(
             encoder_hidden_size=shape.encoder_width,
             downsampling_ratios=list(shape.strides),
             channel_multiples=list(shape.multipliers[1:]),
