@@ -43,8 +43,8 @@ def advance(magnitude: Tensor, before: Tensor, hop: int) -> Tensor:
     turn = frequency * (math.pi * hop / (bins - 1))
     sign = math.pi * (index - nearest)
     phases, phase = [], before
-    for frame in range(magnitude.shape[-2]):
-        phase = (phase + turn[..., frame, :]).gather(-1, nearest[..., frame, :]) + sign[..., frame, :]
+    for ahead, peaks, signs in zip(turn.unbind(-2), nearest.unbind(-2), sign.unbind(-2), strict=True):
+        phase = (phase + ahead).gather(-1, peaks).add_(signs)
         phases.append(phase)
     return torch.stack(phases, -2)
 
