@@ -182,6 +182,7 @@ class StableAudio:
         for part in (self.text_encoder, self.conditioner):
             if part is not None:
                 part.to(device)
+        self._recorder.refresh()
         return self
 
     def with_defaults(self, **settings: Any) -> StableAudio:
@@ -606,6 +607,8 @@ class StableAudio:
 
     def _denoiser(self, texts: list[str | None], request: Request) -> Denoiser:
         network: Any = self.network
+        if self._recorder.network is not network:
+            self._recorder = Recorder(network)
         if self.conditioner is None:
             return NetworkDenoiser(network, self.process, recorder=self._recorder)
         frames = request.start * self.sample_rate / self.representation.hop

@@ -1,5 +1,7 @@
 """Forwards that are replayed as CUDA graphs give what they give launched one by one."""
 
+import copy
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,7 +73,7 @@ def test_replayed_steps_of_each_system_are_the_launched_ones(name: str) -> None:
     recorder = Recorder(network)
     for number in range(6):
         x, t, context = torch.randn(2, *shape, device="cuda"), torch.rand(2, device="cuda"), contexts[number % 2]
-        with torch.no_grad():
+        with torch.no_grad(), torch.backends.cudnn.flags(deterministic=True):
             wanted = network(x, t, context)
         torch.testing.assert_close(recorder(x, t, context), wanted, rtol=0, atol=0)
     assert [type(recorded) for recorded in recorder._recorded.values()] == [replay.Recorded]
@@ -144,6 +146,23 @@ def test_a_network_that_is_changed_is_recorded_anew(device: str) -> None:
 
 
 @torch.no_grad()
+def test_the_thread_that_records_has_run_the_forward_before(device: str) -> None:
+    network = Counted().to(device)
+    recorder, inputs = Recorder(network), (torch.ones(3, 2, device=device), torch.zeros(3, device=device), ())
+    counts = []
+
+    def once() -> None:
+        with torch.no_grad():
+            assert torch.equal(recorder(*inputs), inputs[0])
+        counts.append(network.calls)
+
+    for number in range(5):
+        thread = threading.Thread(target=once)
+        once() if number in (0, 2, 3) else (thread.start(), thread.join())
+    assert counts == [1, 2, 3, 4, 4]  # the fourth is recorded, and serves all
+
+
+@torch.no_grad()
 def test_only_the_latest_are_kept(device: str) -> None:
     network = Counted().to(device)
     recorder = Recorder(network)
@@ -206,3 +225,11 @@ def test_generation_goes_through_the_models_recorder(tiny_bundle: Path, monkeypa
     model.generate("warm slow piano", seconds=0.1, steps=3, seed=0)
     model.with_defaults(cfg=2.0).generate(seconds=0.1, steps=2, seed=0)
     assert calls == ["refresh", *[model._recorder] * 3, "refresh", *[model._recorder] * 2]
+    first, other = model._recorder, copy.deepcopy(model)
+    assert other._recorder.network is other.network is not model.network
+    with torch.no_grad():
+        for parameter in other.network.parameters():
+            parameter.zero_()
+    before, model.network = model.generate("warm slow piano", seconds=0.1, steps=1, seed=0).audio, other.network
+    after = model.generate("warm slow piano", seconds=0.1, steps=1, seed=0).audio
+    assert model._recorder is not first and not torch.equal(before, after)

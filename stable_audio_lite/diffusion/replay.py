@@ -23,36 +23,43 @@ _recording = threading.Lock()  # CUDA records one graph at a time
 class Recorder:
     """Runs forwards of one network without gradients; on CUDA they are recorded, and replayed from then on.
 
-    The second forward of inputs of the same shapes is recorded, and those of the latest shapes are kept, which share
-    memory for their activations. Contexts are None, or tensors and None in tuples.
+    The second forward of inputs of the same shapes, by the same thread, is recorded. Those of the latest shapes are
+    kept, which share memory for their activations. Contexts are None, or tensors and None in tuples.
     """
+
+    usable = True  # False once recording has failed for another reason than memory, which torch doesn't recover from
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        # True: is to be recorded the next time; False: can't be.
-        self._recorded: OrderedDict[tuple[object, ...], Recorded | bool] = OrderedDict()
-        self._state: tuple[object, ...] = ()
+        # A number is that of the thread by which it is to be recorded the next time; None: it can't be.
+        self._recorded: OrderedDict[tuple[object, ...], Recorded | int | None] = OrderedDict()
+        self._state = _state(network)
         self._lock = threading.Lock()  # a recorded forward has one place for its inputs
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return Recorder, (self.network,)
+
     def refresh(self) -> None:
-        """Forget what is recorded if weights, layers or their types have been replaced; call it for each sound."""
+        """Forget what is recorded if weights, layers, hooks or modes have been replaced; call it for each sound."""
+        state = _state(self.network)
         with self._lock:
-            if self._recorded and _state(self.network) != self._state:
+            if state != self._state:
+                self._state = state
                 self._recorded.clear()
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor:
         """Return `network(x, t, context)` as a tensor of its own."""
         if _launches_one_by_one(self.network, x):
             return launched(self.network, x, t, context)
-        inputs = (x, t, context)
+        inputs, thread = (x, t, context), threading.get_ident()
         key = tuple(None if value is None else (value.shape, value.dtype) for value in _leaves(inputs))
         with self._lock:
-            if not self._recorded:
-                self._state = _state(self.network)
-            recorded = self._recorded.get(key)
-            if recorded is True:
-                recorded = self._record(inputs) or False
-            self._recorded[key] = True if recorded is None else recorded
+            recorded = self._recorded.get(key, 0)
+            if recorded == thread:
+                recorded = self._record(inputs)
+            elif isinstance(recorded, int):
+                recorded = thread  # whose libraries are ready after the forward that follows
+            self._recorded[key] = recorded
             self._recorded.move_to_end(key)
             return recorded.replay(inputs) if isinstance(recorded, Recorded) else launched(self.network, *inputs)
 
@@ -84,10 +91,13 @@ class Recorded:
         ):
             try:
                 own, graph = _copied(inputs), torch.cuda.CUDAGraph()
-                # Other threads may go on with the device meanwhile.
+                # Other threads may go on with the device meanwhile, except for its random numbers.
                 with torch.cuda.graph(graph, pool, _stream(device.index), capture_error_mode="thread_local"):
                     output = network(*own)
+            except torch.OutOfMemoryError:
+                return None
             except RuntimeError:
+                Recorder.usable = False
                 return None
         return cls(graph, own, output)
 
@@ -114,16 +124,23 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 
 def _launches_one_by_one(network: nn.Module, x: Tensor) -> bool:
-    """Tell where forwards are not recorded: also of compiled networks, and under autocast, which copies weights."""
+    """Tell where forwards are not recorded.
+
+    Neither are those of compiled networks, under autocast, which copies weights, or on streams of one's own, on which
+    they would overtake one another.
+    """
+    if not x.is_cuda or not Recorder.usable or torch.is_autocast_enabled("cuda"):
+        return True
     compiled = network._compiled_call_impl is not None or hasattr(network, "_orig_mod")
-    return not x.is_cuda or compiled or torch.is_autocast_enabled("cuda")
+    return compiled or torch.cuda.current_stream(x.device) != torch.cuda.default_stream(x.device)
 
 
 def _state(network: nn.Module) -> tuple[object, ...]:
     """All that a recorded forward depends on besides its inputs and the values of weights."""
     layers = ((id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules())
     tensors = ((v.data_ptr(), v.dtype, v.shape) for v in itertools.chain(network.parameters(), network.buffers()))
-    return (*layers, *tensors)
+    kernels = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return (*layers, *tensors, *kernels, torch.backends.cudnn.allow_tf32)
 
 
 def _leaves(inputs: Any) -> Iterator[Tensor | None]:
