@@ -136,11 +136,10 @@ def _launches_one_by_one(network: nn.Module, x: Tensor) -> bool:
 
 
 def _state(network: nn.Module) -> tuple[object, ...]:
-    """All that a recorded forward depends on besides its inputs and the values of weights."""
+    """All of a network that a recorded forward depends on besides the values of weights."""
     layers = ((id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules())
     tensors = ((v.data_ptr(), v.dtype, v.shape) for v in itertools.chain(network.parameters(), network.buffers()))
-    kernels = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    return (*layers, *tensors, *kernels, torch.backends.cudnn.allow_tf32)
+    return (*layers, *tensors)
 
 
 def _leaves(inputs: Any) -> Iterator[Tensor | None]:
