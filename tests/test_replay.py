@@ -143,6 +143,11 @@ def test_a_network_that_is_changed_is_recorded_anew(device: str) -> None:
     assert three(7.0) == 2
     network[1] = Counted().to(device)
     assert three(1.0) == 2
+    seen = []
+    hook = network[1].register_forward_hook(lambda *about: seen.append(about))
+    assert three(1.0) == 3 and len(seen) == 3
+    hook.remove()
+    assert three(1.0) == 0
 
 
 @torch.no_grad()

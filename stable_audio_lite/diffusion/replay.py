@@ -33,23 +33,27 @@ class Recorder:
         self.network = network
         # A number is that of the thread by which it is to be recorded the next time; None: it can't be.
         self._recorded: OrderedDict[tuple[object, ...], Recorded | int | None] = OrderedDict()
-        self._state = _state(network)
+        self._state, self._hooked = _state(network), False
         self._lock = threading.Lock()  # a recorded forward has one place for its inputs
 
     def __reduce__(self) -> tuple[object, ...]:
         return Recorder, (self.network,)
 
     def refresh(self) -> None:
-        """Forget what is recorded if weights, layers, hooks or modes have been replaced; call it for each sound."""
+        """Forget what is recorded if weights, layers or modes have been replaced; call it for each sound.
+
+        Nothing is recorded of networks with hooks, which replays would leave out.
+        """
         state = _state(self.network)
         with self._lock:
+            self._hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.network.modules())
             if state != self._state:
                 self._state = state
                 self._recorded.clear()
 
     def __call__(self, x: Tensor, t: Tensor, context: Any) -> Tensor:
         """Return `network(x, t, context)` as a tensor of its own."""
-        if _launches_one_by_one(self.network, x):
+        if self._hooked or _launches_one_by_one(self.network, x):
             return launched(self.network, x, t, context)
         inputs, thread = (x, t, context), threading.get_ident()
         key = tuple(None if value is None else (value.shape, value.dtype) for value in _leaves(inputs))
@@ -137,7 +141,7 @@ def _launches_one_by_one(network: nn.Module, x: Tensor) -> bool:
 
 def _state(network: nn.Module) -> tuple[object, ...]:
     """All of a network that a recorded forward depends on besides the values of weights."""
-    layers = ((id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in network.modules())
+    layers = ((id(m), m.training) for m in network.modules())
     tensors = ((v.data_ptr(), v.dtype, v.shape) for v in itertools.chain(network.parameters(), network.buffers()))
     return (*layers, *tensors)
 
