@@ -326,6 +326,16 @@ def test_windows_of_several_caches_follow_one_another(tmp_path: Path) -> None:
     assert given.mean(1).abs().max() < 1e-2 and (given.std(1, correction=0) - 1).abs().max() < 1e-2
 
 
+def test_what_follows_an_item_in_its_window_is_the_end_of_silence(tmp_path: Path) -> None:
+    """Latents are normalised, and those of silence are already."""
+    write_cache(tmp_path, [("a.wav", torch.arange(5.0).expand(2, -1)), ("b.wav", torch.arange(20.0).expand(2, -1))])
+    representation = latents_of(2)
+    representation.normalise, representation.silence = lambda z: (z - 1) / 2, -torch.arange(100.0, 108.0).expand(2, -1)
+    x0 = LatentWindows([tmp_path], representation).windows([0, 1], map(random.Random, range(2)))["x0"]
+    assert x0[0].tolist() == [[-0.5, 0.0, 0.5, 1.0, 1.5, -105.0, -106.0, -107.0]] * 2
+    assert x0[1, 0].diff().tolist() == [0.5] * 7 and torch.equal(x0[1, 0], x0[1, 1])
+
+
 def test_a_batch_has_windows_of_one_length_that_holds_its_items(tmp_path: Path) -> None:
     """The shortest that leaves silence after them, or one longer where they are few; an epoch has each item once."""
     sizes = [5, 12, 13, 24, 25, 60, 61, 20, 30, 6, 7, 50]

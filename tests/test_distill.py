@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from itertools import pairwise
@@ -115,6 +116,18 @@ def test_the_teacher_is_guided_as_in_generation_each_item_by_its_own_scale(
             condition = model.conditioner(text, batch["seconds_start"][i : i + 1], batch["seconds_total"][i : i + 1])
             alone = Guidance(model.network, model.process, condition, scale=float(batch["scale"][i]))
             torch.testing.assert_close(made[i : i + 1], alone(x[i : i + 1], sigma[:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_the_sounds_have_the_default_scale_and_few_no_prompt(
+    tiny_bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    batch = task_of(settings_of(tiny_bundle, data, tmp_path / "run", 1) | {"batch_size": 400}, tmp_path).batch(0, 0, 1)
+    dropped, scale = batch["dropped"], batch["scale"]
+    assert 0.02 < dropped.float().mean() < 0.09 and bool((scale[dropped] == 1).all())
+    default = StableAudio.from_pretrained(tiny_bundle, "cpu", "float32").config.generation.cfg
+    assert 0.42 < (scale[~dropped] == default).float().mean() < 0.58
+    others = scale[~dropped][scale[~dropped] != default].log() / math.log(5.0)
+    assert 0 <= others.min() < 0.05 and 0.95 < others.max() <= 1 and abs(others.mean() - 0.5) < 0.1
 
 
 def test_without_guidance_there_is_nothing_to_learn(

@@ -177,6 +177,29 @@ def test_only_the_latest_are_kept(device: str) -> None:
     assert sum(isinstance(recorded, replay.Recorded) for recorded in recorder._recorded.values()) == 4
 
 
+def test_what_a_graph_would_get_wrong_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = Counted(), SimpleNamespace(is_cuda=True, device="cuda")
+    streams = {"current": 0}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: 0)
+    launches = lambda: replay._launches_one_by_one(network, x)  # type: ignore[arg-type]  # noqa: E731
+    assert not launches()
+    streams["current"] = 1
+    assert launches()
+    streams["current"] = 0
+    with monkeypatch.context() as changed:
+        changed.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert launches()
+    with monkeypatch.context() as changed:
+        changed.setattr(Recorder, "usable", False)
+        assert launches()
+    x.is_cuda = False
+    assert launches()
+    x.is_cuda = True
+    network.compile(backend="eager")
+    assert launches()
+
+
 @on_a_gpu
 @torch.no_grad()
 def test_where_memory_is_too_short_to_record_forwards_go_on_launched() -> None:
@@ -230,6 +253,9 @@ def test_generation_goes_through_the_models_recorder(tiny_bundle: Path, monkeypa
     model.generate("warm slow piano", seconds=0.1, steps=3, seed=0)
     model.with_defaults(cfg=2.0).generate(seconds=0.1, steps=2, seed=0)
     assert calls == ["refresh", *[model._recorder] * 3, "refresh", *[model._recorder] * 2]
+    calls.clear()
+    model.to(torch.device("cpu"), torch.float32)
+    assert calls == ["refresh"]
     first, other = model._recorder, copy.deepcopy(model)
     assert other._recorder.network is other.network is not model.network
     with torch.no_grad():
