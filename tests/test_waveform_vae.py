@@ -17,7 +17,7 @@ from stable_audio_lite.models.dac import read_dac, state_from_dac, state_to_dac
 from stable_audio_lite.models.vae import Posterior
 from stable_audio_lite.models.waveform_vae import WaveformVAE, WaveformVAEConfig
 from stable_audio_lite.nn import conv
-from stable_audio_lite.nn.snake import Snake
+from stable_audio_lite.nn.snake import FoldedSnake, Snake
 
 SMALL = WaveformVAEConfig(encoder_width=4, decoder_width=32)
 
@@ -174,6 +174,30 @@ def test_folding_changes_nothing() -> None:
         torch.testing.assert_close(vae.decode(latents), before, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(vae.encode(audio).mean, mean, atol=1e-5, rtol=1e-5)
     assert not any("weight_g" in name for name, _ in vae.named_parameters())
+
+
+@pytest.mark.parametrize("frames", [1, 2, 64, 65])  # of 32 channels: by a product, and as an image from more than 64 on
+def test_folded_transposed_convolutions_are_the_same(frames: int) -> None:
+    layer = conv.WeightNormConvTranspose1d(32, 16, 8, 4, padding=2)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, 32, frames)
+    with torch.no_grad():
+        before = layer(x)
+        layer.fold()
+        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("folded_first", [True, False])
+def test_folded_snakes_compute_in_the_weights_type(folded_first: bool) -> None:
+    vae = lively(WaveformVAE(SMALL))
+    if folded_first:
+        vae.prepare_for_inference().to(torch.bfloat16)
+    else:
+        vae.to(torch.bfloat16).prepare_for_inference()
+    x = torch.randn(1, 1, 4)
+    snakes = [module for module in vae.modules() if isinstance(module, FoldedSnake)]
+    types = {(s.frequency.dtype, s(x).dtype) for s in snakes if s.frequency is not None}
+    assert types == {(torch.float32, torch.bfloat16)}
 
 
 def test_bf16_weights_run_throughout() -> None:

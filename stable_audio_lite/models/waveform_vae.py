@@ -290,9 +290,9 @@ def _fold_snakes(layers: nn.Sequential) -> None:
         after.scale(inputs=alpha.reciprocal())
         if isinstance(before, WeightNormConv1d):
             before.scale(outputs=alpha)
-            layers[index] = FoldedSnake(None, ratio)
+            layers[index] = FoldedSnake(None, ratio, after.folded.dtype)
         else:
-            layers[index] = FoldedSnake(alpha.view(1, -1, 1), ratio)
+            layers[index] = FoldedSnake(alpha.view(1, -1, 1), ratio, after.folded.dtype)
 
 
 def _receptive_field(layers: nn.Module) -> int:

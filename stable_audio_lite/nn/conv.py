@@ -118,23 +118,28 @@ class WeightNormConvTranspose1d(WeightNormConv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, T) -> (B, out, T * stride), for padding = stride / 2."""
-        if self.is_folded:
-            return self._as_product(x.to(self.folded.dtype))
-        y = F.conv_transpose2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, self.stride), (0, self.padding))
-        return y.squeeze(2)
+        if not self.is_folded:
+            y = F.conv_transpose2d(
+                x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, (1, self.stride), (0, self.padding)
+            )
+            return y.squeeze(2)
+        y = self._neighbours(x.to(self.folded.dtype))  # B, T + 1, stride * out
+        y = y.unflatten(-1, (self.stride, -1)).flatten(1, 2)
+        return y[:, self.padding : self.padding + x.shape[2] * self.stride].transpose(1, 2)
 
     def _arrange(self, weight: Tensor) -> Tensor:
-        # (stride, out, 2, in): for each of `stride` outputs, the taps of the present input and of the one before.
-        return weight.unflatten(2, (2, self.stride)).permute(3, 1, 2, 0).contiguous()
+        # (stride, out, 2, in): for each of `stride` outputs, the taps of the input before and of the present one.
+        return weight.unflatten(2, (2, self.stride)).flip(2).permute(3, 1, 2, 0).contiguous()
 
-    def _as_product(self, x: Tensor) -> Tensor:
-        """Convolve by one matrix product, since `stride` outputs depend on two neighbouring inputs.
+    def _neighbours(self, x: Tensor) -> Tensor:
+        """Convolve (B, in, T) with two taps, since `stride` outputs depend on two neighbouring inputs.
 
-        Libraries take several times as long for the few long kernels of a decoder, mostly to rearrange weights.
+        Libraries take several times as long for the few long kernels of a decoder, mostly to rearrange weights. They do
+        that for two taps too, and where the weights are large beside the data one matrix product is faster.
         """
-        length, stride = x.shape[2], self.stride
+        weight, bias = self.folded.flatten(0, 1), self.bias.repeat(self.stride)  # (stride * out, 2, in)
+        if not x.is_cuda and x.shape[2] > 2 * weight.shape[-1]:
+            as_image = weight.transpose(1, 2).unsqueeze(2)
+            return F.conv2d(x.unsqueeze(2), as_image, bias, padding=(0, 1)).squeeze(2).transpose(1, 2)
         frames = F.pad(x.transpose(1, 2), (0, 0, 1, 1))  # B, T + 2, in
-        pairs = torch.cat((frames[:, 1:], frames[:, :-1]), -1)  # B, T + 1, now and before
-        y = F.linear(pairs, self.folded.flatten(2).flatten(0, 1), self.bias.repeat(stride))
-        y = y.unflatten(-1, (stride, -1)).flatten(1, 2)  # B, (T + 1) * stride, out
-        return y[:, self.padding : self.padding + length * stride].transpose(1, 2)
+        return F.linear(torch.cat((frames[:, :-1], frames[:, 1:]), -1), weight.flatten(1), bias)

@@ -53,27 +53,28 @@ class FoldedSnake(nn.Module):
     Snake is that divided by the frequency: the next convolution absorbs the division and the previous one the product,
     unless x is used elsewhere too, when `frequency` (1, C, 1) does it here: two or three passes over memory, not four.
     Without `frequency` the input is overwritten. `ratio` (1, C, 1), frequency over divisor, is only given where it
-    isn't 1. Both stay float32 whatever type the module is moved to.
+    isn't 1. Both stay float32 whatever type the module is moved to; the wave is computed in that, its `dtype`.
     """
 
     frequency: Tensor | None
     ratio: Tensor | None
 
-    def __init__(self, frequency: Tensor | None, ratio: Tensor | None = None):
+    def __init__(self, frequency: Tensor | None, ratio: Tensor | None, dtype: torch.dtype):
         super().__init__()
         self.register_buffer("frequency", frequency)
         self.register_buffer("ratio", ratio)
+        self.dtype = dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FoldedSnake:
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in exact.items():
             if value is not None and (moved := self._buffers[name]) is not None:
-                self._buffers[name] = value.to(moved.device)
+                self.dtype, self._buffers[name] = moved.dtype, value.to(moved.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        u = x if self.frequency is None else x * self.frequency
+        u = x if self.frequency is None else (x * self.frequency).to(self.dtype)
         wave = u.sin()
         if self.ratio is None:
             return u.addcmul_(wave, wave)
