@@ -119,3 +119,16 @@ def test_importing_the_package_and_the_command_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_sampling_loads_only_what_solvers_use() -> None:
+    """k-diffusion's file also imports ODE and SDE solvers and SciPy, which take longer than a sound."""
+    code = (
+        "import sys, torch; from stable_audio_lite.diffusion.samplers import SAMPLERS; "
+        "draw = lambda: torch.ones(1, 2); "
+        "levels = torch.tensor([1.0, 0.5, 0.1, 0.0]); "
+        "[solve(lambda x, sigma: x / 2, draw(), levels, noise=draw) for solve in SAMPLERS.values()]; "
+        "print(sorted({'scipy', 'torchdiffeq', 'torchsde', 'torchvision', 'k_diffusion'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
