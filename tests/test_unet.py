@@ -125,6 +125,19 @@ def test_a_pulse_is_a_fourier_series_over_the_frames_of_the_piece():
     torch.testing.assert_close(later, torch.stack((series[0, 7:47], series[1, 300:340])), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (1, 1), (2, 1), (5, 2)])
+def test_large_convolutions_are_the_same_with_and_without_gradients(kernel, stride):
+    layer = Conv(1024, 1024, kernel=kernel, stride=stride)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 256, 1024)
+    stacked = layer(x)
+    with torch.no_grad():
+        assert layer._suits_image(x) == ((kernel, stride) == (3, 1))
+        out = layer(x)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, stacked, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("unet", [True], indirect=True, ids=["pulse"])
 def test_the_pulse_of_a_later_window_goes_on_from_the_earlier_one(unet):
     """In what the network expects of the data, and with guidance in both halves."""
