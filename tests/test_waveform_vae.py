@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -176,28 +178,38 @@ def test_folding_changes_nothing() -> None:
     assert not any("weight_g" in name for name, _ in vae.named_parameters())
 
 
-@pytest.mark.parametrize("frames", [1, 2, 64, 65])  # of 32 channels: by a product, and as an image from more than 64 on
-def test_folded_transposed_convolutions_are_the_same(frames: int) -> None:
+@pytest.mark.parametrize(("items", "frames", "as_image"), [(1, 1, False), (2, 4, False), (2, 5, True), (1, 65, True)])
+def test_folded_transposed_convolutions_are_the_same(items: int, frames: int, as_image: bool) -> None:
+    """By one product and, from a quarter of the 32 channels on, as an image with two taps."""
     layer = conv.WeightNormConvTranspose1d(32, 16, 8, 4, padding=2)
     nn.init.normal_(layer.bias)
-    x = torch.randn(2, 32, frames)
+    x = torch.randn(items, 32, frames)
     with torch.no_grad():
         before = layer(x)
         layer.fold()
-        torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+        with mock.patch.object(conv.F, "conv2d", wraps=conv.F.conv2d) as convolve:
+            torch.testing.assert_close(layer(x), before, atol=1e-5, rtol=1e-5)
+    assert convolve.called == as_image
 
 
+@pytest.mark.parametrize("blocks", ["dac", "oobleck"])
 @pytest.mark.parametrize("folded_first", [True, False])
-def test_folded_snakes_compute_in_the_weights_type(folded_first: bool) -> None:
-    vae = lively(WaveformVAE(SMALL))
+def test_folded_snakes_compute_in_the_weights_type(folded_first: bool, blocks: Literal["dac", "oobleck"]) -> None:
+    vae = lively(WaveformVAE(replace(SMALL, blocks=blocks)))
     if folded_first:
         vae.prepare_for_inference().to(torch.bfloat16)
     else:
         vae.to(torch.bfloat16).prepare_for_inference()
-    x = torch.randn(1, 1, 4)
     snakes = [module for module in vae.modules() if isinstance(module, FoldedSnake)]
-    types = {(s.frequency.dtype, s(x).dtype) for s in snakes if s.frequency is not None}
-    assert types == {(torch.float32, torch.bfloat16)}
+
+    def types() -> set[tuple[torch.dtype, torch.dtype]]:
+        return {(s.frequency.dtype, s(torch.randn(1, 1, 4)).dtype) for s in snakes if s.frequency is not None}
+
+    assert types() == {(torch.float32, torch.bfloat16)}
+    vae.cpu()  # moves to a device alone change no type
+    assert types() == {(torch.float32, torch.bfloat16)}
+    vae.float()
+    assert types() == {(torch.float32, torch.float32)}
 
 
 def test_bf16_weights_run_throughout() -> None:

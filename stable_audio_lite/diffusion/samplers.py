@@ -13,7 +13,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import math
-import os
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -134,8 +133,10 @@ def _k_sampling() -> types.ModuleType:
     one file is run by itself, and what it imports only for functions that aren't used here (SciPy's integrals, ODE
     solvers and Brownian trees, .3 s on a fast machine) is left out, as is its `utils` but for one function.
     """
-    spec = importlib.util.find_spec("k_diffusion")
-    if spec is None or not spec.submodule_search_locations:
+    package = importlib.util.find_spec("k_diffusion")
+    folders = list(package.submodule_search_locations or ()) if package else []
+    spec = importlib.machinery.PathFinder.find_spec("sampling", folders)
+    if spec is None or spec.loader is None:
         raise ModuleNotFoundError("k-diffusion is missing; install it with: pip install k-diffusion")
     utils = types.SimpleNamespace(append_dims=lambda x, ndim: x.reshape(*x.shape, *[1] * (ndim - x.ndim)))
     left_out = types.SimpleNamespace(utils=utils, integrate=None, odeint=None)
@@ -143,11 +144,9 @@ def _k_sampling() -> types.ModuleType:
     def import_used(name: str, *args: Any) -> Any:
         return left_out if name in ("", "scipy", "torchdiffeq", "torchsde") else builtins.__import__(name, *args)
 
-    path = os.path.join(spec.submodule_search_locations[0], "sampling.py")
-    loader = importlib.machinery.SourceFileLoader("k_diffusion.sampling", path)
-    module = types.ModuleType(loader.name)
+    module = importlib.util.module_from_spec(spec)
     module.__dict__["__builtins__"] = vars(builtins) | {"__import__": import_used}
-    loader.exec_module(module)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -1,8 +1,9 @@
 """The 1-D U-Net of Stable Audio (Evans et al. 2024, arXiv 2402.04825), which predicts v from noisy latents.
 
 Residual blocks see the diffusion time through FiLM, transformers see the condition through cross-attention.
-At paper size it has 906,679,744 parameters. Inside, activations are (B, T, C) throughout: a convolution is
-one matrix product over stacked shifts and a transformer needs no transposing, so both run at that speed.
+At paper size it has 906,679,744 parameters. Inside, activations are (B, T, C) throughout: a convolution is one matrix
+product over stacked shifts, or of an image with C innermost, and a transformer needs no transposing, so both run at the
+speed of matrix products.
 """
 
 from __future__ import annotations

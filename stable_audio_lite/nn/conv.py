@@ -134,12 +134,19 @@ class WeightNormConvTranspose1d(WeightNormConv1d):
     def _neighbours(self, x: Tensor) -> Tensor:
         """Convolve (B, in, T) with two taps, since `stride` outputs depend on two neighbouring inputs.
 
-        Libraries take several times as long for the few long kernels of a decoder, mostly to rearrange weights. They do
-        that for two taps too, and where the weights are large beside the data one matrix product is faster.
+        Libraries take several times as long for the few long kernels of a decoder, mostly to rearrange weights.
         """
         weight, bias = self.folded.flatten(0, 1), self.bias.repeat(self.stride)  # (stride * out, 2, in)
-        if not x.is_cuda and x.shape[2] > 2 * weight.shape[-1]:
+        if self._is_long(x):
             as_image = weight.transpose(1, 2).unsqueeze(2)
             return F.conv2d(x.unsqueeze(2), as_image, bias, padding=(0, 1)).squeeze(2).transpose(1, 2)
         frames = F.pad(x.transpose(1, 2), (0, 0, 1, 1))  # B, T + 2, in
         return F.linear(torch.cat((frames[:, :-1], frames[:, 1:]), -1), weight.flatten(1), bias)
+
+    def _is_long(self, x: Tensor) -> bool:
+        """Tell whether rearranging the weights for two taps costs less than stacking (B, in, T) for one product.
+
+        It takes a share of the product's time that falls with the data's length, and is larger where products are fast.
+        """
+        enough = x.shape[1] // 4 if x.dtype == torch.float32 else 2 * x.shape[1]
+        return not x.is_cuda and len(x) * x.shape[2] > enough
