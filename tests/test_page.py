@@ -218,6 +218,13 @@ def test_the_form_holds_the_wish(page: Any) -> None:
     assert bounds == [(None, None)] * 6  # which Gradio would tell in a message that goes away
 
 
+def test_only_what_takes_time_goes_through_the_queue(page: Any) -> None:
+    """Of events that follow one another within milliseconds, the queue's stream loses answers."""
+    served = {event.fn.__name__: event.queue for event in page.blocks.fns.values() if event.fn is not None}
+    assert {name for name, queued in served.items() if queued} == {"_make_sounds", "_leave"}  # that of a closed tab
+    assert {"_heard", "_of_model", "_choose", "_cancel"} < served.keys()
+
+
 def test_examples_are_those_that_the_docs_have() -> None:
     """Their commands are listed, so that whoever makes the starter anew hears them again."""
     pytest.importorskip("gradio")

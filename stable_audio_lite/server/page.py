@@ -62,6 +62,9 @@ _PARTS_SHOWN = f"""way => {json.dumps(list(_SHOWN.values()))}.map(
     ways => ({{__type__: "update", visible: ways.includes(way)}}))"""
 _COLOURS = "#a78bfa", "#6d28d9"  # of the waveform, before and after it has been heard
 _ASK = 0.2  # seconds between two looks at a job
+# What takes no time is answered directly. Through Gradio's queue, whose stream of answers the browser opens and closes,
+# the answer to what follows within milliseconds can be lost.
+_AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
 _FILES = Path(__file__).parent
 STYLE = _FILES / "page.css"
 
@@ -166,7 +169,7 @@ class Page:
     def _results(self) -> None:
         self._empty = gr.HTML('<p class="empty">Say what you want to hear, and press <b>Make</b>.</p>')
 
-        @gr.render(inputs=[self._shown], triggers=[self._shown.change])
+        @gr.render(inputs=[self._shown], triggers=[self._shown.change], queue=False)
         def show(shown: list[Made]) -> None:
             for sound in shown:
                 self._card(sound)
@@ -201,25 +204,24 @@ class Page:
                 again = gr.Button("Again with these settings", size="sm", min_width=120, elem_classes="again")
                 onward = gr.Button("Start from this sound", size="sm", min_width=120, elem_classes="onward")
         fields = list(self.fields.values())
-        again.click(partial(self.filled, sound.wish), None, fields, show_progress="hidden")
+        again.click(partial(self.filled, sound.wish), None, fields, **_AT_ONCE)
         # At once, so that whoever chooses another way before the sound is there keeps it.
         onward.click(None, None, self.fields["way"], js="() => 'variation'")
-        onward.click(lambda: str(sound.path), None, self.fields["source"], show_progress="hidden")
+        onward.click(lambda: str(sound.path), None, self.fields["source"], **_AT_ONCE)
 
     def _events(self) -> None:
         fields = self.fields
-        quiet: dict[str, Any] = {"show_progress": "hidden"}
         # What needs no files happens in the browser, at once: Make may be pressed before the server answers.
         fields["way"].change(None, fields["way"], [self._parts[name] for name in _SHOWN], js=_PARTS_SHOWN)
         filled = [fields[name] for name in ("prompt", "seconds", "seed")]
         self._examples.click(None, self._examples, filled, js=f"index => {json.dumps(EXAMPLES)}[index]")
         self._die.click(None, None, fields["seed"], js="() => Math.floor(Math.random() * 2 ** 31)")
         fields["model"].input(
-            self._of_model, fields["model"], [fields[name] for name in ("seconds", "steps", "cfg")], **quiet
+            self._of_model, fields["model"], [fields[name] for name in ("seconds", "steps", "cfg")], **_AT_ONCE
         )
         ends = [fields["first"], fields["last"]]
-        fields["source"].change(self._heard, [fields["source"], *ends], [self._picker, self._status], **quiet)
-        fields["source"].upload(lambda: (None, None), None, ends, **quiet)
+        fields["source"].change(self._heard, [fields["source"], *ends], [self._picker, self._status], **_AT_ONCE)
+        fields["source"].upload(lambda: (None, None), None, ends, **_AT_ONCE)
         self._picker.input(None, self._picker, ends, js="value => [value.first, value.last]")
         for end in ends:
             end.change(
@@ -231,12 +233,12 @@ class Page:
             {*fields.values(), self._made},
             [self._status, self._make, self._stop, self._made, self._shown, self._gallery, self._empty],
             concurrency_limit=None,
-            **quiet,
+            show_progress="hidden",
         )
         # Gradio shows a number that it has none for as 0.
         self.blocks.load(None, None, [fields["seed"], *ends], js="() => [null, null, null]")
-        self._stop.click(self._cancel, None, None, queue=False, **quiet)
-        self._gallery.select(self._choose, self._made, self._shown, **quiet)
+        self._stop.click(self._cancel, None, None, **_AT_ONCE)
+        self._gallery.select(self._choose, self._made, self._shown, **_AT_ONCE)
         self.blocks.unload(self._leave)
 
     def filled(self, wish: Wish) -> list[Any]:
