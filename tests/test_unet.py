@@ -9,17 +9,9 @@ import torch
 from stable_audio_lite.diffusion.denoiser import Guidance
 from stable_audio_lite.diffusion.process import CosineProcess
 from stable_audio_lite.models.conditioner import Conditioner, TimingConfig
-from stable_audio_lite.models.unet import (
-    PULSE_HARMONICS,
-    PULSE_PERIOD,
-    Conv,
-    GroupNorm,
-    Pulse,
-    UNet,
-    UNetConfig,
-    Upsample,
-)
+from stable_audio_lite.models.unet import PULSE_HARMONICS, PULSE_PERIOD, Pulse, UNet, UNetConfig
 from stable_audio_lite.nn.attention import Condition
+from stable_audio_lite.nn.frames import Conv, GroupNorm, Upsample
 from training.denoising import Conditioned
 
 TINY = UNetConfig(

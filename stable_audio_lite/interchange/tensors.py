@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stable_audio_lite.interchange.model_config import Described
 from stable_audio_lite.models.conditioner import Conditioner
 from stable_audio_lite.models.dac import dac_name
-from stable_audio_lite.models.unet import Conv, Upsample
 from stable_audio_lite.models.waveform_vae import WaveformVAEConfig
+from stable_audio_lite.nn.frames import Conv, Upsample
 from stable_audio_lite.nn.snake import SnakeBeta
 from stable_audio_lite.systems import build_vae
 
