@@ -218,11 +218,19 @@ def test_the_form_holds_the_wish(page: Any) -> None:
     assert bounds == [(None, None)] * 6  # which Gradio would tell in a message that goes away
 
 
-def test_only_what_takes_time_goes_through_the_queue(page: Any) -> None:
+def test_only_what_takes_time_goes_through_the_queue(page: Any, make: Callable[..., list[Made]]) -> None:
     """Of events that follow one another within milliseconds, the queue's stream loses answers."""
-    served = {event.fn.__name__: event.queue for event in page.blocks.fns.values() if event.fn is not None}
-    assert {name for name, queued in served.items() if queued} == {"_make_sounds", "_leave"}  # that of a closed tab
-    assert {"_heard", "_of_model", "_choose", "_cancel"} < served.keys()
+
+    def served() -> list[tuple[str, bool]]:
+        events = [event for event in page.blocks.fns.values() if event.fn is not None]
+        return [(getattr(event.fn, "__name__", ""), event.queue) for event in events]
+
+    form = served()
+    with page.blocks:
+        page._card(make()[0])
+    assert len(served()) == len(form) + 2  # again, and onward, whose other half happens in the browser
+    assert {"_heard", "_of_model", "_choose", "_cancel"} < dict(form).keys()
+    assert [name for name, queued in served() if queued] == ["_make_sounds", "_leave"]  # that of a closed tab
 
 
 def test_examples_are_those_that_the_docs_have() -> None:

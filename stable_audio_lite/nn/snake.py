@@ -53,8 +53,8 @@ class FoldedSnake(nn.Module):
     Snake is that divided by the frequency: the next convolution absorbs the division and the previous one the product,
     unless x is used elsewhere too, when `frequency` (1, C, 1) does it here. Without `frequency` the input is
     overwritten. `ratio` (1, C, 1), frequency over divisor, is only given where it isn't 1. Both stay float32 whatever
-    type the module is moved to. The wave is computed in that type, at first `dtype`: of bf16 it takes half as long,
-    which costs starter-vae a decibel of the 48 by which rounding lies below the sound.
+    type the module is moved to. The wave is computed in that type, at first `dtype`: in bf16 it takes half as long
+    on an EPYC, and costs starter-vae a decibel of the 48 by which rounding lies below the sound.
     """
 
     frequency: Tensor | None
