@@ -163,7 +163,7 @@ def test_words_become_a_sound_to_play_and_to_keep(tab: Callable[..., Tab], serve
     one.make.click()
     one.status("2 sounds in")
     one.cards.nth(1).wait_for()
-    assert one.cards.locator("img[alt=Spectrogram]").count() == 2
+    playwright.expect(one.cards.locator("img[alt=Spectrogram]")).to_have_count(2, timeout=PATIENCE)
     player = one.cards.first.get_by_test_id("waveform-Audio")
     playwright.expect(player.locator("#duration")).to_have_text("0:01")  # before, a click may be lost
     player.get_by_role("button", name="Play", exact=True).click()
@@ -185,7 +185,7 @@ def test_words_become_a_sound_to_play_and_to_keep(tab: Callable[..., Tab], serve
     (tmp_path / "again").mkdir()
     again = one.download(0, tmp_path / "again")
     assert np.allclose(read_audio(again), read_audio(served.kept / "warm-slow-piano-4.wav"), atol=2e-3)
-    assert one.page.locator("#gallery .thumbnail-item").count() == 3
+    playwright.expect(one.page.locator("#gallery .thumbnail-item")).to_have_count(3, timeout=PATIENCE)
 
 
 def test_a_stretch_that_is_dragged_over_is_made_anew(tab: Callable[..., Tab], tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_work_is_cancelled_and_mistakes_are_told(tab: Callable[..., Tab]) -> Non
     one.cancel.click()
     one.status("cancelled")
     playwright.expect(one.make).to_be_enabled(timeout=PATIENCE)
-    assert one.cards.count() == 0
+    playwright.expect(one.cards).to_have_count(0, timeout=PATIENCE)
 
 
 def test_two_tabs_take_turns_and_have_their_own_galleries(tab: Callable[..., Tab]) -> None:
@@ -239,7 +239,7 @@ def test_two_tabs_take_turns_and_have_their_own_galleries(tab: Callable[..., Tab
     for other in (two, three):
         other.status("1 sound in")
         other.cards.first.wait_for()
-        assert other.page.locator("#gallery .thumbnail-item").count() == 1
+        playwright.expect(other.page.locator("#gallery .thumbnail-item")).to_have_count(1, timeout=PATIENCE)
     assert "seed 1" in two.cards.first.inner_text() and "seed 2" in three.cards.first.inner_text()
 
 
